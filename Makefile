@@ -1,0 +1,91 @@
+# make demo and make test need only make and Python 3.10 or newer (with venv): they build .venv themselves.
+#
+#   PYTHON=python3.12          the interpreter that .venv is made from
+#   TORCH=torch==2.15.0        the torch that is installed; for one trial beside .venv use `make test-torch`
+#   SYSTEM_SITE=1              .venv also sees the packages of PYTHON, and its torch is used if it has one
+#   PY=python3                 no .venv at all: run with this interpreter and what it already has
+#   ALSO="transformers"        further packages for the optional tests, which are skipped without them
+#   ARGS="-k planner"          passed on to pytest, to the demo or to the benchmarks
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+EXTRAS ?= cli
+ALSO ?=
+SYSTEM_SITE ?=
+ARGS ?=
+VENV ?= .venv
+
+ifeq ($(origin PY),command line)
+  READY :=
+  export PYTHONPATH := src
+else
+  PY := $(VENV)/bin/python
+  # The stamp carries the settings in its name: other settings, another install.
+  READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(EXTRAS) $(ALSO)' | tr -c 'A-Za-z0-9.' '-')
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test pytest lint format bench stale wheel test-torch clean
+
+help:            ## this list
+	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
+
+env: $(READY)    ## build the environment, nothing else
+
+demo: $(READY)   ## the main job on this machine: a plain run beside a run under a budget
+	$(PY) -m torchlms demo $(ARGS)
+
+test: lint pytest  ## the environment, ruff, mypy and all tests
+
+pytest: $(READY) ## the tests only (ARGS goes to pytest)
+	$(PY) -m pytest -v $(ARGS)
+
+lint: $(READY)   ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY) ## let ruff format and fix what it can
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(READY)  ## measure the rows of benchmarks/ anew (needs the GPU named in benchmarks/README.md)
+	$(PY) benchmarks/run.py $(ARGS)
+
+stale: $(READY)  ## list result files whose code has changed since they were made
+	$(PY) benchmarks/run.py --stale
+
+test-torch:      ## `make test` with another torch, in its own environment: make test-torch TORCH=torch==2.15.0
+	$(MAKE) test VENV=build/venv-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-') TORCH='$(TORCH)'
+
+# The wheel is tried in an environment that does not see src/; torch and the other dependencies are
+# borrowed from $(PY) by a path file, so that nothing large is installed twice.
+wheel: $(READY)  ## build the wheel and try it in a fresh environment
+	rm -rf dist build/wheel-venv
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PY) -m venv --without-pip build/wheel-venv
+	$(PY) -m pip --python build/wheel-venv/bin/python install --quiet --no-deps dist/*-py3-none-any.whl
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$(build/wheel-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+	cd build && PYTHONPATH= wheel-venv/bin/python -c "import torchlms; print('wheel:', torchlms.__version__); \
+	  assert 'wheel-venv' in torchlms.__file__, torchlms.__file__"
+	cd build && PYTHONPATH= wheel-venv/bin/python -m torchlms --help > /dev/null
+	@ls -l dist/*.whl
+
+clean:           ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that the pinned version (and a CPU build where one is at hand) is taken
+# before any other package asks for "torch". `--group` needs pip 25.1.
+ifneq ($(READY),)
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(if $(SYSTEM_SITE),--system-site-packages) $(VENV) \
+	  || { rm -rf $(VENV); echo "venv is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(PY) -m pip install --quiet --upgrade 'pip>=25.1'
+	$(if $(SYSTEM_SITE),$(PY) -c 'import torch' 2>/dev/null ||) $(PY) -m pip install '$(TORCH)'
+	$(PY) -m pip install --quiet --editable '.[$(EXTRAS)]' --group dev $(ALSO)
+	rm -f $(VENV)/.ready-*
+	touch $@
+endif

@@ -1,0 +1,36 @@
+"""Large Model Support for stock PyTorch: train networks that need more memory than the device has.
+
+>>> with torchlms.LMS(model, optimizer, budget="16GiB") as lms:   # doctest: +SKIP
+...     ...  # an unmodified training loop
+"""
+
+from __future__ import annotations
+
+from torchlms.api import LMS, disable, enable
+from torchlms.core.rules import Rules
+from torchlms.errors import (
+    BadOption,
+    BudgetTooSmall,
+    HostBudgetTooSmall,
+    LMSError,
+    NotSupported,
+    PlanMismatch,
+    SpillError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LMS",
+    "BadOption",
+    "BudgetTooSmall",
+    "HostBudgetTooSmall",
+    "LMSError",
+    "NotSupported",
+    "PlanMismatch",
+    "Rules",
+    "SpillError",
+    "__version__",
+    "disable",
+    "enable",
+]

@@ -1,0 +1,86 @@
+"""Anyone's own network, named as ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from torchlms.bench.networks.network import (
+    IMAGE_CLASSES,
+    Batch,
+    MakeBatch,
+    Network,
+    NetworkOptions,
+    image_batch,
+)
+from torchlms.errors import BadOption
+
+
+def load_user_network(spec: str) -> Network:
+    """The network that ``package.module:factory`` names.
+
+    ``factory()`` returns a module that takes images and gives class scores, or ``(module, make_batch)``
+    with ``make_batch(options, device, generator) -> (inputs, target)`` for anything else.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` would; a console script does not
+    try:
+        factory: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise BadOption(f"--model {spec}: cannot import {module_name}: {error}") from error
+    for part in attribute.split("."):
+        factory = getattr(factory, part, None)
+    if not callable(factory):
+        raise BadOption(f"--model {spec}: {module_name} has no callable {attribute!r}")
+
+    def make(options: NetworkOptions) -> tuple[nn.Module, MakeBatch]:
+        made = factory()
+        module, make_batch = made if isinstance(made, tuple) else (made, image_batch(classes=_classes(made)))
+        if not isinstance(module, nn.Module):
+            raise BadOption(
+                f"--model {spec}: the factory gave {type(module).__name__}, not a torch.nn.Module"
+            )
+        return module, make_batch
+
+    return Network(
+        name=spec,
+        description="your own",
+        factory=make,
+        make_batch=_no_batch,
+        loss=any_loss,
+        default_batch_size=16,
+        default_image_size=224,
+        unit="samples",
+        data_format="as made",
+    )
+
+
+def any_loss(output: Any, target: Any) -> Tensor:
+    """The output's own loss where it has one, else cross entropy for integer targets, else mean square."""
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    logits: Tensor = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+    if logits.dim() == 0:
+        return logits
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        rows = logits if target.dim() == logits.dim() - 1 == 1 else logits.flatten(0, -2)
+        return F.cross_entropy(rows.float(), target.flatten())
+    return F.mse_loss(logits, target)
+
+
+def _classes(module: nn.Module) -> int:
+    """What the last linear layer gives out, so that labels are in range."""
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return linear[-1].out_features if linear else IMAGE_CLASSES
+
+
+def _no_batch(options: NetworkOptions, device: torch.device, generator: torch.Generator) -> Batch:
+    raise AssertionError("a user's factory always comes with a batch maker")

@@ -1,0 +1,135 @@
+"""BenchOptions: one benchmark run, as asked for on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from torchlms.bench.networks import Network, NetworkOptions
+from torchlms.errors import BadOption
+from torchlms.memory.limits import parse_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_PLAIN_WARMUP_STEPS = 3
+_LMS_WARMUP_STEPS = 5  # two are recorded, one tries the plan, two settle
+
+
+class Way(str, Enum):
+    """How the steps are made to fit."""
+
+    LMS = "lms"
+    NONE = "none"
+    NONE_CAPPED = "none_capped"
+    SAVE_ON_CPU = "save_on_cpu"
+    CHECKPOINT = "checkpoint"
+    CHECKPOINT_OFFLOAD = "checkpoint_offload"
+
+
+RIVALS = tuple(way for way in Way if way is not Way.LMS)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """Everything one run depends on. Zero for a size means the network's own default."""
+
+    model: str = "resnet50"
+    batch_size: int = 0
+    image_size: int = 0
+    num_batches: int = 100
+    warmup: int = -1  # steps; -1: the way's own default
+    display_every: int = 10
+    device: str = ""
+    dtype: str = "float32"
+    optimizer: str = ""
+    learning_rate: float = 0.0  # 0: the optimizer's own default
+    way: Way = Way.LMS
+    budget: str | None = None
+    host_budget: str | None = None
+    disk_dir: str | None = None
+    disk_budget: str | None = None
+    plan: str | None = None
+    cap: str | None = None
+    seed: int = 1
+    cudnn_benchmark: bool = False
+    deterministic: bool = False
+    hidden: int = 2048
+    layers: int = 24
+    heads: int = 0
+    kv_heads: int = 0
+    sequence: int = 4096
+    vocab: int = 32000
+    width: int = 16
+    norm: str = "instance"
+
+    def resolve(self, network: Network) -> BenchOptions:
+        """With every default filled in, and checked."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise BadOption(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        if torch.device(device).type not in ("cuda", "cpu"):
+            raise BadOption(f"--device {device}: choose cuda or cpu")
+        if self.dtype not in DTYPES:
+            raise BadOption(f"--dtype {self.dtype}: choose {' or '.join(DTYPES)}")
+        if self.num_batches < 1 or self.display_every < 1:
+            raise BadOption("--num-batches and --display-every must be at least 1")
+        if self.way is Way.LMS and self.cap is not None:
+            raise BadOption("--cap is for runs without LMS; with LMS the budget is the cap")
+        if self.way is not Way.LMS and self.plan is not None:
+            raise BadOption("--plan needs LMS; drop --no-lms or --way")
+        if self.batch_size < 0 or self.image_size < 0:
+            raise BadOption("--batch-size and --image-size must not be negative")
+        if 0 < self.image_size < network.least_image_size:
+            least = network.least_image_size
+            raise BadOption(f"--image-size {self.image_size}: {network.name} needs at least {least}")
+        self._check_sizes()
+        warmup = self.warmup
+        if warmup < 0:
+            warmup = _LMS_WARMUP_STEPS if self.way is Way.LMS else _PLAIN_WARMUP_STEPS
+        return replace(
+            self,
+            batch_size=self.batch_size or network.default_batch_size,
+            image_size=self.image_size or network.default_image_size,
+            warmup=warmup,
+            device=device,
+            optimizer=self.optimizer or network.default_optimizer,
+        )
+
+    def _check_sizes(self) -> None:
+        """Refuse an unreadable size now: LMS would only see it after all rivals have run."""
+        for name in ("budget", "host_budget", "disk_budget", "cap"):
+            text = getattr(self, name)
+            if text is not None and (name, text) != ("cap", "none"):
+                try:
+                    parse_bytes(text, whole_bytes=1 << 60)
+                except BadOption as error:
+                    raise BadOption(f"--{name.replace('_', '-')}: {error}") from None
+
+    def network_options(self) -> NetworkOptions:
+        """The part that the network reads."""
+        return NetworkOptions(
+            batch_size=self.batch_size,
+            image_size=self.image_size,
+            dtype=DTYPES[self.dtype],
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            sequence=self.sequence,
+            vocab=self.vocab,
+            width=self.width,
+            norm=self.norm,
+        )
+
+
+def parse_ways(text: str) -> tuple[Way, ...]:
+    """``"none,checkpoint"`` as ways, each once, in the order given."""
+    ways: list[Way] = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        if name not in [way.value for way in RIVALS]:
+            raise BadOption(f"--compare {name}: choose from {', '.join(way.value for way in RIVALS)}")
+        if Way(name) not in ways:
+            ways.append(Way(name))
+    return tuple(ways)

@@ -1,0 +1,257 @@
+"""cli: the verbs of the ``torchlms`` command; each one reads options and calls one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torchlms.memory.limits import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+app = typer.Typer(
+    name="torchlms",
+    help="Train networks that need more memory than the device has, on stock PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# typer reads annotations while it runs, so these must exist then.
+Text = str | None
+File = Path | None
+
+
+@dataclasses.dataclass
+class _Session:
+    """What the options before the verb said."""
+
+    debug: bool = False
+
+
+_session = _Session()
+
+
+def debugging() -> bool:
+    """Whether errors are shown with their traceback."""
+    return _session.debug
+
+
+@app.callback()
+def options_for_all(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one line.")] = False,
+) -> None:
+    """Train networks that need more memory than the device has, on stock PyTorch."""
+    _session.debug = debug
+
+
+@app.command(epilog="Example: torchlms bench --model resnet50 --batch-size 200 --budget 16GiB")
+def bench(
+    model: Annotated[str, typer.Option(help="A name from --list, or package.module:factory.")] = "resnet50",
+    batch_size: Annotated[int, typer.Option(help="Samples per step. 0: the network's own.")] = 0,
+    image_size: Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")] = 0,
+    num_batches: Annotated[int, typer.Option(help="Timed steps.")] = 100,
+    warmup: Annotated[int, typer.Option(help="Steps before timing. -1: 5 with LMS, 3 without.")] = -1,
+    display_every: Annotated[int, typer.Option(help="Steps between two lines of output.")] = 10,
+    device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")] = "float32",
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")] = "",
+    learning_rate: Annotated[float, typer.Option(help="0: 0.01 for sgd, 0.0003 for the others.")] = 0.0,
+    budget: Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")] = None,
+    host_budget: Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")] = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: none.")] = None,
+    disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
+    plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
+    no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
+    way: Annotated[
+        Text,
+        typer.Option(help="lms, none, none_capped, save_on_cpu, checkpoint or checkpoint_offload."),
+    ] = None,
+    cap: Annotated[Text, typer.Option(help="Without LMS, on CUDA: cap the allocator: bytes or none.")] = None,
+    compare: Annotated[str, typer.Option(help="Other ways to run first, separated by commas.")] = "",
+    compare_timeout: Annotated[float, typer.Option(help="Seconds for each other way.")] = 600.0,
+    cap_rivals: Annotated[
+        bool, typer.Option("--cap-rivals", help="Cap the other ways at --budget too.")
+    ] = False,
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Fail unless losses equal the plain run's, bit for bit.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="For weights, data and dropout.")] = 1,
+    cudnn_benchmark: Annotated[
+        bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")
+    ] = False,
+    hidden: Annotated[int, typer.Option(help="llama: width of the stream.")] = 2048,
+    layers: Annotated[int, typer.Option(help="llama: decoder layers.")] = 24,
+    heads: Annotated[int, typer.Option(help="llama: attention heads. 0: one per 128 of hidden.")] = 0,
+    kv_heads: Annotated[int, typer.Option(help="llama: key and value heads. 0: as many as heads.")] = 0,
+    sequence: Annotated[int, typer.Option(help="llama: tokens per sample.")] = 4096,
+    vocab: Annotated[int, typer.Option(help="llama: size of the vocabulary.")] = 32000,
+    width: Annotated[int, typer.Option(help="unet3d: channels at full resolution.")] = 16,
+    norm: Annotated[str, typer.Option(help="unet3d: instance or batch.")] = "instance",
+    report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
+    json_path: Annotated[File, typer.Option("--json", help="Write the result to this file.")] = None,
+    csv_path: Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="List the networks and stop.")] = False,
+    stale: Annotated[File, typer.Option(help="List results in this folder made by other code; stop.")] = None,
+) -> None:
+    """Time training on synthetic data: speed, peak memory, losses; with LMS, without it, and rivals."""
+    asked = dict(locals())  # names of parameters are names of options
+    if stale is not None:
+        raise typer.Exit(_list_stale(stale))
+    if list_models:
+        _list_networks()
+        return
+    from torchlms.bench import command as bench_command
+    from torchlms.bench.options import BenchOptions, parse_ways
+
+    names = {field.name for field in dataclasses.fields(BenchOptions)} - {"way"}
+    options = BenchOptions(way=_way(way, no_lms), **{name: asked[name] for name in names})
+    try:
+        bench_command.bench(
+            bench_command.BenchCommand(
+                options=options,
+                compare=parse_ways(compare),
+                cap_rivals=cap_rivals,
+                compare_timeout_s=compare_timeout,
+                identity=identity,
+                report=report,
+                json_path=json_path,
+                csv_path=csv_path,
+            ),
+            _write,
+            _write_table,
+        )
+    except bench_command.NotIdentical as error:
+        if debugging():
+            raise
+        typer.echo(f"torchlms: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command(epilog="Example: torchlms demo")
+def demo() -> None:
+    """Train ResNet-50 plain and under 60% of the memory it needs; under two minutes on two cores."""
+    from torchlms.bench.demo import demo as run_demo
+
+    run_demo(_write, _write_table)
+
+
+@app.command(epilog="Example: torchlms probe --disk-dir /scratch --refresh")
+def probe(
+    device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
+    disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is measured. Default: none.")] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again instead of reading the cache.")
+    ] = False,
+    json_path: Annotated[File, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measure what this machine can do: links, host memory, disk. Cached per machine."""
+    import torch
+
+    from torchlms import api  # type: ignore[attr-defined,unused-ignore]
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    machine: Any = api.machine(device, disk_dir, refresh)
+    if json_path is not None:
+        machine.save(json_path)
+    _write_table(("what", "figure"), _machine_rows(machine))
+
+
+@app.command(epilog="Example: torchlms version")
+def version() -> None:
+    """Print the versions of torchlms, Python and torch."""
+    import torch
+
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    _write(f"torchlms {metadata.version('torchlms')}, Python {python}, torch {torch.__version__}")
+
+
+def _way(way: str | None, no_lms: bool) -> Any:
+    from torchlms.bench.options import Way
+    from torchlms.errors import BadOption
+
+    if no_lms and way not in (None, "none"):
+        raise BadOption(f"--no-lms contradicts --way {way}")
+    try:
+        return Way.NONE if no_lms else Way(way or "lms")
+    except ValueError:
+        raise BadOption(f"--way {way}: choose from {', '.join(known.value for known in Way)}") from None
+
+
+def _list_stale(folder: Path) -> int:
+    from torchlms.bench.provenance import stale_results
+
+    stale = stale_results(folder)
+    for path in stale:
+        _write(str(path))
+    return 1 if stale else 0
+
+
+def _list_networks() -> None:
+    from torchlms.bench.networks import NETWORKS
+
+    rows = [
+        [
+            network.name,
+            str(network.default_batch_size),
+            str(network.default_image_size or "-"),
+            network.description,
+        ]
+        for network in NETWORKS.values()
+    ]
+    _write_table(("name", "batch", "size", "what"), rows)
+
+
+def _machine_rows(machine: Any) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for field in dataclasses.fields(machine):
+        value = getattr(machine, field.name)
+        if field.name == "link":
+            for point in value:
+                rates = (
+                    point.size_bytes / max(seconds, 1e-12) / 1e9 for seconds in (point.out_s, point.in_s)
+                )
+                out, back = (f"{rate:.1f}" for rate in rates)
+                rows.append([f"link, {format_bytes(point.size_bytes)}", f"{out} GB/s out, {back} GB/s in"])
+        elif field.name.endswith("_bytes_per_s"):
+            name = field.name.removesuffix("_bytes_per_s").replace("_", " ")
+            rows.append([name, f"{value / 1e9:.2f} GB/s" if value else "not measured"])
+        elif field.name.endswith("_bytes"):
+            name = field.name.removesuffix("_bytes").replace("_", " ")
+            rows.append([name, format_bytes(value) if value >= 0 else "unlimited"])
+        else:
+            rows.append(
+                [field.name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value)]
+            )
+    return rows
+
+
+def _write(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()  # a pipe should see each step as it ends
+
+
+def _write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from torchlms.bench.table import plain_table
+
+    if not sys.stdout.isatty():
+        for line in plain_table(columns, rows):
+            _write(line)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

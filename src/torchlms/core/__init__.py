@@ -1,0 +1,1 @@
+"""The thinking: records and arithmetic, no torch and no devices."""

@@ -1,0 +1,53 @@
+"""Cover: which moves, taken in some order, bring every op under a limit, and no more of them than that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torchlms.core.curve import Bytes
+    from torchlms.core.schedule import Move
+
+
+def covers(excess: Bytes, moves: Iterable[Move]) -> bool:
+    """Whether no op is left with a positive excess when each move is away from its start to its stop."""
+    return not (_left(excess, moves) > 0).any()
+
+
+def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ()) -> list[Move] | None:
+    """A cover from the front of ``ranked`` in which nothing is superfluous; None where there is none.
+
+    ``always`` is moved in any case, and is part of what is returned.
+    """
+    fixed = list(always)
+    left = _left(excess, fixed)
+    taken: list[Move] = []
+    for move in ranked:
+        if left[move.start : move.stop].max(initial=0) > 0:
+            left[move.start : move.stop] -= move.size_bytes
+            taken.append(move)
+    if (left > 0).any():
+        return None
+    return fixed + _thin(left, taken)
+
+
+def _left(excess: Bytes, moves: Iterable[Move]) -> Bytes:
+    left = excess.copy()
+    for move in moves:
+        left[move.start : move.stop] -= move.size_bytes
+    return left
+
+
+def _thin(left: Bytes, taken: list[Move]) -> list[Move]:
+    """Drop what is not needed, the last taken first."""
+    kept = []
+    for move in reversed(taken):
+        if np.max(left[move.start : move.stop]) + move.size_bytes <= 0:
+            left[move.start : move.stop] += move.size_bytes
+        else:
+            kept.append(move)
+    return kept[::-1]

@@ -1,0 +1,170 @@
+"""Planner: tape, machine, budget and rules in; the plan with the shortest predicted step found, out.
+
+    candidates   idle stretches of movable values that the rules leave free
+    seeds        covers of the excess over the budget, taken in several orders, with several amounts
+                 of room to spare for copies back
+    improve      exchange, add and drop single values while the simulator says that it pays
+    finish       places in host memory and on disk, reasons, the prediction
+
+The search is deterministic: its effort is counted in work, not in seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from torchlms.core.bound import lower_bound
+from torchlms.core.curve import smallest_budget, wraps
+from torchlms.core.plan import Budget, Decision, Plan
+from torchlms.core.rules import Rules, Verdict
+from torchlms.core.schedule import Course, Move, Slot
+from torchlms.core.search import decision_of, search
+from torchlms.core.simulate import Simulator, prediction
+from torchlms.core.tiers import Places, Room
+from torchlms.core.units import bytes_text, seconds_text
+from torchlms.errors import BudgetTooSmall
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torchlms.core.curve import Bytes
+    from torchlms.core.machine import Machine
+    from torchlms.core.tape import Tape, Value
+
+__all__ = ["lower_bound", "plan"]
+
+
+def plan(
+    tape: Tape,
+    machine: Machine,
+    budget: Budget,
+    rules: Rules = Rules(),  # noqa: B008  (frozen)
+    *,
+    headroom_bytes: int = 0,
+) -> Plan:
+    """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``.
+
+    Moves nothing when everything fits, unless a rule demands it. The step time is the best found,
+    not a proven optimum; ``lower_bound`` says how far off it can be. Stretches that wrap around the
+    end of the tape stay on the device. Raises BudgetTooSmall or HostBudgetTooSmall when there is no
+    such plan.
+    """
+    started_s = time.perf_counter()
+    simulator = Simulator(tape, machine)
+    limit_bytes = budget.device_bytes - headroom_bytes
+    candidates = _candidates(simulator, rules)
+    floor = _floor(simulator.baseline, candidates)
+    if len(floor) and floor.max() > limit_bytes:
+        raise _too_small(simulator, floor, budget, headroom_bytes)
+    course = Course(tuple(op.time_s for op in tape.ops), simulator.baseline, limit_bytes)
+    worthy = _worth_moving(simulator.baseline, candidates, rules, limit_bytes)
+    found = search(simulator, course, worthy, _room(machine, budget))
+    decisions = tuple(_decision(slot, found.places) for slot in found.slots)
+    timeline = simulator.run(decisions)
+    return Plan(
+        fingerprint=tape.fingerprint,
+        torch=tape.torch,
+        device=tape.device,
+        budget=budget,
+        decisions=decisions,
+        predicted=prediction(
+            timeline, arena_bytes=found.places.arena_bytes, spill_bytes=found.places.spill_bytes
+        ),
+        smallest_bytes=int(floor.max(initial=0)) + headroom_bytes,
+        plan_s=time.perf_counter() - started_s,
+        model=tape.model,
+    )
+
+
+def _candidates(simulator: Simulator, rules: Rules) -> list[Move]:
+    """Every idle stretch that could be spent elsewhere, whatever its size."""
+    return [
+        _move(simulator, value, index, forced=reason if verdict is Verdict.MOVE else "")
+        for value in simulator.tape.values
+        if value.movable and value.size_bytes > 0
+        for verdict, reason in [rules.judge(value)]
+        if verdict is not Verdict.KEEP
+        for index, stretch in enumerate(value.idle)
+        if not wraps(stretch)
+    ]
+
+
+def _move(simulator: Simulator, value: Value, index: int, *, forced: str) -> Move:
+    machine, stretch = simulator.machine, value.idle[index]
+    out_s, in_s = simulator.copy_s(value.size_bytes)
+    disk = _disk_works(machine)
+    return Move(
+        value=value.id,
+        stretch=index,
+        size_bytes=value.size_bytes,
+        start=stretch.start,
+        stop=stretch.stop,
+        idle_s=float(simulator.moments_s[stretch.stop] - simulator.moments_s[stretch.start]),
+        out_s=out_s,
+        in_s=in_s,
+        write_s=machine.disk_write_s(value.size_bytes) if disk else 0.0,
+        read_s=machine.disk_read_s(value.size_bytes) if disk else 0.0,
+        forced=forced,
+    )
+
+
+def _floor(baseline: Bytes, candidates: Sequence[Move]) -> Bytes:
+    """The curve with all candidates away: ``floor_curve``, as far as the rules permit."""
+    floor = baseline.copy()
+    for move in candidates:
+        floor[move.start : move.stop] -= move.size_bytes
+    return floor
+
+
+def _worth_moving(
+    baseline: Bytes, candidates: Sequence[Move], rules: Rules, limit_bytes: int
+) -> Sequence[Move]:
+    """The candidates of at least ``min_bytes``; all of them if those alone cannot make it fit."""
+    large = [move for move in candidates if move.forced or move.size_bytes >= rules.min_bytes]
+    return large if _floor(baseline, large).max(initial=0) <= limit_bytes else candidates
+
+
+def _room(machine: Machine, budget: Budget) -> Room:
+    has_link = bool(machine.link)
+    return Room(
+        host_bytes=budget.host_bytes if has_link else 0,
+        disk_bytes=budget.disk_bytes if _disk_works(machine) else 0,
+        has_link=has_link,
+    )
+
+
+def _disk_works(machine: Machine) -> bool:
+    return machine.disk_write_bytes_per_s > 0 and machine.disk_read_bytes_per_s > 0
+
+
+def _decision(slot: Slot, places: Places) -> Decision:
+    move = slot.move
+    why = f"rule {move.forced}" if move.forced else f"idle {seconds_text(move.idle_s)}"
+    copies = f"copies {seconds_text(move.copies_s)}"
+    where = ", host memory full" if slot.on_disk and move.out_s else ""
+    return decision_of(slot, offset_bytes=places.offsets_bytes[move], reason=f"{why}, {copies}{where}")
+
+
+def _too_small(simulator: Simulator, floor: Bytes, budget: Budget, headroom_bytes: int) -> BudgetTooSmall:
+    """Names the op that needs most at once, what of it are its own operands, and the smallest budget."""
+    tape = simulator.tape
+    worst = int(floor.argmax())
+    op = tape.ops[worst]
+    touched = set(op.reads) | set(op.writes)
+    operands_bytes = sum(tape.values[value].size_bytes for value in touched) + op.scratch_bytes
+    smallest_bytes = int(floor[worst]) + headroom_bytes
+    without_rules_bytes = smallest_budget(tape) + headroom_bytes
+    hint = (
+        f" Without the rules it is {bytes_text(without_rules_bytes)} ({without_rules_bytes} bytes)."
+        if without_rules_bytes < smallest_bytes
+        else ""
+    )
+    return BudgetTooSmall(
+        f"a device budget of {bytes_text(budget.device_bytes)} is too small: op {worst} ({op.name} in "
+        f"{op.module or 'no module'}) needs {bytes_text(int(floor[worst]))} at once, "
+        f"{bytes_text(operands_bytes)} of it for its own operands, with everything away that can be. "
+        f"The smallest budget is {bytes_text(smallest_bytes)} ({smallest_bytes} bytes)"
+        f"{f', {bytes_text(headroom_bytes)} of it headroom' if headroom_bytes else ''}.{hint}",
+        smallest_bytes=smallest_bytes,
+    )

@@ -1,0 +1,90 @@
+"""Queues: when each copy starts and ends on a link whose two directions slow each other, and on a disk."""
+
+from __future__ import annotations
+
+import math
+from heapq import heappop, heappush
+
+OUT, IN = 0, 1
+
+
+class Link:
+    """Two first-come-first-served queues. While both are busy each runs at its share of its lone rate.
+
+    Time is advanced only as far as somebody asks, so a copy may still be queued behind one whose end
+    is not yet known. Promise expected from the caller: a copy is never made ready before an end that
+    was already asked for. Copies are numbered by the caller, in order of issue.
+    """
+
+    def __init__(self, out_share: float, in_share: float) -> None:
+        self._shares = (out_share, in_share)
+        self._now_s = 0.0
+        self._waiting: tuple[list[tuple[float, int, float]], ...] = ([], [])
+        self._current = [-1, -1]
+        self._left_s = [0.0, 0.0]
+        self.start_s: dict[int, float] = {}
+        self.end_s: dict[int, float] = {}
+
+    def queue(self, direction: int, copy: int, *, ready_s: float, work_s: float) -> None:
+        """Copy number ``copy`` joins the queue at ``ready_s``; alone it takes ``work_s``."""
+        heappush(self._waiting[direction], (ready_s, copy, work_s))
+
+    def end_of(self, copy: int) -> float:
+        """When ``copy`` ends."""
+        while copy not in self.end_s:
+            self._advance()
+        return self.end_s[copy]
+
+    def _advance(self) -> None:
+        """Go on to the next moment at which a copy starts or ends."""
+        self._take_up(OUT)
+        self._take_up(IN)
+        both = self._current[OUT] >= 0 and self._current[IN] >= 0
+        out_rate, in_rate = self._shares if both else (1.0, 1.0)
+        out_next_s, in_next_s = self._next_s(OUT, out_rate), self._next_s(IN, in_rate)
+        step_s = min(out_next_s, in_next_s)
+        assert step_s < math.inf, "asked for the end of a copy that was never queued"
+        self._now_s += step_s
+        self._work_off(OUT, step_s * out_rate, ended=out_next_s <= step_s)
+        self._work_off(IN, step_s * in_rate, ended=in_next_s <= step_s)
+
+    def _take_up(self, direction: int) -> None:
+        waiting = self._waiting[direction]
+        if self._current[direction] < 0 and waiting and waiting[0][0] <= self._now_s:
+            _, copy, work_s = heappop(waiting)
+            self._current[direction], self._left_s[direction] = copy, work_s
+            self.start_s[copy] = self._now_s
+
+    def _next_s(self, direction: int, rate: float) -> float:
+        """Seconds until this direction's copy ends or, when it is idle, until its next one is ready."""
+        if self._current[direction] >= 0:
+            return self._left_s[direction] / rate
+        waiting = self._waiting[direction]
+        return waiting[0][0] - self._now_s if waiting else math.inf
+
+    def _work_off(self, direction: int, done_s: float, *, ended: bool) -> None:
+        copy = self._current[direction]
+        if copy < 0:
+            if ended:  # not an end but the next copy's start: be exact, whatever the sum rounded to
+                self._now_s = max(self._now_s, self._waiting[direction][0][0])
+        elif ended:
+            self.end_s[copy] = self._now_s
+            self._current[direction] = -1
+        else:
+            self._left_s[direction] = max(0.0, self._left_s[direction] - done_s)
+
+
+class Disk:
+    """One direction of a disk: one queue, first come first served, at a constant rate.
+
+    Reads and writes are two of these: what they do to each other is not modelled.
+    """
+
+    def __init__(self) -> None:
+        self._free_s = 0.0
+
+    def pass_through(self, *, ready_s: float, work_s: float) -> tuple[float, float]:
+        """Start and end of a transfer that is ready at ``ready_s``, after all those before it."""
+        start_s = max(ready_s, self._free_s)
+        self._free_s = start_s + work_s
+        return start_s, self._free_s

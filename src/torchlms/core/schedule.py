@@ -1,0 +1,234 @@
+"""Schedule: for values that are to leave, the ops at which each is let go and called back.
+
+Two passes over the tape, both on estimates; the simulator has the last word on time, while memory
+is exact: a schedule never puts an op above the limit if letting all of its moves go could avoid it.
+
+    releases   forward: when the copy out has ended; earlier, with a stall, when memory demands it
+    reloads    latest start that meets every deadline (backward), less a lead; later when there is
+               no room (forward, by need)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torchlms.core.curve import Bytes
+    from torchlms.core.simulate import Seconds
+
+NEVER = -1
+
+# Waiting a little longer than the estimate before a release that nobody needs yet costs nothing,
+# and keeps a copy that runs late from stalling the step.
+RELEASE_SLACK = 0.10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """One value's one idle stretch, and what its copies cost when nothing else runs.
+
+    On a machine without a link ``out_s`` and ``in_s`` are 0 and only the disk times count.
+    """
+
+    value: int
+    stretch: int
+    size_bytes: int
+    start: int
+    stop: int
+    idle_s: float
+    out_s: float
+    in_s: float
+    write_s: float
+    read_s: float
+    forced: str = ""  # the rule that demands it
+
+    @property
+    def copies_s(self) -> float:
+        """Link seconds out and in; without a link, disk seconds."""
+        return (self.out_s + self.in_s) or (self.write_s + self.read_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """How much earlier than just in time a reload is issued: the larger of the two."""
+
+    seconds: float = 1e-3
+    copies: float = 0.25
+
+    def before_s(self, copy_s: float) -> float:
+        return max(self.seconds, self.copies * copy_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What every schedule of one tape shares: seconds of each op, bytes with nothing moved, the limit."""
+
+    op_s: tuple[float, ...]
+    baseline: Bytes
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One move with its place in time and its tier."""
+
+    move: Move
+    on_disk: bool
+    release_op: int
+    reload_op: int
+
+
+def schedule(course: Course, moves: Sequence[Move], on_disk: set[Move], lead: Lead) -> list[Slot]:
+    """Places for ``moves``. One that need not be let go in time is left out, unless a rule demands it."""
+    chosen = sorted(moves, key=lambda move: (move.start, move.value))
+    while True:
+        releases, moments_s = _release(course, chosen, on_disk)
+        if NEVER not in releases:
+            break
+        chosen = [move for move, op in zip(chosen, releases, strict=True) if op != NEVER]
+    reloads = _reload(course, chosen, releases, moments_s, on_disk, lead)
+    return [
+        Slot(move, move in on_disk, release_op, reload_op)
+        for move, release_op, reload_op in zip(chosen, releases, reloads, strict=True)
+    ]
+
+
+def _release(course: Course, moves: Sequence[Move], on_disk: set[Move]) -> tuple[list[int], Seconds]:
+    """Release ops (NEVER where the copy was too late to be of use), and the clock before each op."""
+    walk = _Forward(course, moves, on_disk)
+    for op in range(len(course.op_s)):
+        walk.before(op)
+        walk.run(op)
+    return walk.releases, walk.moments_s
+
+
+class _Forward:
+    """Walks once over the tape with the copies out at their lone rate and no copies back."""
+
+    def __init__(self, course: Course, moves: Sequence[Move], on_disk: set[Move]) -> None:
+        count = len(course.op_s)
+        self._op_s = course.op_s
+        self._excess: list[int] = (course.baseline - course.limit_bytes).tolist()
+        self._moves = moves
+        self._on_disk = on_disk
+        self._upcoming = 0
+        self._pending: tuple[deque[int], deque[int]] = (deque(), deque())  # HOST, DISK; each by end
+        self._ends_s = [0.0] * len(moves)
+        self._clock_s = self._link_free_s = self._disk_free_s = 0.0
+        self._away_bytes = 0
+        self._returning = [0] * (count + 1)
+        self._last_calls: dict[int, list[int]] = {}
+        for index, move in enumerate(moves):
+            if move.forced:
+                self._last_calls.setdefault(move.stop - 1, []).append(index)
+        self.releases = [NEVER] * len(moves)
+        self.moments_s = np.zeros(count + 1)
+
+    def before(self, op: int) -> None:
+        """Everything that happens at moment ``op``, in the simulator's order."""
+        self._issue(op)
+        self._away_bytes -= self._returning[op]
+        for queue in self._pending:
+            while queue and self._ended(queue[0], op):
+                self._let_go(queue.popleft(), op)
+        for index in self._last_calls.get(op, ()):
+            self._let_go(index, op, wait=True)
+        while self._excess[op] > self._away_bytes:
+            self._let_go(self._first_to_end().popleft(), op, wait=True)
+        self.moments_s[op] = self._clock_s
+
+    def run(self, op: int) -> None:
+        self._clock_s += self._op_s[op]
+        self.moments_s[op + 1] = self._clock_s
+
+    def _issue(self, op: int) -> None:
+        while self._upcoming < len(self._moves) and self._moves[self._upcoming].start == op:
+            index, move = self._upcoming, self._moves[self._upcoming]
+            self._link_free_s = max(self._link_free_s, self._clock_s) + move.out_s
+            self._ends_s[index] = self._link_free_s
+            if move in self._on_disk:
+                self._disk_free_s = max(self._disk_free_s, self._link_free_s) + move.write_s
+                self._ends_s[index] = self._disk_free_s
+            self._pending[move in self._on_disk].append(index)
+            self._upcoming += 1
+
+    def _ended(self, index: int, op: int) -> bool:
+        """Whether to take the copy off its queue: it has ended, or is wanted back before it could."""
+        move = self._moves[index]
+        slack_s = RELEASE_SLACK * (move.out_s or move.write_s)
+        return self._ends_s[index] + slack_s <= self._clock_s or move.stop <= op
+
+    def _first_to_end(self) -> deque[int]:
+        queues = [queue for queue in self._pending if queue]
+        assert queues, "the moves do not cover the excess"
+        return min(queues, key=lambda queue: self._ends_s[queue[0]])
+
+    def _let_go(self, index: int, op: int, *, wait: bool = False) -> None:
+        move = self._moves[index]
+        if move.stop <= op or self.releases[index] != NEVER:
+            return
+        if wait:
+            self._clock_s = max(self._clock_s, self._ends_s[index])
+        self.releases[index] = op
+        self._away_bytes += move.size_bytes
+        self._returning[move.stop] += move.size_bytes
+
+
+def _reload(
+    course: Course,
+    moves: Sequence[Move],
+    releases: Sequence[int],
+    moments_s: Seconds,
+    on_disk: set[Move],
+    lead: Lead,
+) -> list[int]:
+    """Reload ops: in time for every deadline where memory has room, by need where it has not."""
+    limit_bytes = course.limit_bytes
+    bytes_at = course.baseline.copy()
+    for move, release_op in zip(moves, releases, strict=True):
+        bytes_at[release_op : move.stop] -= move.size_bytes
+    by_need = sorted(range(len(moves)), key=lambda index: (moves[index].stop, moves[index].value))
+    wished = _just_in_time(moves, by_need, moments_s, on_disk, lead)
+    reloads = [0] * len(moves)
+    last = [0, 0]  # by tier: a reload issued before one that is needed earlier would delay it
+    for index in by_need:
+        move, tier = moves[index], int(moves[index] in on_disk)
+        reload_op = min(max(wished[index], releases[index] + 1, last[tier]), move.stop)
+        full = np.flatnonzero(bytes_at[reload_op : move.stop] > limit_bytes - move.size_bytes)
+        if len(full):
+            reload_op += int(full[-1]) + 1
+        bytes_at[reload_op : move.stop] += move.size_bytes
+        reloads[index] = last[tier] = reload_op
+    return reloads
+
+
+def _just_in_time(
+    moves: Sequence[Move],
+    by_need: Sequence[int],
+    moments_s: Seconds,
+    on_disk: set[Move],
+    lead: Lead,
+) -> list[int]:
+    """The last op at which each reload could be issued if memory were no matter, less the lead.
+
+    Backward from the last need: each copy back ends when it is needed, or when the one after it on
+    the same queue has to start.
+    """
+    begins_s = np.zeros(len(moves))
+    link_s = disk_s = np.inf
+    for index in reversed(by_need):
+        move = moves[index]
+        link_s = min(float(moments_s[move.stop]), link_s) - move.in_s
+        begin_s = link_s
+        if move in on_disk:
+            disk_s = min(disk_s, link_s) - move.read_s
+            begin_s = disk_s
+        begins_s[index] = begin_s - lead.before_s(move.in_s + move.read_s * (move in on_disk))
+    ops = np.searchsorted(moments_s, begins_s, side="right") - 1
+    return [int(op) for op in ops]

@@ -1,0 +1,216 @@
+"""Search: which moves. Tries covers, keeps the one whose simulated step is best, and works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchlms.core.cover import cover, covers
+from torchlms.core.plan import Choice, Decision
+from torchlms.core.schedule import Course, Lead, Move, Slot, schedule
+from torchlms.core.tiers import Places, Room, choose_disk, place_all
+from torchlms.errors import HostBudgetTooSmall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torchlms.core.curve import Bytes
+    from torchlms.core.simulate import Simulator, Timeline
+
+# Work one search may do: ops walked plus MOVE_WORK for each move placed. About a second.
+EFFORT = 500_000
+MOVE_WORK = 8
+
+# A copy that hides still heats the link and may not hide tomorrow: each second of it counts as this.
+COPY_WEIGHT = 0.002
+
+# Stalls below this share of the compute time are as good as none.
+ENOUGH = 0.001
+
+LEADS = (Lead(), Lead(seconds=0.0, copies=0.0), Lead(seconds=5e-3, copies=1.0), Lead(seconds=float("inf")))
+
+# Room to spare for copies back, as shares of what would be moved if everything were.
+SPARE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best schedule of a search and where its values go."""
+
+    slots: tuple[Slot, ...]
+    places: Places
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One set of moves, scheduled and simulated."""
+
+    moves: tuple[Move, ...]
+    slots: tuple[Slot, ...]
+    lead: Lead
+    score_s: float
+    idle: bool  # nothing worth mentioning is left to gain
+
+
+def search(simulator: Simulator, course: Course, candidates: Sequence[Move], room: Room) -> Found:
+    """The best set of moves found within the effort. The candidates together must cover the excess."""
+    return _Search(simulator, course, candidates, room).run()
+
+
+class _Search:
+    def __init__(self, simulator: Simulator, course: Course, candidates: Sequence[Move], room: Room) -> None:
+        self._simulator = simulator
+        self._course = course
+        self._candidates = candidates
+        self._forced = [move for move in candidates if move.forced]
+        self._free = [move for move in candidates if not move.forced]
+        self._room = room
+        self._excess = course.baseline - course.limit_bytes
+        self._work = 0
+        self._best: _Trial | None = None
+        self._refusal: HostBudgetTooSmall | None = None
+
+    def run(self) -> Found:
+        ranked = self._seed()
+        if self._best is not None and not self._best.idle:
+            self._spare(ranked)
+            self._improve(ranked)
+            self._retime()
+        return self._finish()
+
+    def _seed(self) -> list[Move]:
+        """Try each order once; the order that did best."""
+        best_order = self._orders()[0]
+        for order in self._orders():
+            moves = cover(self._excess, order, always=self._forced)
+            assert moves is not None, "the candidates do not cover the excess"
+            if self._try(moves):
+                best_order = order
+            if self._done():
+                break
+        return best_order
+
+    def _orders(self) -> list[list[Move]]:
+        """Longest idle; most seconds over the budget relieved per second of copying; largest."""
+        over_s = np.concatenate(([0.0], np.cumsum(np.array(self._course.op_s) * (self._excess > 0))))
+
+        def relief(move: Move) -> float:
+            relieved_s = float(over_s[move.stop] - over_s[move.start])
+            return relieved_s * move.size_bytes / max(move.copies_s, 1e-12)
+
+        keys: tuple[Callable[[Move], float], ...] = (
+            lambda move: move.idle_s,
+            relief,
+            lambda move: float(move.size_bytes),
+        )
+        return [sorted(self._free, key=key, reverse=True) for key in keys]
+
+    def _spare(self, ranked: Sequence[Move]) -> None:
+        """Try the same order with more leaving than must, so that copies back find room earlier."""
+        floor = self._excess.copy()
+        for move in self._candidates:
+            floor[move.start : move.stop] -= move.size_bytes
+        movable_bytes = int((self._excess - floor).max(initial=0))
+        for share in SPARE_SHARES:
+            if self._done():
+                return
+            wanted: Bytes = self._excess + int(share * movable_bytes)
+            wanted = wanted - np.maximum(floor + int(share * movable_bytes), 0)  # no more than can leave
+            moves = cover(wanted, ranked, always=self._forced)
+            if moves is not None:
+                self._try(moves)
+
+    def _improve(self, ranked: Sequence[Move]) -> None:
+        """First better neighbour, until a whole round brings nothing or the effort is spent."""
+        improved = True
+        while improved and not self._done():
+            improved = False
+            for move in ranked:
+                for neighbour in self._neighbours(move, ranked):
+                    if self._done():
+                        return
+                    improved |= self._try(neighbour)
+
+    def _neighbours(self, move: Move, ranked: Sequence[Move]) -> Iterator[Sequence[Move]]:
+        """The best set with ``move`` turned round: dropped if it is in, added if it is not."""
+        assert self._best is not None
+        current = [other for other in self._best.moves if not other.forced]
+        if move in current:
+            rest = [other for other in current if other is not move]
+            if covers(self._excess, self._forced + rest):
+                yield self._forced + rest
+            outside = [other for other in ranked if other is not move and other not in set(current)]
+            exchanged = cover(self._excess, rest + outside, always=self._forced)
+            if exchanged is not None:
+                yield exchanged
+        else:
+            yield self._forced + current + [move]
+            exchanged = cover(self._excess, [move] + current, always=self._forced)
+            if exchanged is not None:
+                yield exchanged
+
+    def _retime(self) -> None:
+        """The best set with other leads."""
+        assert self._best is not None
+        moves = self._best.moves
+        for lead in LEADS[1:]:
+            self._try(moves, lead)
+
+    def _done(self) -> bool:
+        return self._work > EFFORT or (self._best is not None and self._best.idle)
+
+    def _try(self, moves: Sequence[Move], lead: Lead = LEADS[0]) -> bool:
+        """Schedule and simulate ``moves``; keep them if they are the best so far."""
+        self._work += len(self._course.op_s) + MOVE_WORK * len(moves)
+        try:
+            on_disk = choose_disk(moves, self._room)
+        except HostBudgetTooSmall as refusal:
+            if self._refusal is None or refusal.missing_bytes < self._refusal.missing_bytes:
+                self._refusal = refusal
+            return False
+        slots = tuple(schedule(self._course, moves, on_disk, lead))
+        timeline = self._simulator.run([decision_of(slot) for slot in slots])
+        trial = self._trial(moves, slots, lead, timeline)
+        if self._best is not None and trial.score_s >= self._best.score_s * (1 - 1e-9):
+            return False
+        self._best = trial
+        return True
+
+    def _trial(
+        self, moves: Sequence[Move], slots: tuple[Slot, ...], lead: Lead, timeline: Timeline
+    ) -> _Trial:
+        copies_s = sum(slot.move.copies_s for slot in slots)
+        return _Trial(
+            tuple(moves),
+            slots,
+            lead,
+            score_s=timeline.step_s + COPY_WEIGHT * copies_s,
+            idle=timeline.stall_s <= ENOUGH * timeline.compute_s,
+        )
+
+    def _finish(self) -> Found:
+        """Real places for the best. Packing may send a few more values to disk than the search thought."""
+        if self._best is None:
+            assert self._refusal is not None
+            raise self._refusal
+        moves = [slot.move for slot in self._best.slots]
+        places = place_all(moves, self._room)
+        slots = self._best.slots
+        if places.on_disk != {slot.move for slot in slots if slot.on_disk}:
+            slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead))
+        return Found(slots, places)
+
+
+def decision_of(slot: Slot, *, offset_bytes: int = 0, reason: str = "") -> Decision:
+    """The slot as a record."""
+    return Decision(
+        value=slot.move.value,
+        stretch=slot.move.stretch,
+        choice=Choice.DISK if slot.on_disk else Choice.HOST,
+        release_op=slot.release_op,
+        reload_op=slot.reload_op,
+        offset_bytes=offset_bytes,
+        reason=reason,
+    )

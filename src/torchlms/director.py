@@ -1,0 +1,133 @@
+"""Director: decides what a routine does next. Records first, then plans, watches, and plans again."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torchlms.core.curve import baseline_curve
+from torchlms.core.plan import Budget, Choice, Plan
+from torchlms.core.planner import plan as make_plan
+from torchlms.eager import private
+from torchlms.eager.program import Program
+from torchlms.eager.recorder import best_of
+from torchlms.eager.routine import Routine, Verdict
+from torchlms.errors import PlanMismatch
+from torchlms.memory.limits import format_bytes
+
+if TYPE_CHECKING:
+    from torchlms.core.machine import Machine
+    from torchlms.core.rules import Rules
+    from torchlms.core.tape import Tape
+    from torchlms.eager.engine import Engine
+
+log = logging.getLogger("torchlms")
+
+# The allocator cannot use every byte it has reserved: holes between blocks do not add up to a
+# large one. A plan leaves this share of the budget to them, and more if that proves too little.
+_FIRST_HEADROOM = 0.05
+_MORE_HEADROOM = 0.025
+_MOST_REPLANS = 4
+_SETTLING_STEPS = 2  # the allocator's pools find their sizes in these
+
+
+class Director:
+    """Policy between the tape and the program of each routine."""
+
+    def __init__(self, *, machine: Machine, budget: Budget, rules: Rules, given: Plan | None, model: str) -> None:
+        self.machine = machine
+        self.budget = budget
+        self.rules = rules
+        self.given = given
+        self.model = model
+        self.headroom = _FIRST_HEADROOM if machine.link else 0.0
+        self._retries_seen = 0
+        self._reclaims_seen = 0
+
+    def prepare(self, engine: Engine, routine: Routine) -> None:
+        """Called at the beginning of each micro-step, before its verdict is acted on."""
+        if routine.verdict is Verdict.RECORD and routine.tapes:
+            if self.given is not None:
+                self._take_given(engine, routine, self.given)
+            elif routine.ready_to_plan():
+                self._plan(engine, routine, best_of(routine.tapes))
+        elif routine.verdict is Verdict.FOLLOW:
+            self._watch(engine, routine)
+
+    # -- planning ----------------------------------------------------------------------------
+
+    def _plan(self, engine: Engine, routine: Routine, tape: Tape) -> None:
+        headroom_bytes = int(self.headroom * self.budget.device_bytes)
+        plan = make_plan(tape, self.machine, self.budget, self.rules, headroom_bytes=headroom_bytes)
+        self._adopt(engine, routine, tape, plan)
+
+    def _take_given(self, engine: Engine, routine: Routine, plan: Plan) -> None:
+        tape = routine.tapes[-1]
+        if plan.fingerprint != tape.fingerprint:
+            raise PlanMismatch(
+                f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step has "
+                f"{tape.fingerprint}): another model, batch or shape. Leave plan= out to make a new one"
+            )
+        self._adopt(engine, routine, tape, plan)
+
+    def _adopt(self, engine: Engine, routine: Routine, tape: Tape, plan: Plan) -> None:
+        routine.steps = 0
+        routine.program = Program(tape, plan)
+        fits = not plan.moves
+        routine.verdict = Verdict.FITS if fits and engine.device.is_cuda else Verdict.FOLLOW
+        arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
+        engine.store.plan_arena(arena_bytes)
+        engine.restart_measuring()
+        self._retries_seen, self._reclaims_seen = self._pressure(engine)
+        log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
+
+    # -- watching ----------------------------------------------------------------------------
+
+    def _watch(self, engine: Engine, routine: Routine) -> None:
+        """Plan with more headroom when steps that should run undisturbed do not."""
+        retries, reclaims = self._pressure(engine)
+        disturbed = retries > self._retries_seen or reclaims > self._reclaims_seen
+        self._retries_seen, self._reclaims_seen = retries, reclaims
+        if not disturbed or routine.steps < _SETTLING_STEPS or not self.machine.link:
+            return
+        if routine.replans >= _MOST_REPLANS or self.given is not None or routine.program is None:
+            return
+        routine.replans += 1
+        self.headroom += _MORE_HEADROOM
+        log.info(
+            "memory was tight in a planned step (fragmentation): planning again with %s of headroom",
+            format_bytes(self.headroom * self.budget.device_bytes),
+        )
+        self._plan(engine, routine, routine.program.tape)
+
+    def _pressure(self, engine: Engine) -> tuple[int, int]:
+        """How often the allocator had to start over, and how often we had to evict at once."""
+        retries = 0
+        if engine.device.is_cuda:
+            retries = int(private.allocator_stats(engine.device.torch_device)["num_alloc_retries"])
+        return retries, engine.ladder.reclaims
+
+
+def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
+    """One line for the log: what was decided and what it should cost."""
+    predicted = plan.predicted
+    if aside:
+        peak_bytes = int(baseline_curve(tape).max(initial=0))
+        return (
+            f"everything fits ({format_bytes(peak_bytes)} of {format_bytes(plan.budget.device_bytes)}): "
+            "LMS stepped aside"
+        )
+    moved = [decision for decision in plan.moves if decision.choice in (Choice.HOST, Choice.DISK)]
+    operands = [sum(tape.values[value].size_bytes for value in {*op.reads, *op.writes}) for op in tape.ops]
+    largest = max(range(len(operands)), key=operands.__getitem__, default=-1)
+    widest = ""
+    if largest >= 0:
+        op = tape.ops[largest]
+        where = f" in {op.module}" if op.module else ""
+        widest = f"; largest single op {op.name}{where}: {format_bytes(operands[largest])}"
+    return (
+        f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {format_bytes(predicted.bytes_out)} out and "
+        f"{format_bytes(predicted.bytes_in)} in per step; predicted peak "
+        f"{format_bytes(predicted.peak_device_bytes)} of {format_bytes(plan.budget.device_bytes)}, step "
+        f"{predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting)" + widest
+    )

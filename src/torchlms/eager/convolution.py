@@ -1,0 +1,85 @@
+"""The room a convolution needs around it, so that cuDNN is never starved.
+
+[Note: Starved convolutions]
+When a convolution's workspace cannot be allocated no error comes. The caller of cuDNN swallows it,
+takes another algorithm (other bits, three to six times slower) and keeps that one for this shape
+for the life of the process. So room is made *before* the op, never after:
+
+- A shape met for the first time is given ample room: its results and twice the bytes of all its
+  operands and results, which evicts whatever can go. Measured need is at most about once that
+  (layout changes of operands and results are the workspace). What it really used is recorded.
+- From then on the known need is reserved before each call: allocated in the op's own order and
+  freed at once, so that the allocator finds the same blocks again. If that fails we evict and
+  reserve again; the failure meets our own allocation, not cuDNN's.
+- The allocator counts the failures it reports. A convolution during which that count grew without
+  an error was starved all the same, and ``starved`` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchlms.eager.sizes import Key, ResultSizes, signature
+
+_AMPLE_FACTOR = 2
+_AMPLE_FLOOR_BYTES = 256 << 20
+
+# Process-wide, as cuDNN's own cache is.
+_KNOWN_SCRATCH: dict[Key, int] = {}
+
+_NAMES = (
+    "convolution",
+    "convolution_backward",
+    "cudnn_convolution",
+    "cudnn_convolution_transpose",
+    "cudnn_convolution_relu",
+    "cudnn_convolution_add_relu",
+    "miopen_convolution",
+)
+
+
+def convolution_ops() -> frozenset[Any]:
+    """Every overload whose kernel is chosen by how much memory is free."""
+    packets = [getattr(torch.ops.aten, name, None) for name in _NAMES]
+    return frozenset(
+        getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()
+    )
+
+
+class ConvolutionRoom:
+    """Knows what each convolution needs, and reserves it."""
+
+    def __init__(self, sizes: ResultSizes) -> None:
+        self._sizes = sizes
+        self._ops = convolution_ops()
+        self.starved = 0
+
+    def concerns(self, func: Any) -> bool:
+        return func in self._ops
+
+    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[int], bool]:
+        """Blocks to reserve, in bytes and in the op's order, and whether the need is known."""
+        results = list(self._sizes.of(func, args, kwargs))
+        known = _KNOWN_SCRATCH.get(_key(func, args, kwargs))
+        if known is not None:
+            return [*results, known], True
+        operands = sum(arg.untyped_storage().nbytes() for arg in args if isinstance(arg, torch.Tensor))
+        ample = _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES
+        return [*results, ample], False
+
+    def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
+        key = _key(func, args, kwargs)
+        _KNOWN_SCRATCH[key] = max(scratch_bytes, _KNOWN_SCRATCH.get(key, 0))
+
+
+def reserve(device: torch.device, blocks: list[int]) -> None:
+    """Allocate ``blocks`` in order and free them at once; raises OutOfMemoryError if they do not fit."""
+    held = [torch.empty(size, dtype=torch.uint8, device=device) for size in blocks if size]
+    del held
+
+
+def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    flags = (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32)
+    return (signature(func, args, kwargs), flags)

@@ -1,0 +1,478 @@
+"""Engine: watches the ops of one thread's program and gives its saved tensors their places.
+
+[Note: Micro-steps]
+A micro-step is a forward pass with the backward passes over it, and whatever follows (optimizer,
+data, evaluation) until the next forward pass saves its first tensor. Accumulation, several losses
+and evaluation loops in between need no special treatment: each micro-step is one lap of the tape.
+
+A new micro-step begins when a tensor is saved outside any backward pass and either a backward
+pass has run since the last beginning or nothing saved since then is alive any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from torchlms.core.plan import Choice, Plan
+from torchlms.core.tape import Kind, Phase, Tape
+from torchlms.eager import private
+from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
+from torchlms.eager.program import Deed, Program
+from torchlms.eager.recorder import Recorder, tensors_in
+from torchlms.eager.routine import Routine, Signature, Verdict
+from torchlms.eager.saved import Kept, Saved, memoryless_alias
+from torchlms.eager.sizes import ResultSizes
+from torchlms.eager.slot import Slot, SlotOwner, Where, find
+from torchlms.memory.device import Copy, CpuDevice, CudaDevice
+from torchlms.memory.store import Place, Store
+
+log = logging.getLogger("torchlms")
+
+_PLAIN_TYPES = (torch.Tensor,)
+_CPU_ALIGNMENT = 64
+_DONE = 1 << 62  # no action is due before this op
+
+
+class Engine(SlotOwner):
+    """The moving parts of one ``LMS``; knows nothing of how plans are made."""
+
+    def __init__(
+        self,
+        device: CudaDevice | CpuDevice,
+        store: Store,
+        *,
+        budget_bytes: int,
+        kinds: Callable[[torch.UntypedStorage], Kind | None],
+        late_kinds: Callable[[], list[tuple[torch.UntypedStorage, Kind]]],
+        prepare: Callable[[Engine, Routine], None],
+        begin_recording: Callable[[int], None],
+    ) -> None:
+        self.device = device
+        self.store = store
+        self.sizes = ResultSizes()
+        self.rooms = ConvolutionRoom(self.sizes)
+        self.ladder = Ladder(device, store, self, self.sizes, budget_bytes)
+        self.kinds = kinds
+        self.late_kinds = late_kinds
+        self.prepare = prepare
+        self.begin_recording = begin_recording
+        self.routines: dict[Signature, Routine] = {}
+        self.routine: Routine | None = None
+        self.recorder: Recorder | None = None
+        self.program: Program | None = None
+        self.steps = 0  # micro-steps begun
+        self.step_times_s: list[float] = []  # of micro-steps that followed a plan
+        self.late_fetches = 0
+        self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
+        self.module = ""
+        self.quiet = False
+        self.dead = False  # closed, or inherited through a fork
+        self._live: dict[int, weakref.ref[Slot]] = {}
+        self._by_ordinal: dict[int, weakref.ref[Slot]] = {}
+        self._ordinal = 0
+        self._clock = 0
+        self._cursor = 0
+        self._due = _DONE
+        self._backward_seen = False
+        self._packs = 0
+        self._strayed = False
+        self._began_s = 0.0
+        self._hollows: dict[torch.dtype, torch.Tensor] = {}
+        self._watched_thread = threading.get_ident()
+        _ENGINES.add(self)
+
+    # -- ops ---------------------------------------------------------------------------------
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one op: act on the plan, make room, survive running out."""
+        if self.quiet or self.dead:
+            return func(*args, **kwargs)
+        self.quiet = True  # what we do ourselves is not part of the program
+        try:
+            if self._clock >= self._due:
+                self._follow()
+            self._make_room(func, args, kwargs)
+            if self.recorder is not None:
+                result = self._run_recorded(self.recorder, func, args, kwargs)
+            else:
+                result = self._attempt(func, args, kwargs)
+            if not self.device.is_cuda:
+                self._count(result)
+        finally:
+            self.quiet = False
+        self._clock += 1
+        return result
+
+    def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.device.is_cuda:
+            for tensor in tensors_in(args, kwargs):
+                self._ledger_add(tensor)
+            self.ladder.enter_in_ledger(func, args, kwargs, self.module)
+        elif self.rooms.concerns(func):
+            blocks, _ = self.rooms.need(func, args, kwargs)
+            self.ladder.reserve(blocks)
+
+    def _attempt(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        generator = _cuda_generator(self.device, func, kwargs)
+        offset = generator.get_offset() if generator is not None else 0
+        try:
+            return func(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if _writes_list(func):
+                raise  # it may have changed some of its list already
+            want_bytes = asked_bytes(error)
+        except RuntimeError as error:
+            if not (self.rooms.concerns(func) and starved_engine(error)):
+                raise
+            want_bytes = 0
+        # Outside the handler: the exception's frames hold the op's tensors.
+        if generator is not None:
+            generator.set_offset(offset)
+        return self.ladder.retry(func, args, kwargs, self.module, want_bytes)
+
+    def _run_recorded(
+        self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        recorder.before(args, kwargs)
+        try:
+            result = self._attempt(func, args, kwargs)
+        except BaseException:
+            recorder.abandon()
+            raise
+        recorder.after(func, result)
+        if self.device.is_cuda and self.rooms.concerns(func):
+            self.rooms.learn(func, args, kwargs, recorder.scratch_bytes)
+            if recorder.starved:
+                self.rooms.starved += 1
+        return result
+
+    def _count(self, result: Any) -> None:
+        for tensor in tensors_in((result,), {}):
+            self._ledger_add(tensor)
+
+    def _ledger_add(self, tensor: torch.Tensor) -> None:
+        device = self.device
+        if isinstance(device, CpuDevice) and tensor.device.type == "cpu":
+            device.ledger.add(tensor.untyped_storage())
+
+    # -- following a plan --------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Carry out every action that is due."""
+        program = self.program
+        if program is None:
+            self._due = _DONE
+            return
+        actions = program.actions
+        while self._cursor < len(actions) and actions[self._cursor].op <= self._clock:
+            action = actions[self._cursor]
+            self._cursor += 1
+            reference = self._by_ordinal.get(action.ordinal)
+            slot = reference() if reference is not None else None
+            if slot is None:
+                continue
+            if action.deed is Deed.SEND:
+                self._send(program, slot)
+            elif action.deed is Deed.RELEASE:
+                self._send(program, slot)  # if it could not go earlier
+                if slot.place is not None and slot.where is Where.HELD:
+                    slot.release()
+            elif slot.where is Where.AWAY and slot.first_use:
+                slot.fetch()
+        self._due = actions[self._cursor].op if self._cursor < len(actions) else _DONE
+
+    def _send(self, program: Program, slot: Slot) -> None:
+        decision = program.expected[slot.ordinal].decision
+        if decision is None or slot.place is not None or not slot.first_use or not slot.alone():
+            return
+        place: Place | None = None
+        if decision.choice is Choice.HOST:
+            place = self.store.place_planned(decision.offset_bytes, slot.size_bytes)
+        elif decision.choice is Choice.DISK:
+            place = self.store.place_on_disk(slot.size_bytes)
+        slot.send(place if place is not None else self.store.place(slot.size_bytes))
+
+    # -- saved tensors -----------------------------------------------------------------------
+
+    def pack(self, tensor: torch.Tensor) -> Kept | Saved:
+        """What autograd keeps instead of ``tensor``."""
+        was_quiet, self.quiet = self.quiet, True
+        try:
+            if self.dead or not self._movable(tensor):
+                return Kept(tensor.detach())
+            storage = tensor.untyped_storage()
+            slot = find(storage, self)
+            if slot is None:
+                slot = self._new_slot(tensor, storage)
+            return Saved(slot, tensor, memoryless_alias(tensor, self._hollow(tensor.dtype)))
+        finally:
+            self.quiet = was_quiet
+
+    def unpack(self, saved: Kept | Saved) -> torch.Tensor:
+        """The tensor again, after the check that plain PyTorch would have made."""
+        saved.check()
+        if isinstance(saved, Kept):
+            return saved.tensor
+        was_quiet, self.quiet = self.quiet, True
+        try:
+            if not self.dead:
+                self._note_use(saved.slot)
+            return saved.rebuild()
+        finally:
+            self.quiet = was_quiet
+
+    def _movable(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
+        if type(tensor) not in _PLAIN_TYPES or tensor.device != self.device.torch_device:
+            return False
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return False
+        if tensor._is_zerotensor() or private.inside_functorch():
+            return False
+        if isinstance(tensor._base, torch.nn.Parameter):
+            return False
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == 0 or not storage.resizable():
+            return False
+        if not self.device.is_cuda and storage.data_ptr() % _CPU_ALIGNMENT:
+            return False  # a copy would be aligned otherwise, and CPU kernels may then change bits
+        return self.kinds(storage) is None
+
+    def _new_slot(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Slot:
+        if self._begins_microstep():
+            self._begin_microstep(tensor)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        whole.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+        self._ledger_add(whole)
+        slot = Slot(self, whole, self._ordinal)
+        self._live[id(slot)] = self._by_ordinal[self._ordinal] = weakref.ref(slot)
+        self._ordinal += 1
+        if self.recorder is not None:
+            self.recorder.saved(slot)
+        if self.program is not None:
+            self._check_against(self.program, slot)
+        return slot
+
+    def _check_against(self, program: Program, slot: Slot) -> None:
+        if slot.ordinal < len(program.expected):
+            expected = program.expected[slot.ordinal]
+            if _rounded(expected.size_bytes) == _rounded(slot.size_bytes):
+                self._clock = expected.saved_at
+                return
+        self._strayed = True
+        self.program = None
+        self._due = _DONE
+
+    def _note_use(self, slot: Slot) -> None:
+        self._backward_seen = True
+        if self.recorder is not None:
+            if self.recorder.phase is not Phase.BACKWARD:
+                self.recorder.phase = Phase.BACKWARD
+                if private.in_backward():
+                    private.at_end_of_backward(self._backward_ended)
+            self.recorder.needed(slot)
+        elif self.program is not None and slot.first_use and slot.ordinal < len(self.program.expected):
+            needed_at = self.program.expected[slot.ordinal].needed_at
+            if needed_at >= 0:
+                self._clock = max(self._clock, needed_at)
+                if self._clock >= self._due:
+                    self._follow()
+            if slot.where is Where.AWAY:
+                self.late_fetches += 1
+        slot.first_use = False
+
+    def _backward_ended(self) -> None:
+        if self.recorder is not None:
+            self.recorder.phase = Phase.BETWEEN
+            self.recorder.module = ""
+
+    def _hollow(self, dtype: torch.dtype) -> torch.Tensor:
+        hollow = self._hollows.get(dtype)
+        if hollow is None:
+            hollow = torch.empty(0, dtype=dtype, device=self.device.torch_device)
+            self._hollows[dtype] = hollow
+        return hollow
+
+    # -- micro-steps -------------------------------------------------------------------------
+
+    def _begins_microstep(self) -> bool:
+        if self._ordinal == 0:
+            return True
+        if private.in_backward():
+            return False  # saved by a backward pass that is itself differentiable
+        return self.routine is None or self._backward_seen or not self._live
+
+    def _begin_microstep(self, first: torch.Tensor) -> None:
+        self.end_microstep()
+        self._ordinal = self._clock = self._cursor = 0
+        self._by_ordinal = {}
+        self._backward_seen = self._strayed = False
+        signature = (tuple(first.shape), first.dtype)
+        routine = self.routines.setdefault(signature, Routine(signature))
+        self.prepare(self, routine)
+        self.steps += 1
+        self.routine = routine
+        self._began_s = time.perf_counter()
+        if routine.verdict is Verdict.RECORD:
+            self.begin_recording(self.steps)
+            self.recorder = Recorder(self.device, self.kinds)
+        elif routine.verdict is Verdict.FOLLOW:
+            self.program = routine.program
+        if self.program is not None and self.program.actions:
+            self._due = self.program.actions[0].op
+
+    def settle(self) -> None:
+        """Between two forward passes: plan what is ready, without waiting for the next saved tensor."""
+        if self.routine is None or not self._backward_seen or private.in_backward():
+            return
+        routine = self.routine
+        self.end_microstep()
+        self.prepare(self, routine)
+
+    def restart_measuring(self) -> None:
+        """Peaks and counters from here on are those of planned steps."""
+        if self.device.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+        elif isinstance(self.device, CpuDevice):
+            self.device.ledger.reset_peak()
+        self.step_times_s.clear()
+        self.counted_from = (self.steps, self.store.bytes_out, self.store.bytes_in, self.store.disk_bytes)
+
+    def end_microstep(self) -> None:
+        """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""
+        routine, self.routine = self.routine, None
+        recorder, self.recorder = self.recorder, None
+        followed, self.program = self.program, None
+        self._due = _DONE
+        if routine is None:
+            return
+        if recorder is not None:
+            if self._backward_seen:
+                recorder.reclassify(self.late_kinds())
+                routine.recorded(recorder.finish())
+            recorder.closed = True
+            self.store.close_empty_slabs()
+        elif self._strayed and self._backward_seen:
+            routine.stray()
+        elif followed is not None:
+            routine.steps += 1
+            self.step_times_s.append(time.perf_counter() - self._began_s)
+
+    # -- SlotOwner ---------------------------------------------------------------------------
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        was_quiet, self.quiet = self.quiet, True
+        try:
+            target = self.ladder.allocate(size_bytes)
+        finally:
+            self.quiet = was_quiet
+        self._ledger_add(target)
+        return target
+
+    def start_out(self, source: torch.Tensor, place: Place) -> Copy:
+        return self._quietly(self.store.copy_out, source, place)
+
+    def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
+        return self._quietly(self.store.copy_in, place, target, after)
+
+    def _quietly(self, start: Callable[..., Copy], *arguments: Any) -> Copy:
+        was_quiet, self.quiet = self.quiet, True
+        try:
+            return start(*arguments)
+        finally:
+            self.quiet = was_quiet
+
+    def leaving(self, slot: Slot) -> None:
+        if self.recorder is not None:
+            self.recorder.leaving(slot)
+
+    def moved(self, slot: Slot) -> None:
+        if self.recorder is not None:
+            self.recorder.moved(slot)
+
+    def forget(self, slot: Slot) -> None:
+        self._live.pop(id(slot), None)
+        if self.recorder is not None:
+            self.recorder.forgotten(slot)
+
+    def living(self) -> Iterator[Slot]:
+        for reference in list(self._live.values()):
+            slot = reference()
+            if slot is not None:
+                yield slot
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Bring home what is still away, so that graphs that outlive us stay whole; idempotent."""
+        if self.dead:
+            return
+        self.end_microstep()
+        self.dead = True
+        for slot in self.living():
+            slot.take()
+
+    def plans(self) -> list[Plan]:
+        return [routine.program.plan for routine in self.routines.values() if routine.program is not None]
+
+    def last_tape(self) -> Tape | None:
+        for routine in reversed(self.routines.values()):
+            if routine.tapes:
+                return routine.tapes[-1]
+        return None
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _drop_in_child() -> None:
+    """A forked worker inherits the mode but none of the device's work: it must pass everything by."""
+    for engine in list(_ENGINES):
+        engine.dead = True
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def _rounded(size_bytes: int) -> int:
+    return -(-size_bytes // 512)
+
+
+_SEEDED: dict[Any, bool] = {}
+_LISTS: dict[Any, bool] = {}
+
+
+def _cuda_generator(
+    device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]
+) -> torch.Generator | None:
+    """The generator that ``func`` draws from, if it is a random op on a device that can run out inside it."""
+    seeded = _SEEDED.get(func)
+    if seeded is None:
+        seeded = _SEEDED[func] = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    if not seeded or not device.is_cuda:
+        return None
+    given = kwargs.get("generator")
+    if isinstance(given, torch.Generator):
+        return given if given.device.type == "cuda" else None
+    return torch.cuda.default_generators[device.torch_device.index or 0]
+
+
+def _writes_list(func: Any) -> bool:
+    """Whether ``func`` writes a list of tensors, so that a failure may leave it half done."""
+    known = _LISTS.get(func)
+    if known is None:
+        schema = getattr(func, "_schema", None)
+        known = _LISTS[func] = schema is not None and any(
+            argument.alias_info is not None and argument.alias_info.is_write and "[]" in str(argument.type)
+            for argument in schema.arguments
+        )
+    return known

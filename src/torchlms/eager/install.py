@@ -1,0 +1,79 @@
+"""Install: the dispatch mode and the saved-tensor hooks of one thread, put on and taken off as a pair."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchlms.eager import private
+from torchlms.eager.engine import Engine
+from torchlms.errors import NotSupported
+
+
+class WatchMode(TorchDispatchMode):
+    """Shows every op of this thread, and of the backward passes it starts, to the engine.
+
+    [Note: Compiled regions] Without these two declarations torch.compile sees a foreign mode and
+    falls back to eager for good. With them a compiled region runs as one opaque piece.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.engine.run(func, args, kwargs if kwargs is not None else {})
+
+
+class Installation:
+    """On or off. ``remove`` refuses to pop what somebody else pushed after us."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._mode: WatchMode | None = None
+        self._hooks: Any = None
+        self._thread = 0
+
+    @property
+    def on(self) -> bool:
+        return self._mode is not None
+
+    def put_on(self) -> None:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.engine.pack, self.engine.unpack)
+        self._hooks.__enter__()
+        self._mode = WatchMode(self.engine)
+        self._mode.__enter__()
+        self._thread = threading.get_ident()
+
+    def on_top(self) -> bool:
+        """Whether both can be popped now, in this thread, without touching anybody else's."""
+        if self._mode is None or self._thread != threading.get_ident():
+            return False
+        hooks = private.top_saved_tensor_hooks()
+        ours = hooks is None or hooks[0] == self.engine.pack
+        return ours and private.top_dispatch_mode() is self._mode
+
+    def take_off(self) -> None:
+        """Pop mode and hooks; NotSupported, and nothing popped, if they are not the innermost."""
+        if self._mode is None:
+            return
+        if not self.on_top():
+            raise NotSupported(
+                "LMS was closed while a dispatch mode or saved-tensor hooks entered after it were still open, "
+                "or from another thread: close contexts in the opposite order of opening them. "
+                "LMS is switched off, but its hooks stay in place, doing nothing, until this thread ends"
+            )
+        mode, hooks, self._mode, self._hooks = self._mode, self._hooks, None, None
+        mode.__exit__(None, None, None)
+        hooks.__exit__(None, None, None)

@@ -1,0 +1,192 @@
+"""Ladder: what happens when memory runs out. Let go of what was leaving anyway, evict, retry, refuse.
+
+An op is retried only where that is safe: the first attempt must not have changed its inputs, and a
+random op gets its generator back first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from torchlms.eager.convolution import reserve
+from torchlms.eager.recorder import tensors_in
+from torchlms.eager.slot import Slot, Where
+from torchlms.errors import BudgetTooSmall, LMSError
+from torchlms.memory.device import CudaDevice
+from torchlms.memory.limits import format_bytes
+
+if TYPE_CHECKING:
+    from torchlms.eager.sizes import ResultSizes
+    from torchlms.memory.device import CpuDevice
+    from torchlms.memory.store import Store
+
+_ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SMALL_BYTES = 1 << 20
+_LEAST_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
+
+
+class Population(Protocol):
+    """The slots there are, oldest first: the order in which backward needs them last."""
+
+    def living(self) -> Iterator[Slot]: ...
+
+
+class Ladder:
+    """Makes room under the budget, or says why it cannot."""
+
+    def __init__(
+        self,
+        device: CudaDevice | CpuDevice,
+        store: Store,
+        slots: Population,
+        sizes: ResultSizes,
+        budget_bytes: int,
+    ) -> None:
+        self.device = device
+        self.store = store
+        self.slots = slots
+        self.sizes = sizes
+        self.budget_bytes = budget_bytes
+        self.reclaims = 0  # times that room had to be made at once
+        self.reclaimed_bytes = 0
+        self.retries = 0  # ops that failed and were run again
+
+    # -- making room -------------------------------------------------------------------------
+
+    def reclaim(self, want_bytes: int) -> int:
+        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed."""
+        freed = 0
+        for slot in self._victims():
+            if freed >= want_bytes:
+                break
+            freed += self._evict(slot)
+        if freed:
+            self.reclaims += 1
+            self.reclaimed_bytes += freed
+        return freed
+
+    def reserve(self, blocks: list[int]) -> None:
+        """Make sure that ``blocks`` can be allocated together, by evicting. Gives way once nothing is
+        left to evict: the op may still find another way."""
+        while True:
+            try:
+                reserve(self.device.torch_device, blocks)
+                return
+            except torch.OutOfMemoryError as error:
+                want_bytes = asked_bytes(error)
+            if not self.reclaim(max(want_bytes, _LEAST_BYTES)):
+                return
+
+    def enter_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> None:
+        """CPU: make room in the ledger for what ``func`` is going to return, before it runs."""
+        need_bytes = sum(self.sizes.of(func, args, kwargs))
+        if need_bytes and not self.fit(need_bytes):
+            raise self.refusal(func, args, kwargs, module, need_bytes)
+
+    def fit(self, need_bytes: int) -> bool:
+        """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
+        over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
+        if over_bytes > 0:
+            self.reclaim(over_bytes)
+            over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
+        return over_bytes <= 0
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        """Device memory for a value that comes back."""
+        if not self.device.is_cuda:
+            if not self.fit(size_bytes):
+                raise self._no_way_back(size_bytes)
+            return torch.empty(size_bytes, dtype=torch.uint8)
+        while True:
+            try:
+                return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
+            except torch.OutOfMemoryError:
+                pass  # the exception holds frames and those hold tensors: let go of it first
+            if not self.reclaim(max(size_bytes, _LEAST_BYTES)):
+                raise self._no_way_back(size_bytes)
+
+    def _victims(self) -> Iterator[Slot]:
+        """What is already on its way, then large values, then all the rest; oldest first."""
+        living = list(self.slots.living())
+        yield from (slot for slot in living if slot.where is Where.HELD and slot.place is not None)
+        for large in (True, False):
+            for slot in living:
+                if slot.place is None and (slot.size_bytes >= _SMALL_BYTES) is large and slot.alone():
+                    yield slot
+
+    def _evict(self, slot: Slot) -> int:
+        if slot.place is None:
+            if not slot.alone():
+                return 0
+            slot.send(self.store.place(slot.size_bytes))
+        slot.release()
+        return slot.size_bytes
+
+    # -- retrying ----------------------------------------------------------------------------
+
+    def retry(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: str, want_bytes: int
+    ) -> Any:
+        """Run ``func`` again, each time after evicting more; BudgetTooSmall when nothing is left."""
+        want_bytes = max(want_bytes, _LEAST_BYTES)
+        while self.reclaim(want_bytes):
+            self.retries += 1
+            try:
+                return func(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                want_bytes = max(2 * want_bytes, asked_bytes(error))
+            except RuntimeError as error:
+                if not starved_engine(error):
+                    raise
+                want_bytes *= 2
+        raise self.refusal(func, args, kwargs, module, want_bytes)
+
+    # -- refusing ----------------------------------------------------------------------------
+
+    def refusal(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: str, missing_bytes: int
+    ) -> BudgetTooSmall:
+        """The one clear error: op, module, its bytes, and the smallest budget known to work."""
+        operands = _distinct_bytes(tensors_in(args, kwargs))
+        results = sum(self.sizes.of(func, args, kwargs))
+        smallest = max(self.device.allocated_bytes() + max(missing_bytes, results), self.budget_bytes + 1)
+        where = f" in {module}" if module else ""
+        return BudgetTooSmall(
+            f"{func}{where} needs {format_bytes(operands)} of operands and {format_bytes(results)} of results "
+            f"at once, and with everything else moved away {format_bytes(self.device.allocated_bytes())} are in "
+            f"use of a budget of {format_bytes(self.budget_bytes)}. As far as this step got, the smallest budget "
+            f"that works is {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
+            smallest_bytes=smallest,
+        )
+
+    def _no_way_back(self, size_bytes: int) -> LMSError:
+        smallest = self.device.allocated_bytes() + size_bytes
+        return BudgetTooSmall(
+            f"a saved tensor of {format_bytes(size_bytes)} must come back for backward, and with everything else "
+            f"moved away {format_bytes(self.device.allocated_bytes())} are in use of a budget of "
+            f"{format_bytes(self.budget_bytes)}. The smallest budget that works is at least "
+            f"{format_bytes(smallest)} ({smallest} bytes)",
+            smallest_bytes=smallest,
+        )
+
+
+def asked_bytes(error: BaseException) -> int:
+    """How much the failed allocation asked for, from the allocator's own words; 0 if it does not say."""
+    match = _ASKED.search(str(error))
+    return int(float(match[1]) * _UNITS[match[2]]) + 1 if match else 0
+
+
+def starved_engine(error: BaseException) -> bool:
+    """Whether this is cuDNN's way to say that no algorithm fits into memory."""
+    text = str(error).lower()
+    return "unable to find an engine" in text or "cudnn_status_alloc_failed" in text
+
+
+def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,327 @@
+"""Recorder: watches one micro-step and writes its tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.eager import private
+from torchlms.eager.slot import Slot, Where
+from torchlms.memory.device import CudaDevice
+
+if TYPE_CHECKING:
+    from torchlms.memory.device import CpuDevice, Mark
+
+_MARK = "_torchlms_value"
+_BLOCK_BYTES = 512  # the caching allocator's granularity
+
+
+class _ValueMark:
+    """Lives in a storage's Python object and reports its death to the recorder."""
+
+    __slots__ = ("moved", "recorder", "value")
+
+    def __init__(self, recorder: Recorder, value: int) -> None:
+        self.recorder = recorder
+        self.value = value
+        self.moved = False
+
+    def __del__(self) -> None:
+        if not self.moved:
+            self.recorder.died(self.value)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A value while it is still being watched."""
+
+    kind: Kind
+    size_bytes: int
+    birth: int
+    op: str = ""
+    module: str = ""
+    death: int | None = None
+    saved: int = -1
+    saved_at: int = -1
+    idle_from: int | None = None
+    needed_at: int | None = None
+
+
+@dataclass(slots=True)
+class _OpDraft:
+    name: str
+    module: str
+    phase: Phase
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    scratch_bytes: int
+    begin: Mark
+    end: Mark
+
+
+@dataclass(slots=True)
+class _Running:
+    """What was noted before the op that is running now."""
+
+    begin: Mark
+    allocated_bytes: int
+    ooms: int
+    reads: list[int] = field(default_factory=list)
+
+
+class Recorder:
+    """One micro-step: from its first saved tensor to the first saved tensor of the next.
+
+    Costs two device events, two looks at the allocator and some Python per op, so only the first
+    steps of a routine are recorded.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice | CpuDevice,
+        kinds: Callable[[torch.UntypedStorage], Kind | None],
+    ) -> None:
+        self.device = device
+        self.kinds = kinds
+        self.phase = Phase.FORWARD
+        self.module = ""
+        self.closed = False
+        self.scratch_bytes = 0  # of the op that ran last
+        self.starved = False  # whether an allocation failed silently in it
+        self._ops: list[_OpDraft] = []
+        self._values: list[_Draft] = []
+        self._waiting: dict[int, Slot] = {}  # saved, and still held by others
+        self._running: _Running | None = None
+        self._resident_bytes = device.allocated_bytes()
+
+    # -- ops ---------------------------------------------------------------------------------
+
+    def before(self, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
+        self._find_idle()
+        reads = [self._value_of(tensor) for tensor in self._here(args, kwargs)]
+        allocated, ooms = 0, 0
+        if isinstance(self.device, CudaDevice):
+            torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+            stats = private.allocator_stats(self.device.torch_device)
+            allocated, ooms = stats["allocated_bytes"]["all"]["current"], stats["num_ooms"]
+        self._running = _Running(self.device.mark(), allocated, ooms, [value for value in reads if value >= 0])
+
+    def abandon(self) -> None:
+        """The op that was about to be recorded raised: it never happened."""
+        self._running = None
+
+    def after(self, func: Any, result: Any) -> None:
+        running, self._running = self._running, None
+        assert running is not None
+        end = self.device.mark()
+        index = len(self._ops)
+        name = str(func)
+        fresh_bytes = 0
+        writes = []
+        for tensor in self._here((result,), {}):
+            storage = tensor.untyped_storage()
+            value = self._marked(storage)
+            if value is None:
+                value = self._new_value(storage, index, name)
+                fresh_bytes += self._values[value].size_bytes
+            writes.append(value)
+        self.scratch_bytes, self.starved = 0, False
+        if isinstance(self.device, CudaDevice):
+            stats = private.allocator_stats(self.device.torch_device)
+            peak = stats["allocated_bytes"]["all"]["peak"]
+            self.scratch_bytes = max(0, peak - running.allocated_bytes - fresh_bytes)
+            self.starved = stats["num_ooms"] > running.ooms
+        self._ops.append(
+            _OpDraft(
+                name,
+                self.module,
+                self.phase,
+                tuple(running.reads),
+                tuple(writes),
+                self.scratch_bytes,
+                running.begin,
+                end,
+            )
+        )
+
+    # -- values ------------------------------------------------------------------------------
+
+    def saved(self, slot: Slot) -> None:
+        """Autograd saved a storage for the first time in this micro-step."""
+        assert slot.bytes is not None
+        storage = slot.bytes.untyped_storage()
+        value = self._marked(storage)
+        if value is None:
+            value = self._adopt(storage)
+        slot.value = value
+        draft = self._values[value]
+        draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
+        self._waiting[value] = slot
+
+    def needed(self, slot: Slot) -> None:
+        """Autograd asks for a saved storage."""
+        if slot.value < 0:
+            return
+        draft = self._values[slot.value]
+        if draft.needed_at is None:
+            draft.needed_at = len(self._ops)
+        self._waiting.pop(slot.value, None)
+        if draft.module:
+            self.module = draft.module
+
+    def moved(self, slot: Slot) -> None:
+        """A slot's bytes left their storage, or came back in a new one: the same value all along."""
+        if slot.value < 0:
+            return
+        self._waiting.pop(slot.value, None)
+        if slot.where is Where.COMING and slot.bytes is not None:
+            setattr(slot.bytes.untyped_storage(), _MARK, _ValueMark(self, slot.value))
+
+    def leaving(self, slot: Slot) -> None:
+        """A slot is about to let its storage go, which is not the value's death."""
+        if slot.value < 0 or slot.bytes is None:
+            return
+        self._find_idle()
+        draft = self._values[slot.value]
+        if draft.idle_from is None:
+            draft.idle_from = len(self._ops)
+        mark = getattr(slot.bytes.untyped_storage(), _MARK, None)
+        if mark is not None and mark.recorder is self:
+            mark.moved = True
+
+    def died(self, value: int) -> None:
+        if not self.closed:
+            running = self._running is not None
+            self._values[value].death = len(self._ops) - (0 if running else 1)
+
+    def forgotten(self, slot: Slot) -> None:
+        """A slot died; if its bytes were away then so did the value."""
+        if slot.value >= 0:
+            self._waiting.pop(slot.value, None)
+            if slot.where is Where.AWAY:
+                self.died(slot.value)
+
+    def _find_idle(self) -> None:
+        """Note which saved storages nobody else holds any more, before the next op."""
+        idle = [value for value, slot in self._waiting.items() if slot.alone()]
+        for value in idle:
+            self._values[value].idle_from = len(self._ops)
+            del self._waiting[value]
+
+    def _here(self, args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        device = self.device.torch_device
+        return [tensor for tensor in tensors_in(args, kwargs) if tensor.device == device]
+
+    def _marked(self, storage: torch.UntypedStorage) -> int | None:
+        mark: _ValueMark | None = getattr(storage, _MARK, None)
+        return mark.value if mark is not None and mark.recorder is self else None
+
+    def _value_of(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        value = self._marked(storage)
+        return self._adopt(storage) if value is None else value
+
+    def _adopt(self, storage: torch.UntypedStorage) -> int:
+        """A storage that was there before the tape began: until now it counted as resident."""
+        value = self._new_value(storage, -1, "")
+        self._resident_bytes -= self._values[value].size_bytes
+        return value
+
+    def _new_value(self, storage: torch.UntypedStorage, birth: int, op: str) -> int:
+        size_bytes = storage.nbytes()
+        if self.device.is_cuda:
+            size_bytes = -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        kind = self.kinds(storage)
+        if kind is None:
+            kind = Kind.INPUT if birth < 0 else Kind.ACTIVATION
+        value = len(self._values)
+        self._values.append(_Draft(kind, size_bytes, birth, op, self.module))
+        setattr(storage, _MARK, _ValueMark(self, value))
+        return value
+
+    # -- the tape ----------------------------------------------------------------------------
+
+    def finish(self, *, model: str = "") -> Tape:
+        """The tape of what was seen; the recorder is closed afterwards."""
+        self.closed = True
+        self.device.synchronize()
+        count = len(self._ops)
+        return Tape(
+            ops=tuple(
+                Op(op.name, op.module, op.phase, op.end.since_s(op.begin), op.reads, op.writes, op.scratch_bytes)
+                for op in self._ops
+            ),
+            values=tuple(_finished(index, draft, count) for index, draft in enumerate(self._values)),
+            resident_bytes=max(0, self._resident_bytes),
+            device=device_name(self.device.torch_device),
+            torch=torch.__version__,
+            model=model,
+        )
+
+    def reclassify(self, storages: Iterable[tuple[torch.UntypedStorage, Kind]]) -> None:
+        """Correct the kind of values that only later turned out to be gradients or states."""
+        for storage, kind in storages:
+            value = self._marked(storage)
+            if value is not None:
+                self._values[value].kind = kind
+
+
+def _finished(index: int, draft: _Draft, count: int) -> Value:
+    death = count if draft.death is None else draft.death
+    idle, why_not = _idle(draft, count)
+    return Value(
+        id=index,
+        kind=draft.kind,
+        size_bytes=draft.size_bytes,
+        birth=draft.birth,
+        death=max(death, draft.birth, 0),
+        idle=idle,
+        saved=draft.saved,
+        saved_at=draft.saved_at,
+        movable=bool(idle),
+        why_not=why_not,
+        op=draft.op,
+        module=draft.module,
+    )
+
+
+def _idle(draft: _Draft, count: int) -> tuple[tuple[Stretch, ...], str]:
+    if draft.saved < 0:
+        return (), ""
+    if draft.needed_at is None:
+        return (), "saved, but never asked for"
+    if draft.idle_from is None or draft.idle_from >= draft.needed_at:
+        return (), "somebody else holds it until it is needed"
+    return (Stretch(draft.idle_from, min(draft.needed_at, count)),), ""
+
+
+def tensors_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Plain tensors among arguments or results, lists included."""
+    found = []
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            found.extend(tensors_in(item, {}))
+    return [tensor for tensor in found if tensor.layout is torch.strided]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def best_of(tapes: list[Tape]) -> Tape:
+    """The last tape, with each op's shortest time where the tapes agree on the ops.
+
+    A first run pays for loading kernels and choosing algorithms, which later steps do not.
+    """
+    last = tapes[-1]
+    alike = [tape for tape in tapes if [op.name for op in tape.ops] == [op.name for op in last.ops]]
+    ops = tuple(
+        replace(op, time_s=min(tape.ops[index].time_s for tape in alike)) for index, op in enumerate(last.ops)
+    )
+    return replace(last, ops=ops)

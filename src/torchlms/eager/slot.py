@@ -1,0 +1,182 @@
+"""Slot: the bytes of one storage that autograd saved, wherever they are.
+
+[Note: A value leaves only when nobody else holds it]
+Plain autograd saves references: every saver of a storage sees its bytes as they are at backward.
+So all savers of one storage share one slot, and its bytes leave the device only while no tensor
+but the slot's own refers to the storage (``alone``). Then nobody can write to it behind our back,
+declared or not, and letting go of it frees memory for certain. The link from storage to slot lives
+in the storage's own Python object, which dies with it: an address is never a key.
+
+States, and what is held in each:
+
+    HELD      device bytes; once sent also ``place`` and the copy out
+    AWAY      ``place`` only
+    COMING    device bytes with a copy in in flight, and ``place``
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchlms.eager.private import others_hold
+
+if TYPE_CHECKING:
+    from torchlms.memory.device import Copy
+    from torchlms.memory.store import Place
+
+_MARK = "_torchlms_slot"
+
+
+class Where(Enum):
+    HELD = "held"
+    AWAY = "away"
+    COMING = "coming"
+
+
+class SlotOwner:
+    """What a slot needs of the engine: memory to come back to, copies, and to be told of its end."""
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def start_out(self, source: torch.Tensor, place: Place) -> Copy:
+        raise NotImplementedError
+
+    def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
+        raise NotImplementedError
+
+    def leaving(self, slot: Slot) -> None:
+        """The slot is about to let its device bytes go."""
+        raise NotImplementedError
+
+    def moved(self, slot: Slot) -> None:
+        """The slot's bytes now live in another storage than before, or in none."""
+        raise NotImplementedError
+
+    def forget(self, slot: Slot) -> None:
+        raise NotImplementedError
+
+
+class Slot:
+    """Created when a storage is first saved, gone when its last saver is."""
+
+    __slots__ = (
+        "__weakref__",
+        "bytes",
+        "copy_in",
+        "copy_out",
+        "first_use",
+        "ordinal",
+        "owner",
+        "pid",
+        "place",
+        "size_bytes",
+        "value",
+        "where",
+    )
+
+    def __init__(self, owner: SlotOwner, storage_bytes: torch.Tensor, ordinal: int) -> None:
+        self.owner = owner
+        self.ordinal = ordinal
+        self.bytes: torch.Tensor | None = storage_bytes
+        self.size_bytes = storage_bytes.numel()
+        self.where = Where.HELD
+        self.place: Place | None = None
+        self.copy_out: Copy | None = None
+        self.copy_in: Copy | None = None
+        self.value = -1  # the tape's id, while recording
+        self.first_use = True  # not unpacked yet
+        self.pid = os.getpid()
+        link(storage_bytes.untyped_storage(), self)
+
+    def alone(self) -> bool:
+        """Whether nobody but this slot holds the storage, so that its bytes may leave."""
+        return (
+            self.where is Where.HELD
+            and self.bytes is not None
+            and not others_hold(self.bytes.untyped_storage(), ours=1)
+        )
+
+    # -- out ---------------------------------------------------------------------------------
+
+    def send(self, place: Place) -> None:
+        """Start the copy out to ``place``; the device bytes stay until ``release``."""
+        assert self.bytes is not None
+        self.place = place
+        self.copy_out = self.owner.start_out(self.bytes, place)
+
+    def release(self) -> None:
+        """Let the device bytes go once the copy out has passed; needs ``send`` before."""
+        assert self.place is not None
+        assert self.copy_out is not None
+        self._settle()
+        self.owner.leaving(self)
+        self.bytes = None
+        self.where = Where.AWAY
+        self.owner.moved(self)
+
+    # -- back --------------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Allocate device bytes and start the copy in."""
+        assert self.where is Where.AWAY
+        assert self.place is not None
+        target = self.owner.allocate(self.size_bytes)
+        self.copy_in = self.owner.start_in(self.place, target, self.copy_out)
+        self.bytes = target
+        self.where = Where.COMING
+        link(target.untyped_storage(), self)
+        self.owner.moved(self)
+
+    def take(self) -> torch.UntypedStorage:
+        """The storage with the bytes in it, usable by the compute queue from here on."""
+        if self.where is Where.AWAY:
+            self.fetch()
+        if self.where is Where.COMING:
+            assert self.copy_in is not None
+            self._settle()
+            self.where = Where.HELD
+        # From here on somebody may write to the bytes, so the copy elsewhere is no longer theirs.
+        self._free_place()
+        assert self.bytes is not None
+        return self.bytes.untyped_storage()
+
+    def _settle(self) -> None:
+        """Order the compute queue after every copy that still touches the device bytes."""
+        if self.copy_out is not None:
+            self.copy_out.wait()
+        if self.copy_in is not None:
+            self.copy_in.wait()
+            self.copy_in = None
+
+    def _free_place(self) -> None:
+        if self.place is not None:
+            self.place.free()
+            self.place = None
+            self.copy_out = None
+
+    def __del__(self) -> None:
+        if self.pid != os.getpid():
+            return  # a forked child owns neither the device bytes nor the places
+        try:
+            self._settle()
+        finally:
+            self._free_place()
+            self.owner.forget(self)
+
+
+def link(storage: torch.UntypedStorage, slot: Slot) -> None:
+    """Let later savers of ``storage`` find ``slot``. The link holds no reference."""
+    setattr(storage, _MARK, weakref.ref(slot))
+
+
+def find(storage: torch.UntypedStorage, owner: SlotOwner) -> Slot | None:
+    """The live slot of ``storage`` under ``owner``, if any."""
+    mark = getattr(storage, _MARK, None)
+    slot: Slot | None = mark() if mark is not None else None
+    return slot if slot is not None and slot.owner is owner else None

@@ -1,0 +1,62 @@
+"""The errors a user can meet.
+
+LMSError                  anything this package refuses or could not do
+├── BudgetTooSmall        no plan exists below this budget; carries the smallest that works
+├── HostBudgetTooSmall    host memory or disk cannot hold what must leave the device
+├── BadOption             an option that cannot be read, or that contradicts another
+├── PlanMismatch          a plan or tape file made for something else
+├── NotSupported          a device, nesting or transform this package does not handle
+└── SpillError            the spill file could not be made, written or read (also an OSError)
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadOption",
+    "BudgetTooSmall",
+    "HostBudgetTooSmall",
+    "LMSError",
+    "NotSupported",
+    "PlanMismatch",
+    "SpillError",
+]
+
+
+class LMSError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class BudgetTooSmall(LMSError):
+    """The device budget is below what a single op needs at once.
+
+    ``smallest_bytes`` is the smallest budget known to work: from a whole recorded step if one
+    was recorded, otherwise from the part of the step that has run so far.
+    """
+
+    def __init__(self, message: str, *, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+class HostBudgetTooSmall(LMSError):
+    """Host memory and disk together cannot hold what must leave; ``missing_bytes`` says by how much."""
+
+    def __init__(self, message: str, *, missing_bytes: int) -> None:
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
+
+
+class BadOption(LMSError, ValueError):
+    """An option could not be read, or contradicts another."""
+
+
+class PlanMismatch(LMSError):
+    """A plan or tape file does not belong to this model, shape, torch version or schema."""
+
+
+class NotSupported(LMSError):
+    """Something this package does not handle, said before anything was changed."""
+
+
+class SpillError(LMSError, OSError):
+    """The spill file could not be made, written or read; ``errno`` is the system's reason."""

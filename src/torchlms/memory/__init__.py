@@ -1,0 +1,1 @@
+"""The places: bytes and transfers, no policy."""

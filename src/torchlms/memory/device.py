@@ -1,0 +1,181 @@
+"""Device: the verbs the executor needs of a place that computes, on CUDA and on the CPU.
+
+The CPU stands in for a device with the same verbs: its copies are futures instead of stream work,
+and its budget is a ledger instead of the allocator's cap. Nothing above this file asks which it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import torch
+
+from torchlms.errors import BudgetTooSmall, NotSupported
+from torchlms.memory.ledger import Ledger
+from torchlms.memory.limits import format_bytes
+
+
+class Copy(Protocol):
+    """A copy in flight. Whoever drops the bytes it touches must ``wait`` first."""
+
+    def wait(self) -> None:
+        """Order the compute queue after the copy; on the CPU, block until it is done."""
+
+    def done(self) -> bool: ...
+
+
+class Mark(Protocol):
+    """A point on the compute queue that can be asked for the time since another."""
+
+    def since_s(self, earlier: Any) -> float: ...
+
+
+class Device(Protocol):
+    """What both kinds of device can do."""
+
+    torch_device: torch.device
+    is_cuda: bool
+
+    def cap(self, budget_bytes: int) -> None: ...
+    def uncap(self) -> None: ...
+    def allocated_bytes(self) -> int: ...
+    def mark(self) -> Mark: ...
+    def synchronize(self) -> None: ...
+
+
+class CudaCopy:
+    """An event on a copy stream, and the copy that recorded it."""
+
+    __slots__ = ("event",)
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+
+class FutureCopy:
+    """Work of a thread. On a device it ends with a copy whose event ``wait`` also needs."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def wait(self) -> None:
+        last = self.future.result()
+        if isinstance(last, CudaCopy):
+            last.wait()
+
+    def done(self) -> bool:
+        return self.future.done() and self.future.exception() is None
+
+
+class CudaMark:
+    __slots__ = ("event",)
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def since_s(self, earlier: CudaMark) -> float:
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class CpuMark:
+    __slots__ = ("at_s",)
+
+    def __init__(self) -> None:
+        self.at_s = time.perf_counter()
+
+    def since_s(self, earlier: CpuMark) -> float:
+        return self.at_s - earlier.at_s
+
+
+class CudaDevice:
+    """One CUDA device; its budget is what the caching allocator may reserve."""
+
+    is_cuda = True
+
+    def __init__(self, torch_device: torch.device) -> None:
+        index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
+        self.torch_device = torch.device("cuda", index)
+        self.total_bytes = int(torch.cuda.get_device_properties(index).total_memory)
+        self._fraction_before: float | None = None
+
+    def available_bytes(self) -> int:
+        """What this process could have: free now, plus what its allocator already holds."""
+        free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
+        return int(free_bytes) + torch.cuda.memory_reserved(self.torch_device)
+
+    def cap(self, budget_bytes: int) -> None:
+        """Limit what the allocator may reserve; the earlier limit is kept for ``uncap``."""
+        if torch.cuda.memory_reserved(self.torch_device) > budget_bytes:
+            torch.cuda.empty_cache()
+        reserved_bytes = torch.cuda.memory_reserved(self.torch_device)
+        if reserved_bytes > budget_bytes:
+            raise BudgetTooSmall(
+                f"{format_bytes(reserved_bytes)} of {self.torch_device} are in use already, more than the "
+                f"budget of {format_bytes(budget_bytes)}: the smallest budget now is "
+                f"{format_bytes(reserved_bytes)} ({reserved_bytes} bytes), or free tensors first",
+                smallest_bytes=reserved_bytes,
+            )
+        if self._fraction_before is None:
+            self._fraction_before = float(torch.cuda.get_per_process_memory_fraction(self.torch_device))
+        fraction = min(1.0, budget_bytes / self.total_bytes)
+        torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
+
+    def uncap(self) -> None:
+        if self._fraction_before is not None:
+            torch.cuda.set_per_process_memory_fraction(self._fraction_before, self.torch_device)
+            self._fraction_before = None
+
+    def allocated_bytes(self) -> int:
+        return int(torch.cuda.memory_allocated(self.torch_device))
+
+    def mark(self) -> CudaMark:
+        return CudaMark()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+
+class CpuDevice:
+    """The CPU as a device; its budget is enforced by whoever asks the ledger before allocating."""
+
+    is_cuda = False
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.torch_device = torch.device("cpu")
+        self.ledger = ledger
+
+    def cap(self, budget_bytes: int) -> None:
+        del budget_bytes
+
+    def uncap(self) -> None:
+        pass
+
+    def allocated_bytes(self) -> int:
+        return self.ledger.live_bytes
+
+    def mark(self) -> CpuMark:
+        return CpuMark()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def open_device(torch_device: torch.device, make_ledger: Callable[[], Ledger] = Ledger) -> CudaDevice | CpuDevice:
+    """The Device for ``torch_device``; NotSupported names what is."""
+    if torch_device.type == "cuda":
+        return CudaDevice(torch_device)
+    if torch_device.type == "cpu":
+        return CpuDevice(make_ledger())
+    raise NotSupported(f"device {torch_device} is not supported; cuda and cpu are")

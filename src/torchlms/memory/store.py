@@ -1,0 +1,303 @@
+"""Store: places off the device, and the copies to and from them.
+
+A ``Place`` is somewhere bytes can wait: a region of a planned arena, of an unplanned slab, or of
+the spill file. Copies out run in order on one queue, copies back on another; a copy back starts
+only after the copy out of the same bytes has ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from torchlms.errors import HostBudgetTooSmall
+from torchlms.memory.arena import Arena
+from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy
+from torchlms.memory.disk import SpillFile
+from torchlms.memory.limits import format_bytes
+
+SLAB_BYTES = 1 << 30
+
+
+class Place:
+    """Bytes waiting off the device. Freed once, by ``free``; safe to free twice."""
+
+    __slots__ = ("_release", "arena", "offset_bytes", "size_bytes", "tier")
+
+    def __init__(
+        self, tier: str, offset_bytes: int, size_bytes: int, arena: Arena | None, release: Callable[[], None]
+    ) -> None:
+        self.tier = tier
+        self.offset_bytes = offset_bytes
+        self.size_bytes = size_bytes
+        self.arena = arena
+        self._release: Callable[[], None] | None = release
+
+    def free(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+class Store:
+    """Host memory and disk under their budgets, for one device.
+
+    ``planned`` is the arena of the current plan (pinned, exact); ``slabs`` hold what leaves
+    without a plan (pageable, made as needed). On the CPU there is no host tier, only the file.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice | CpuDevice,
+        *,
+        host_budget_bytes: int,
+        disk_budget_bytes: int,
+        disk_dir: str | os.PathLike[str] | None,
+    ) -> None:
+        self.device = device
+        self.host_budget_bytes = host_budget_bytes
+        self.disk_budget_bytes = disk_budget_bytes
+        self.disk_dir = disk_dir
+        self.planned: Arena | None = None
+        self.slabs: list[Arena] = []
+        self.spill: SpillFile | None = None
+        self.peak_host_bytes = 0
+        self.bytes_out = 0
+        self.bytes_in = 0
+        self.disk_bytes = 0
+        self._workers: ThreadPoolExecutor | None = None
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._last_in: torch.cuda.Event | None = None
+
+    # -- places ------------------------------------------------------------------------------
+
+    def plan_arena(self, size_bytes: int) -> None:
+        """Replace the planned arena by one of exactly ``size_bytes``; nothing may live in the old one."""
+        if self.planned is not None and self.planned.capacity_bytes == size_bytes:
+            return
+        if self.planned is not None:
+            self.device.synchronize()
+            self.planned.close()
+            self.planned = None
+        self.close_empty_slabs()
+        if size_bytes and self.device.is_cuda:
+            self.planned = Arena(size_bytes, pinned=True)
+        self._note_host_peak()
+
+    def place_planned(self, offset_bytes: int, size_bytes: int) -> Place | None:
+        """The planned region at ``offset_bytes``, or None while something else still lives there."""
+        arena = self.planned
+        if arena is None or arena.closed or not arena.reserve(offset_bytes, size_bytes):
+            return None
+        return Place("host", offset_bytes, size_bytes, arena, lambda: arena.free(offset_bytes))
+
+    def place(self, size_bytes: int) -> Place:
+        """Anywhere off the device: host memory first, then disk; HostBudgetTooSmall when neither holds it."""
+        if self.device.is_cuda:
+            found = self._place_in_slabs(size_bytes)
+            if found is not None:
+                return found
+        return self.place_on_disk(size_bytes)
+
+    def place_on_disk(self, size_bytes: int) -> Place:
+        spill = self._open_spill()
+        offset_bytes = spill.allocate(size_bytes)
+        if offset_bytes is None:
+            raise HostBudgetTooSmall(
+                f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but host memory "
+                f"({format_bytes(self.host_bytes())} of {format_bytes(self.host_budget_bytes)} in use) and disk "
+                f"({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise host_budget or "
+                "disk_budget, free disk space, or use a smaller batch",
+                missing_bytes=size_bytes,
+            )
+        return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
+
+    def host_bytes(self) -> int:
+        planned = self.planned.capacity_bytes if self.planned is not None else 0
+        return planned + sum(slab.capacity_bytes for slab in self.slabs)
+
+    def planned_bytes(self) -> int:
+        """Bytes of the pinned arena."""
+        return self.planned.capacity_bytes if self.planned is not None else 0
+
+    def close_empty_slabs(self) -> None:
+        """Give unplanned host memory back; slabs that still hold something stay."""
+        for slab in [slab for slab in self.slabs if slab.in_use_bytes == 0]:
+            slab.close()
+            self.slabs.remove(slab)
+
+    def _place_in_slabs(self, size_bytes: int) -> Place | None:
+        for slab in self.slabs:
+            offset_bytes = slab.allocate(size_bytes)
+            if offset_bytes is not None:
+                return _region(slab, offset_bytes, size_bytes)
+        room_bytes = self.host_budget_bytes - self.host_bytes()
+        slab_bytes = min(max(SLAB_BYTES, size_bytes), room_bytes)
+        if slab_bytes < size_bytes:
+            return None
+        try:
+            slab = Arena(slab_bytes, pinned=False)
+        except HostBudgetTooSmall:
+            return None
+        slab.touch()
+        self.slabs.append(slab)
+        self._note_host_peak()
+        offset_bytes = slab.allocate(size_bytes)
+        return None if offset_bytes is None else _region(slab, offset_bytes, size_bytes)
+
+    def _note_host_peak(self) -> None:
+        self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes())
+
+    def _open_spill(self) -> SpillFile:
+        if self.spill is None:
+            self.spill = SpillFile(self.disk_dir, self.disk_budget_bytes)
+        return self.spill
+
+    # -- copies ------------------------------------------------------------------------------
+
+    def copy_out(self, source: torch.Tensor, place: Place) -> Copy:
+        """Start copying ``source`` (uint8, on the device) to ``place``, after the work queued so far."""
+        self.bytes_out += place.size_bytes
+        if not isinstance(self.device, CudaDevice):
+            self.disk_bytes += place.size_bytes
+            return FutureCopy(self._open_spill().write(place.offset_bytes, source))
+        if place.arena is not None:
+            return self._device_to_host(source, _view(place))
+        self.disk_bytes += place.size_bytes
+        staging = self._staging(place.size_bytes)
+        leaving = self._device_to_host(source, _view(staging))
+        place_write = self._pool().submit(self._write_behind, leaving, staging, place)
+        return _Leaving(leaving, place_write)
+
+    def copy_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
+        """Start copying ``place`` to ``target`` (uint8, on the device); ``after`` is its copy out."""
+        self.bytes_in += place.size_bytes
+        if not isinstance(self.device, CudaDevice):
+            return FutureCopy(self._pool().submit(self._read_cpu, place, target, after))
+        if place.arena is not None:
+            return self._host_to_device(_view(place), target, after)
+        ready = torch.cuda.Event()
+        ready.record()  # the target's memory belongs to earlier work until here
+        return FutureCopy(self._pool().submit(self._read_ahead, place, target, after, ready))
+
+    def _device_to_host(self, source: torch.Tensor, target: torch.Tensor) -> CudaCopy:
+        out_stream, _ = self._open_streams()
+        out_stream.wait_stream(torch.cuda.current_stream())
+        if self._last_in is not None:
+            out_stream.wait_event(self._last_in)  # a region may be rewritten only after it was read
+        with torch.cuda.stream(out_stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return CudaCopy(event)
+
+    def _host_to_device(
+        self, source: torch.Tensor, target: torch.Tensor, after: Copy | None, ready: torch.cuda.Event | None = None
+    ) -> CudaCopy:
+        _, in_stream = self._open_streams()
+        if ready is not None:
+            in_stream.wait_event(ready)
+        else:
+            in_stream.wait_stream(torch.cuda.current_stream())
+        if isinstance(after, CudaCopy):
+            in_stream.wait_event(after.event)
+        with torch.cuda.stream(in_stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._last_in = event
+        return CudaCopy(event)
+
+    def _write_behind(self, leaving: CudaCopy, staging: Place, place: Place) -> None:
+        try:
+            leaving.event.synchronize()
+            self._open_spill().write(place.offset_bytes, _view(staging)).result()
+        finally:
+            staging.free()
+
+    def _read_ahead(
+        self, place: Place, target: torch.Tensor, after: Copy | None, ready: torch.cuda.Event
+    ) -> CudaCopy:
+        if isinstance(after, _Leaving):
+            after.written.result()
+        staging = self._staging(place.size_bytes)
+        try:
+            self._open_spill().read(place.offset_bytes, _view(staging)).result()
+            copy = self._host_to_device(_view(staging), target, None, ready)
+            copy.event.synchronize()
+            return copy
+        finally:
+            staging.free()
+
+    def _read_cpu(self, place: Place, target: torch.Tensor, after: Copy | None) -> None:
+        if after is not None:
+            after.wait()
+        self._open_spill().read(place.offset_bytes, target).result()
+
+    def _staging(self, size_bytes: int) -> Place:
+        """Host memory a value passes through on its way to or from disk; outside ``host_budget`` if it must be."""
+        found = self._place_in_slabs(size_bytes)
+        if found is not None:
+            return found
+        arena = Arena(size_bytes, pinned=False)
+        return Place("host", 0, size_bytes, arena, arena.close)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(2, thread_name_prefix="torchlms-store")
+        return self._workers
+
+    def _open_streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        if self._streams is None:
+            device = self.device.torch_device
+            self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+        return self._streams
+
+    def close(self) -> None:
+        """Wait for what is in flight and give everything back; idempotent."""
+        if self._workers is not None:
+            self._workers.shutdown(wait=True)
+            self._workers = None
+        if self._streams is not None:
+            self.device.synchronize()
+            self._streams = None
+        if self.planned is not None:
+            self.planned.close()
+            self.planned = None
+        for slab in self.slabs:
+            slab.close()
+        self.slabs.clear()
+        if self.spill is not None:
+            self.spill.close()
+            self.spill = None
+
+
+class _Leaving:
+    """Device to host to disk: the device bytes are free after the first half."""
+
+    __slots__ = ("first", "written")
+
+    def __init__(self, first: CudaCopy, written: Future[Any]) -> None:
+        self.first = first
+        self.written = written
+
+    def wait(self) -> None:
+        if self.written.done():
+            self.written.result()  # a failed write must not pass unnoticed
+        self.first.wait()
+
+    def done(self) -> bool:
+        return self.first.done()
+
+
+def _region(arena: Arena, offset_bytes: int, size_bytes: int) -> Place:
+    return Place("host", offset_bytes, size_bytes, arena, lambda: arena.free(offset_bytes))
+
+
+def _view(place: Place) -> torch.Tensor:
+    assert place.arena is not None
+    return place.arena.view(place.offset_bytes, place.size_bytes)

@@ -1,0 +1,87 @@
+"""Report: what was decided, why, and whether it came true, as text for a terminal or a log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchlms.memory.limits import format_bytes
+
+if TYPE_CHECKING:
+    from torchlms.core.plan import Plan
+    from torchlms.core.tape import Tape
+
+_MOST_ROWS = 20
+
+
+def report_text(stats: dict[str, Any], tape: Tape | None, plan: Plan | None) -> str:
+    """A few lines on how it went, then the largest values that moved and the reason for each."""
+    lines = [_state_line(stats)]
+    if plan is not None and tape is not None:
+        lines += _comparison(stats)
+        lines += _choices(stats)
+        lines += _moved(tape, plan)
+    return "\n".join(lines)
+
+
+def _state_line(stats: dict[str, Any]) -> str:
+    explained = {
+        "off": "not on",
+        "record": "recording: the plan is not made yet",
+        "guard": "on, following a plan",
+        "aside": "everything fits: LMS stepped aside",
+    }
+    line = f"LMS is {explained[stats['state']]}; {stats['steps']} steps"
+    if stats["steps"]:
+        line += f", {stats['record_steps']} of them recorded; budget {format_bytes(stats['budget_bytes'])}"
+    return line
+
+
+def _comparison(stats: dict[str, Any]) -> list[str]:
+    predicted = stats["predicted"]
+    rows = [
+        (
+            "peak allocated",
+            format_bytes(predicted["peak_device_bytes"]),
+            format_bytes(stats["peak_device_bytes"]),
+        ),
+        (
+            "peak reserved",
+            format_bytes(predicted["peak_reserved_bytes"]),
+            format_bytes(stats["peak_reserved_bytes"]),
+        ),
+        ("step", f"{predicted['step_s'] * 1e3:.1f} ms", f"{stats['measured_step_s'] * 1e3:.1f} ms"),
+        ("host arena", format_bytes(predicted["arena_bytes"]), format_bytes(stats["pinned_bytes"])),
+    ]
+    lines = [f"{'':16} {'predicted':>12} {'measured':>12}"]
+    lines += [f"{name:16} {before:>12} {after:>12}" for name, before, after in rows]
+    lines.append(
+        f"out {format_bytes(stats['bytes_out_per_step'])} and in {format_bytes(stats['bytes_in_per_step'])} per "
+        f"step; made room at once {stats['reclaims']} times, retried {stats['retries']} ops, "
+        f"{stats['late_fetches']} values came late, {stats['starved_convolutions']} convolutions starved"
+    )
+    return lines
+
+
+def _choices(stats: dict[str, Any]) -> list[str]:
+    parts = [
+        f"{name} {entry['values']} ({format_bytes(entry['bytes'])})"
+        for name, entry in stats["plan"].items()
+        if entry["values"]
+    ]
+    return ["values that could move: " + ", ".join(parts)] if parts else []
+
+
+def _moved(tape: Tape, plan: Plan) -> list[str]:
+    moves = sorted(plan.moves, key=lambda decision: -tape.values[decision.value].size_bytes)
+    if not moves:
+        return []
+    lines = [f"{'size':>10}  {'choice':8} {'made by':34} {'in module':28} why"]
+    for decision in moves[:_MOST_ROWS]:
+        value = tape.values[decision.value]
+        lines.append(
+            f"{format_bytes(value.size_bytes):>10}  {decision.choice.value:8} {value.op or value.kind.value:34.34} "
+            f"{value.module:28.28} {decision.reason}"
+        )
+    if len(moves) > _MOST_ROWS:
+        lines.append(f"... and {len(moves) - _MOST_ROWS} more")
+    return lines

@@ -1,0 +1,93 @@
+"""Statistics: what a session did, as plain numbers."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlms.core.plan import Choice, Plan
+from torchlms.core.tape import Tape
+
+if TYPE_CHECKING:
+    from torchlms.eager.engine import Engine
+
+
+def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
+    """Counters of ``engine``; peaks and per-step figures are of planned steps once there are any."""
+    if engine is None:
+        return {"state": state, "steps": 0}
+    plans = engine.plans()
+    plan = plans[-1] if plans else None
+    from_step, from_out, from_in, from_disk = engine.counted_from
+    steps = max(1, engine.steps - from_step)
+    times = engine.step_times_s[1:] or engine.step_times_s
+    peak_bytes, reserved_bytes = _peaks(engine)
+    return {
+        "state": state,
+        "steps": engine.steps,
+        "record_steps": sum(routine.recordings for routine in engine.routines.values()),
+        "budget_bytes": engine.ladder.budget_bytes,
+        "peak_device_bytes": peak_bytes,
+        "peak_reserved_bytes": reserved_bytes,
+        "peak_host_bytes": engine.store.peak_host_bytes,
+        "pinned_bytes": engine.store.planned_bytes(),
+        "bytes_out_per_step": (engine.store.bytes_out - from_out) // steps,
+        "bytes_in_per_step": (engine.store.bytes_in - from_in) // steps,
+        "disk_bytes_per_step": (engine.store.disk_bytes - from_disk) // steps,
+        "recompute_s_per_step": 0.0,
+        "reclaims": engine.ladder.reclaims,
+        "reclaimed_bytes": engine.ladder.reclaimed_bytes,
+        "retries": engine.ladder.retries,
+        "late_fetches": engine.late_fetches,
+        "starved_convolutions": engine.rooms.starved,
+        "replans": sum(routine.replans for routine in engine.routines.values()),
+        "strayed": sum(routine.strayed for routine in engine.routines.values()),
+        "measured_step_s": statistics.median(times) if times else 0.0,
+        "plan": choice_totals(engine.last_tape(), plan),
+        "predicted": _predicted(plan),
+        "plan_s": plan.plan_s if plan is not None else 0.0,
+    }
+
+
+def choice_totals(tape: Tape | None, plan: Plan | None) -> dict[str, dict[str, int]]:
+    """Values and bytes by choice, over the values that could have moved."""
+    totals = {choice.value: {"values": 0, "bytes": 0} for choice in Choice}
+    if tape is None:
+        return totals
+    chosen = {decision.value: decision.choice for decision in plan.moves} if plan is not None else {}
+    for value in tape.values:
+        if value.movable:
+            entry = totals[chosen.get(value.id, Choice.KEEP).value]
+            entry["values"] += 1
+            entry["bytes"] += value.size_bytes
+    return totals
+
+
+def _predicted(plan: Plan | None) -> dict[str, float]:
+    if plan is None:
+        return {}
+    predicted = plan.predicted
+    # Holes between blocks fill the headroom that the plan left, and no more than that is there.
+    reserved_bytes = plan.budget.device_bytes if plan.moves else predicted.peak_device_bytes
+    return {
+        "peak_device_bytes": predicted.peak_device_bytes,
+        "peak_reserved_bytes": reserved_bytes,
+        "step_s": predicted.step_s,
+        "compute_s": predicted.compute_s,
+        "stall_s": predicted.stall_s,
+        "arena_bytes": predicted.arena_bytes,
+    }
+
+
+def _peaks(engine: Engine) -> tuple[int, int]:
+    device = engine.device
+    if device.is_cuda:
+        return (
+            int(torch.cuda.max_memory_allocated(device.torch_device)),
+            int(torch.cuda.max_memory_reserved(device.torch_device)),
+        )
+    ledger = getattr(device, "ledger", None)
+    peak_bytes = ledger.peak_bytes if ledger is not None else 0
+    return peak_bytes, peak_bytes

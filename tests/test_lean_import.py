@@ -1,0 +1,57 @@
+"""``import torchlms`` is cheap and quiet: nothing optional is loaded, no device is touched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "src" / "torchlms"
+OPTIONAL = ["typer", "rich", "transformers", "torchvision", "scipy", "hypothesis"]
+LIMIT_S = 0.3  # above `import torch`
+
+CHILD = """
+import json, sys, threading, time
+import torch
+modules, threads = set(sys.modules), threading.active_count()
+start = time.perf_counter()
+import torchlms
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "seconds": seconds,
+    "modules": sorted(set(sys.modules) - modules),
+    "cuda": torch.cuda.is_initialized(),
+    "threads": threading.active_count() - threads,
+}))
+"""
+
+
+def import_in_child() -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+pytestmark = pytest.mark.skipif(not (PACKAGE / "__init__.py").exists(), reason="no torchlms/__init__.py yet")
+
+
+def test_nothing_optional_and_no_device() -> None:
+    seen = import_in_child()
+    loaded = {name.split(".")[0] for name in seen["modules"]}
+    assert not loaded.intersection(OPTIONAL)
+    assert not seen["cuda"]
+    assert seen["threads"] == 0
+
+
+def test_costs_little_above_torch() -> None:
+    # The best of up to six: a busy machine makes an import slower, never faster.
+    times: list[float] = []
+    while len(times) < 6 and (len(times) < 3 or min(times) > LIMIT_S):
+        times.append(import_in_child()["seconds"])
+    assert min(times) <= LIMIT_S, times
