@@ -19,6 +19,7 @@ from torchlms.core.plan import Budget, Plan
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Kind, Tape
 from torchlms.director import Director
+from torchlms.eager import private
 from torchlms.eager.engine import Engine
 from torchlms.eager.install import Installation
 from torchlms.eager.labels import ModuleLabels
@@ -37,6 +38,7 @@ log = logging.getLogger("torchlms")
 _KIND = "_torchlms_kind"
 _HOST_SHARE = 0.9  # of what is available, by default
 _DISK_SHARE = 0.9
+_EXPANDABLE = True
 _GREW = 1.02  # inputs this much larger than any seen end the standing aside
 
 _current = threading.local()
@@ -45,8 +47,8 @@ _current = threading.local()
 class LMS:
     """Keeps a training loop within a device memory budget, without changing a bit of its results.
 
-    The first two steps are recorded (slowly, but within the budget); then a plan is made and
-    followed. If everything fits, LMS steps aside. Leaving the context, in whatever way, restores
+    The first step is recorded (slowly, but within the budget), the next two are timed under a first
+    plan, and then the plan is made that is followed. If everything fits, LMS steps aside. Leaving the context, in whatever way, restores
     every hook, mode, memory limit and file; tensors that a graph still needs come home first.
 
     Promised: same losses, gradients, parameters and buffers as without LMS, and on CUDA that the
@@ -164,6 +166,8 @@ class LMS:
             begin_recording=self._begin_recording,
         )
         self._engine = engine
+        if isinstance(device, CudaDevice):
+            self._use_expandable_segments()
         device.cap(budget_bytes)
         self._undo.append(device.uncap)
         self._count_what_is_there(engine)
@@ -198,6 +202,13 @@ class LMS:
             raise failures[0]
 
     # -- what the engine asks ----------------------------------------------------------------
+
+    def _use_expandable_segments(self) -> None:
+        """Back new device memory by remappable pages, so that holes between tensors can be closed."""
+        if _EXPANDABLE and not private.expandable_segments():
+            torch.cuda.empty_cache()
+            if private.set_expandable_segments(True):
+                self._undo.append(_use_plain_segments)
 
     def _label_storages(self) -> None:
         for storage, kind in self._early_storages():
@@ -247,7 +258,7 @@ class LMS:
         assert self._labels is not None
         self._labels.on()
         log.info(
-            "recording step %d on %s, budget %s; the steps being recorded are slow",
+            "recording step %d on %s, budget %s; a step being recorded is slow",
             step,
             self._engine.device.torch_device,
             format_bytes(self._engine.ladder.budget_bytes),
@@ -386,6 +397,10 @@ def _or_share(size: str | int | float | None, available_bytes: int, share: float
     if size is None:
         return int(share * available_bytes)
     return parse_bytes(size, whole_bytes=available_bytes)
+
+
+def _use_plain_segments() -> None:
+    private.set_expandable_segments(False)
 
 
 def _plain(tensor: torch.Tensor, kind: Kind) -> Iterator[tuple[torch.UntypedStorage, Kind]]:

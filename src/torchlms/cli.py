@@ -15,6 +15,8 @@ from torchlms.memory.limits import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torchlms.core.machine import Machine
+
 app = typer.Typer(
     name="torchlms",
     help="Train networks that need more memory than the device has, on stock PyTorch.",
@@ -158,10 +160,12 @@ def probe(
     """Measure what this machine can do: links, host memory, disk. Cached per machine."""
     import torch
 
-    from torchlms import api  # type: ignore[attr-defined,unused-ignore]
+    from torchlms import api
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    machine: Any = api.machine(device, disk_dir, refresh)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    machine = api.measured_machine(chosen, disk_dir, refresh=refresh, progress=_write)
     if json_path is not None:
         machine.save(json_path)
     _write_table(("what", "figure"), _machine_rows(machine))
@@ -201,38 +205,30 @@ def _list_networks() -> None:
     from torchlms.bench.networks import NETWORKS
 
     rows = [
-        [
-            network.name,
-            str(network.default_batch_size),
-            str(network.default_image_size or "-"),
-            network.description,
-        ]
-        for network in NETWORKS.values()
+        [net.name, str(net.default_batch_size), str(net.default_image_size or "-"), net.description]
+        for net in NETWORKS.values()
     ]
     _write_table(("name", "batch", "size", "what"), rows)
 
 
-def _machine_rows(machine: Any) -> list[list[str]]:
+def _machine_rows(machine: Machine) -> list[list[str]]:
     rows: list[list[str]] = []
     for field in dataclasses.fields(machine):
         value = getattr(machine, field.name)
         if field.name == "link":
             for point in value:
-                rates = (
-                    point.size_bytes / max(seconds, 1e-12) / 1e9 for seconds in (point.out_s, point.in_s)
-                )
-                out, back = (f"{rate:.1f}" for rate in rates)
-                rows.append([f"link, {format_bytes(point.size_bytes)}", f"{out} GB/s out, {back} GB/s in"])
+                out, back = (point.size_bytes / max(s, 1e-12) / 1e9 for s in (point.out_s, point.in_s))
+                size = format_bytes(point.size_bytes)
+                rows.append([f"link, {size}", f"{out:.1f} GB/s out, {back:.1f} GB/s in"])
         elif field.name.endswith("_bytes_per_s"):
             name = field.name.removesuffix("_bytes_per_s").replace("_", " ")
             rows.append([name, f"{value / 1e9:.2f} GB/s" if value else "not measured"])
         elif field.name.endswith("_bytes"):
-            name = field.name.removesuffix("_bytes").replace("_", " ")
+            name = field.name.replace("_", " ")
             rows.append([name, format_bytes(value) if value >= 0 else "unlimited"])
         else:
-            rows.append(
-                [field.name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value)]
-            )
+            figure = f"{value:.3g}" if isinstance(value, float) else str(value)
+            rows.append([field.name.replace("_", " "), figure])
     return rows
 
 

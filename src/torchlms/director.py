@@ -10,8 +10,8 @@ from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.planner import plan as make_plan
 from torchlms.eager import private
 from torchlms.eager.program import Program
-from torchlms.eager.recorder import best_of
-from torchlms.eager.routine import Routine, Verdict
+from torchlms.eager.routine import TIMINGS, Routine, Verdict
+from torchlms.eager.timer import retimed
 from torchlms.errors import PlanMismatch
 from torchlms.memory.limits import format_bytes
 
@@ -46,11 +46,13 @@ class Director:
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
-        if routine.verdict is Verdict.RECORD and routine.tapes:
+        if routine.verdict is Verdict.RECORD and routine.tape is not None:
             if self.given is not None:
                 self._take_given(engine, routine, self.given)
-            elif routine.ready_to_plan():
-                self._plan(engine, routine, best_of(routine.tapes))
+            else:
+                self._plan(engine, routine, routine.tape)
+        elif routine.verdict is Verdict.FOLLOW and not routine.settled and len(routine.timings) >= TIMINGS:
+            self._settle(engine, routine)
         elif routine.verdict is Verdict.FOLLOW:
             self._watch(engine, routine)
 
@@ -61,8 +63,17 @@ class Director:
         plan = make_plan(tape, self.machine, self.budget, self.rules, headroom_bytes=headroom_bytes)
         self._adopt(engine, routine, tape, plan)
 
+    def _settle(self, engine: Engine, routine: Routine) -> None:
+        """Plan once more with the times that ops take when nobody watches them."""
+        assert routine.tape is not None
+        routine.tape = retimed(routine.tape, routine.timings)
+        routine.settled = True
+        if self.given is None:
+            self._plan(engine, routine, routine.tape)
+
     def _take_given(self, engine: Engine, routine: Routine, plan: Plan) -> None:
-        tape = routine.tapes[-1]
+        assert routine.tape is not None
+        tape = routine.tape
         if plan.fingerprint != tape.fingerprint:
             raise PlanMismatch(
                 f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step has "
@@ -79,7 +90,10 @@ class Director:
         engine.store.plan_arena(arena_bytes)
         engine.restart_measuring()
         self._retries_seen, self._reclaims_seen = self._pressure(engine)
-        log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
+        if routine.verdict is Verdict.FITS or routine.settled:
+            log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
+        else:
+            log.info("a first plan is made; timing each op under it for %d steps", TIMINGS)
 
     # -- watching ----------------------------------------------------------------------------
 

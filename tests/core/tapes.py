@@ -107,7 +107,15 @@ class Network:
             for value in (*reads, *writes):
                 made[value].uses.append(here)
             ops.append(
-                Op(f"{name}_backward", module, Phase.BACKWARD, 2 * time_s, tuple(reads), tuple(writes), scratch_bytes)
+                Op(
+                    f"{name}_backward",
+                    module,
+                    Phase.BACKWARD,
+                    2 * time_s,
+                    tuple(reads),
+                    tuple(writes),
+                    scratch_bytes,
+                )
             )
 
     def _value(self, index: int, item: _Made) -> Value:
@@ -152,9 +160,16 @@ def resnet(blocks: int = 16, *, scale: float = 1.0, laps: int = 1) -> Tape:
         for part in range(3):
             module = f"layer{stage + 1}.{block}"
             last = network.layer(
-                "aten.convolution", size_bytes, 1.5e-3, last, module=f"{module}.conv{part}", scratch_bytes=16 * MIB
+                "aten.convolution",
+                size_bytes,
+                1.5e-3,
+                last,
+                module=f"{module}.conv{part}",
+                scratch_bytes=16 * MIB,
             )
-            last = network.layer("aten.native_batch_norm", size_bytes, 4e-4, last, module=f"{module}.bn{part}")
+            last = network.layer(
+                "aten.native_batch_norm", size_bytes, 4e-4, last, module=f"{module}.bn{part}"
+            )
             last = network.layer("aten.relu", size_bytes, 2e-4, last, module=f"{module}.relu")
         last = network.layer("aten.add", size_bytes, 2e-4, last, entry, module=module, saves=False)
     return network.tape(resident_bytes=200 * MIB, laps=laps)
@@ -168,10 +183,14 @@ def unet(depth: int = 5, *, size_bytes: int = 512 * MIB) -> Tape:
     for level in range(depth):
         last = network.layer("aten.convolution", size_bytes >> level, 6e-3, last, module=f"down{level}")
         skips.append(last)
-        last = network.layer("aten.max_pool2d", size_bytes >> (level + 1), 1e-3, last, module=f"down{level}.pool")
+        last = network.layer(
+            "aten.max_pool2d", size_bytes >> (level + 1), 1e-3, last, module=f"down{level}.pool"
+        )
     for level in reversed(range(depth)):
         last = network.layer("aten.upsample", size_bytes >> level, 1e-3, last, module=f"up{level}")
-        last = network.layer("aten.convolution", size_bytes >> level, 8e-3, last, skips[level], module=f"up{level}")
+        last = network.layer(
+            "aten.convolution", size_bytes >> level, 8e-3, last, skips[level], module=f"up{level}"
+        )
     return network.tape(resident_bytes=100 * MIB)
 
 

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import gc
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -358,15 +357,6 @@ def test_killed_process_is_cleaned_up_after(tmp_path):
     with SpillFile(tmp_path, MIB) as spill:
         expected = ["torchlms-1-0123456789abcdef", spill.directory.name, "torchlms-notes"]
         assert names(tmp_path) == sorted(expected)
-
-
-def test_terminated_process_is_cleaned_up_after(tmp_path):
-    process, name = hold(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    process.stdout.close()
-    SpillFile(tmp_path, MIB).close()
-    assert name not in names(tmp_path)
 
 
 def test_live_neighbours_are_left_alone(tmp_path):

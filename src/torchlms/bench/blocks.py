@@ -61,8 +61,8 @@ def checkpoint_blocks(model: nn.Module, around: ForwardContext = contextlib.null
     if name:
         setattr(owner, name, nn.Sequential(*wrapped))
     else:  # the model itself is the chain
-        for key in list(dict(owner.named_children())):
-            delattr(owner, key)
+        for key in range(len(layers)):
+            delattr(owner, str(key))
         for index, block in enumerate(wrapped):
             owner.add_module(str(index), block)
     return len(wrapped)

@@ -13,9 +13,10 @@ COLUMNS = ("way", "rate", "of plain", "step", "peak", "reserved", "host", "note"
 
 
 def comparison_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row per result; ``of plain`` is the speed relative to the way ``none``."""
-    plain = next((r["items_per_s"] for r in results if r["way"] == "none" and "items_per_s" in r), None)
-    return [_row(result, plain) for result in results]
+    """A row per result; ``of plain`` compares median steps with those of the way ``none``."""
+    plain = (r["step_s"]["median"] for r in results if r["way"] == "none" and "step_s" in r)
+    plain_s = next(plain, None)
+    return [_row(result, plain_s) for result in results]
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -28,15 +29,15 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     ]
 
 
-def _row(result: dict[str, Any], plain_rate: float | None) -> list[str]:
+def _row(result: dict[str, Any], plain_s: float | None) -> list[str]:
     if "error" in result:
         return [result["way"], "-", "-", "-", "-", "-", "-", result["error"]]
-    rate = result["items_per_s"]
+    step_s = result["step_s"]["median"]
     return [
         result["way"],
-        f"{rate:.1f} {result['unit']}/s",
-        f"{rate / plain_rate:.3f}" if plain_rate else "-",
-        f"{result['step_s']['median'] * 1e3:.1f} ms",
+        f"{result['items_per_s']:.1f} {result['unit']}/s",
+        f"{plain_s / step_s:.3f}" if plain_s else "-",
+        f"{step_s * 1e3:.1f} ms",
         _size(result["peak_device_bytes"]),
         _size(result["peak_reserved_bytes"]),
         _size(result["peak_host_bytes"]),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def covers(excess: Bytes, moves: Iterable[Move]) -> bool:
     """Whether no op is left with a positive excess when each move is away from its start to its stop."""
-    return not (_left(excess, moves) > 0).any()
+    return bool(_left(excess, moves).max(initial=0) <= 0)
 
 
 def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ()) -> list[Move] | None:
@@ -36,7 +36,7 @@ def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ())
 
 
 def _left(excess: Bytes, moves: Iterable[Move]) -> Bytes:
-    left = excess.copy()
+    left: Bytes = excess.copy()
     for move in moves:
         left[move.start : move.stop] -= move.size_bytes
     return left

@@ -111,7 +111,7 @@ def _move(simulator: Simulator, value: Value, index: int, *, forced: str) -> Mov
 
 def _floor(baseline: Bytes, candidates: Sequence[Move]) -> Bytes:
     """The curve with all candidates away: ``floor_curve``, as far as the rules permit."""
-    floor = baseline.copy()
+    floor: Bytes = baseline.copy()
     for move in candidates:
         floor[move.start : move.stop] -= move.size_bytes
     return floor

@@ -37,23 +37,27 @@ class Link:
 
     def _advance(self) -> None:
         """Go on to the next moment at which a copy starts or ends."""
-        self._take_up(OUT)
-        self._take_up(IN)
-        both = self._current[OUT] >= 0 and self._current[IN] >= 0
-        out_rate, in_rate = self._shares if both else (1.0, 1.0)
-        out_next_s, in_next_s = self._next_s(OUT, out_rate), self._next_s(IN, in_rate)
+        current, left_s = self._current, self._left_s
+        for direction in (OUT, IN):
+            waiting = self._waiting[direction]
+            if current[direction] < 0 and waiting and waiting[0][0] <= self._now_s:
+                _, current[direction], left_s[direction] = heappop(waiting)
+                self.start_s[current[direction]] = self._now_s
+        both = current[OUT] >= 0 and current[IN] >= 0
+        rates = self._shares if both else (1.0, 1.0)
+        out_next_s, in_next_s = self._next_s(OUT, rates[OUT]), self._next_s(IN, rates[IN])
         step_s = min(out_next_s, in_next_s)
         assert step_s < math.inf, "asked for the end of a copy that was never queued"
         self._now_s += step_s
-        self._work_off(OUT, step_s * out_rate, ended=out_next_s <= step_s)
-        self._work_off(IN, step_s * in_rate, ended=in_next_s <= step_s)
-
-    def _take_up(self, direction: int) -> None:
-        waiting = self._waiting[direction]
-        if self._current[direction] < 0 and waiting and waiting[0][0] <= self._now_s:
-            _, copy, work_s = heappop(waiting)
-            self._current[direction], self._left_s[direction] = copy, work_s
-            self.start_s[copy] = self._now_s
+        for direction, next_s in ((OUT, out_next_s), (IN, in_next_s)):
+            if current[direction] < 0:
+                if next_s <= step_s:  # a copy is ready: be exact, whatever the sum rounded to
+                    self._now_s = max(self._now_s, self._waiting[direction][0][0])
+            elif next_s <= step_s:
+                self.end_s[current[direction]] = self._now_s
+                current[direction] = -1
+            else:
+                left_s[direction] = max(0.0, left_s[direction] - step_s * rates[direction])
 
     def _next_s(self, direction: int, rate: float) -> float:
         """Seconds until this direction's copy ends or, when it is idle, until its next one is ready."""
@@ -61,17 +65,6 @@ class Link:
             return self._left_s[direction] / rate
         waiting = self._waiting[direction]
         return waiting[0][0] - self._now_s if waiting else math.inf
-
-    def _work_off(self, direction: int, done_s: float, *, ended: bool) -> None:
-        copy = self._current[direction]
-        if copy < 0:
-            if ended:  # not an end but the next copy's start: be exact, whatever the sum rounded to
-                self._now_s = max(self._now_s, self._waiting[direction][0][0])
-        elif ended:
-            self.end_s[copy] = self._now_s
-            self._current[direction] = -1
-        else:
-            self._left_s[direction] = max(0.0, self._left_s[direction] - done_s)
 
 
 class Disk:

@@ -84,7 +84,7 @@ class Slot:
     reload_op: int
 
 
-def schedule(course: Course, moves: Sequence[Move], on_disk: set[Move], lead: Lead) -> list[Slot]:
+def schedule(course: Course, moves: Sequence[Move], on_disk: frozenset[Move], lead: Lead) -> list[Slot]:
     """Places for ``moves``. One that need not be let go in time is left out, unless a rule demands it."""
     chosen = sorted(moves, key=lambda move: (move.start, move.value))
     while True:
@@ -99,70 +99,70 @@ def schedule(course: Course, moves: Sequence[Move], on_disk: set[Move], lead: Le
     ]
 
 
-def _release(course: Course, moves: Sequence[Move], on_disk: set[Move]) -> tuple[list[int], Seconds]:
+def _release(course: Course, moves: Sequence[Move], on_disk: frozenset[Move]) -> tuple[list[int], Seconds]:
     """Release ops (NEVER where the copy was too late to be of use), and the clock before each op."""
     walk = _Forward(course, moves, on_disk)
-    for op in range(len(course.op_s)):
-        walk.before(op)
-        walk.run(op)
+    walk.run()
     return walk.releases, walk.moments_s
 
 
 class _Forward:
     """Walks once over the tape with the copies out at their lone rate and no copies back."""
 
-    def __init__(self, course: Course, moves: Sequence[Move], on_disk: set[Move]) -> None:
+    def __init__(self, course: Course, moves: Sequence[Move], on_disk: frozenset[Move]) -> None:
         count = len(course.op_s)
         self._op_s = course.op_s
         self._excess: list[int] = (course.baseline - course.limit_bytes).tolist()
         self._moves = moves
         self._on_disk = on_disk
-        self._upcoming = 0
         self._pending: tuple[deque[int], deque[int]] = (deque(), deque())  # HOST, DISK; each by end
         self._ends_s = [0.0] * len(moves)
+        self._free_s = [0.0] * len(moves)  # the end and the slack
         self._clock_s = self._link_free_s = self._disk_free_s = 0.0
         self._away_bytes = 0
         self._returning = [0] * (count + 1)
         self._last_calls: dict[int, list[int]] = {}
+        self._starts: dict[int, list[int]] = {}
         for index, move in enumerate(moves):
+            self._starts.setdefault(move.start, []).append(index)
             if move.forced:
                 self._last_calls.setdefault(move.stop - 1, []).append(index)
         self.releases = [NEVER] * len(moves)
         self.moments_s = np.zeros(count + 1)
 
-    def before(self, op: int) -> None:
-        """Everything that happens at moment ``op``, in the simulator's order."""
-        self._issue(op)
-        self._away_bytes -= self._returning[op]
-        for queue in self._pending:
-            while queue and self._ended(queue[0], op):
-                self._let_go(queue.popleft(), op)
-        for index in self._last_calls.get(op, ()):
-            self._let_go(index, op, wait=True)
-        while self._excess[op] > self._away_bytes:
-            self._let_go(self._first_to_end().popleft(), op, wait=True)
-        self.moments_s[op] = self._clock_s
-
-    def run(self, op: int) -> None:
-        self._clock_s += self._op_s[op]
-        self.moments_s[op + 1] = self._clock_s
+    def run(self) -> None:
+        """Every op, and before it everything that happens at its moment, in the simulator's order."""
+        clocks_s = []
+        host, disk = self._pending
+        for op, op_s in enumerate(self._op_s):
+            if op in self._starts:
+                self._issue(op)
+            self._away_bytes -= self._returning[op]
+            while host and self._ended(host[0], op):
+                self._let_go(host.popleft(), op)
+            while disk and self._ended(disk[0], op):
+                self._let_go(disk.popleft(), op)
+            for index in self._last_calls.get(op, ()):
+                self._let_go(index, op, wait=True)
+            while self._excess[op] > self._away_bytes:
+                self._let_go(self._first_to_end().popleft(), op, wait=True)
+            clocks_s.append(self._clock_s)
+            self._clock_s += op_s
+        self.moments_s = np.array(clocks_s + [self._clock_s])
 
     def _issue(self, op: int) -> None:
-        while self._upcoming < len(self._moves) and self._moves[self._upcoming].start == op:
-            index, move = self._upcoming, self._moves[self._upcoming]
-            self._link_free_s = max(self._link_free_s, self._clock_s) + move.out_s
-            self._ends_s[index] = self._link_free_s
+        for index in self._starts[op]:
+            move = self._moves[index]
+            self._link_free_s = end_s = max(self._link_free_s, self._clock_s) + move.out_s
             if move in self._on_disk:
-                self._disk_free_s = max(self._disk_free_s, self._link_free_s) + move.write_s
-                self._ends_s[index] = self._disk_free_s
+                self._disk_free_s = end_s = max(self._disk_free_s, end_s) + move.write_s
+            self._ends_s[index] = end_s
+            self._free_s[index] = end_s + RELEASE_SLACK * (move.out_s or move.write_s)
             self._pending[move in self._on_disk].append(index)
-            self._upcoming += 1
 
     def _ended(self, index: int, op: int) -> bool:
         """Whether to take the copy off its queue: it has ended, or is wanted back before it could."""
-        move = self._moves[index]
-        slack_s = RELEASE_SLACK * (move.out_s or move.write_s)
-        return self._ends_s[index] + slack_s <= self._clock_s or move.stop <= op
+        return self._free_s[index] <= self._clock_s or self._moves[index].stop <= op
 
     def _first_to_end(self) -> deque[int]:
         queues = [queue for queue in self._pending if queue]
@@ -185,7 +185,7 @@ def _reload(
     moves: Sequence[Move],
     releases: Sequence[int],
     moments_s: Seconds,
-    on_disk: set[Move],
+    on_disk: frozenset[Move],
     lead: Lead,
 ) -> list[int]:
     """Reload ops: in time for every deadline where memory has room, by need where it has not."""
@@ -212,7 +212,7 @@ def _just_in_time(
     moves: Sequence[Move],
     by_need: Sequence[int],
     moments_s: Seconds,
-    on_disk: set[Move],
+    on_disk: frozenset[Move],
     lead: Lead,
 ) -> list[int]:
     """The last op at which each reload could be issued if memory were no matter, less the lead.

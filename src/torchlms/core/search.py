@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torchlms.core.curve import Bytes
-    from torchlms.core.simulate import Simulator, Timeline
+    from torchlms.core.simulate import Simulator
 
 # Work one search may do: ops walked plus MOVE_WORK for each move placed. About a second.
 EFFORT = 500_000
@@ -141,7 +141,8 @@ class _Search:
             rest = [other for other in current if other is not move]
             if covers(self._excess, self._forced + rest):
                 yield self._forced + rest
-            outside = [other for other in ranked if other is not move and other not in set(current)]
+            inside = set(current)
+            outside = [other for other in ranked if other not in inside]
             exchanged = cover(self._excess, rest + outside, always=self._forced)
             if exchanged is not None:
                 yield exchanged
@@ -171,23 +172,22 @@ class _Search:
                 self._refusal = refusal
             return False
         slots = tuple(schedule(self._course, moves, on_disk, lead))
-        timeline = self._simulator.run([decision_of(slot) for slot in slots])
-        trial = self._trial(moves, slots, lead, timeline)
+        trial = self._trial(moves, slots, lead)
         if self._best is not None and trial.score_s >= self._best.score_s * (1 - 1e-9):
             return False
         self._best = trial
         return True
 
-    def _trial(
-        self, moves: Sequence[Move], slots: tuple[Slot, ...], lead: Lead, timeline: Timeline
-    ) -> _Trial:
+    def _trial(self, moves: Sequence[Move], slots: tuple[Slot, ...], lead: Lead) -> _Trial:
+        stall_s = self._simulator.stall_s(decision_of(slot) for slot in slots)
+        compute_s = float(self._simulator.moments_s[-1])
         copies_s = sum(slot.move.copies_s for slot in slots)
         return _Trial(
             tuple(moves),
             slots,
             lead,
-            score_s=timeline.step_s + COPY_WEIGHT * copies_s,
-            idle=timeline.stall_s <= ENOUGH * timeline.compute_s,
+            score_s=compute_s + stall_s + COPY_WEIGHT * copies_s,
+            idle=stall_s <= ENOUGH * compute_s,
         )
 
     def _finish(self) -> Found:

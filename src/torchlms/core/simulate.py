@@ -20,8 +20,7 @@ and link, the host's own time to issue anything.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -139,23 +138,29 @@ class Simulator:
         sizes = [self.tape.values[move.value].size_bytes for move in moves]
         on_disk = sum(size for size, move in zip(sizes, moves, strict=True) if move.choice is Choice.DISK)
         walk = _Walk(self, moves)
-        start_s, transfers = walk.settle()
-        op_s = np.diff(self.moments_s)
-        compute_s = float(self.moments_s[-1])
+        stalls_s, begin_s = walk.settle()
+        stall_s, compute_s = float(stalls_s.sum()), float(self.moments_s[-1])
+        start_s = (self.moments_s + np.cumsum(stalls_s))[:-1]
         return Timeline(
             memory_bytes=curve,
             peak_device_bytes=int(curve[peak_op]) if len(curve) else self.tape.resident_bytes,
             peak_op=peak_op,
-            step_s=compute_s + walk.stall_s,
+            step_s=compute_s + stall_s,
             compute_s=compute_s,
-            stall_s=walk.stall_s,
+            stall_s=stall_s,
             start_s=start_s,
-            end_s=start_s + op_s,
-            transfers=transfers,
+            end_s=start_s + np.diff(self.moments_s),
+            transfers=walk.transfers(begin_s),
             bytes_out=sum(sizes),
             bytes_in=sum(sizes),
             disk_bytes=on_disk,
         )
+
+    def stall_s(self, decisions: Iterable[Decision]) -> float:
+        """Only what the compute queue waits in one step: all that a search needs to know, in half the time."""
+        moves = [decision for decision in decisions if decision.choice is not Choice.KEEP]
+        stalls_s, _ = _Walk(self, moves).settle()
+        return float(stalls_s.sum())
 
 
 @dataclass(slots=True)
@@ -176,14 +181,11 @@ class _Copies:
     in_end_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Moment:
-    """What happens before one op."""
+# What happens at one moment, in order.
+ISSUE, RELEASE, RELOAD, NEED = range(4)
 
-    issue: list[_Copies] = field(default_factory=list)
-    release: list[_Copies] = field(default_factory=list)
-    reload: list[_Copies] = field(default_factory=list)
-    need: list[_Copies] = field(default_factory=list)
+# Op, which of the four, order among equals (reloads by need), value, index of the decision.
+_Event = tuple[int, int, int, int, int]
 
 
 class _Walk:
@@ -197,21 +199,21 @@ class _Walk:
         self._unwritten: list[_Copies] = []  # link copies issued whose disk write is not yet placed
         self._clock_s = 0.0
         self._count = 0
-        self.stall_s = 0.0
         self._wraps = False
         self._copies = [self._copies_of(move) for move in moves]
-        self._moments = self._sort_into_moments()
+        self._events = sorted(event for index in range(len(moves)) for event in self._events_of(index))
 
-    def settle(self) -> tuple[Seconds, tuple[Transfer, ...]]:
-        """Walk until the lap repeats; start times of the ops and the copies of the last lap."""
-        laps = SETTLING_LAPS if self._wraps else 1
-        for _ in range(laps):
-            lap_s = self._clock_s
-            stalls_s = self._lap()
-        self.stall_s = float(stalls_s.sum())
-        start_s = self._simulator.moments_s[:-1] + np.cumsum(stalls_s)[:-1]
-        transfers = [transfer for copies in self._copies for transfer in self._transfers(copies, lap_s)]
-        return start_s, tuple(sorted(transfers, key=lambda transfer: transfer.issued_s))
+    def settle(self) -> tuple[Seconds, float]:
+        """Walk until the lap repeats; what the clock waited at each moment of the last lap, its begin."""
+        begin_s, stalls_s = 0.0, np.zeros(len(self._simulator.moments_s))
+        for _ in range(SETTLING_LAPS if self._wraps else 1):
+            begin_s, stalls_s = self._clock_s, self._lap()
+        return stalls_s, begin_s
+
+    def transfers(self, begin_s: float) -> tuple[Transfer, ...]:
+        """The copies issued since ``begin_s``, in order of issue."""
+        made = [transfer for copies in self._copies for transfer in self._transfers_of(copies, begin_s)]
+        return tuple(sorted(made, key=lambda transfer: transfer.issued_s))
 
     def _copies_of(self, move: Decision) -> _Copies:
         value = self._simulator.tape.values[move.value]
@@ -228,41 +230,39 @@ class _Walk:
         )
         return _Copies(move, start, stop, value.size_bytes)
 
-    def _sort_into_moments(self) -> list[tuple[int, _Moment]]:
-        moments: defaultdict[int, _Moment] = defaultdict(_Moment)
-        for copies in self._copies:
-            moments[copies.start].issue.append(copies)
-            moments[copies.decision.release_op].release.append(copies)
-            moments[copies.decision.reload_op].reload.append(copies)
-            moments[copies.stop].need.append(copies)
-        for op, moment in moments.items():
-            moment.issue.sort(key=lambda copies: copies.decision.value)
-            moment.reload.sort(key=lambda copies: (self._until(op, copies.stop), copies.decision.value))
-        return sorted(moments.items())
-
-    def _until(self, op: int, stop: int) -> int:
-        return stop - op if stop >= op else stop - op + len(self._simulator.tape.ops)
+    def _events_of(self, index: int) -> tuple[_Event, ...]:
+        copies = self._copies[index]
+        decision = copies.decision
+        until = copies.stop - decision.reload_op
+        if until < 0:
+            until += len(self._simulator.tape.ops)
+        return (
+            (copies.start, ISSUE, 0, decision.value, index),
+            (decision.release_op, RELEASE, 0, decision.value, index),
+            (decision.reload_op, RELOAD, until, decision.value, index),
+            (copies.stop, NEED, 0, decision.value, index),
+        )
 
     def _lap(self) -> Seconds:
         """One step; what the clock waited before each op (and, last, after all of them)."""
-        moments_s = self._simulator.moments_s
-        stalls_s = np.zeros(len(moments_s))
-        last = 0
-        for op, moment in self._moments:
-            self._clock_s += float(moments_s[op] - moments_s[last])
-            last = op
-            before_s = self._clock_s
-            for copies in moment.issue:
+        moments_s: list[float] = self._simulator.moments_s.tolist()
+        stalls_s = [0.0] * len(moments_s)
+        begin_s = self._clock_s
+        stall_s = 0.0
+        for op, event, _, _, index in self._events:
+            copies = self._copies[index]
+            clock_s = self._clock_s = begin_s + moments_s[op] + stall_s
+            if event == ISSUE:
                 self._issue_out(copies)
-            for copies in moment.release:
-                self._clock_s = max(self._clock_s, self._out_end_s(copies))
-            for copies in moment.reload:
+            elif event == RELOAD:
                 self._issue_in(copies)
-            for copies in moment.need:
-                self._clock_s = max(self._clock_s, self._in_end_s(copies))
-            stalls_s[op] = self._clock_s - before_s
-        self._clock_s += float(moments_s[-1] - moments_s[last])
-        return stalls_s
+            else:
+                ready_s = self._out_end_s(copies) if event == RELEASE else self._in_end_s(copies)
+                if ready_s > clock_s:
+                    stalls_s[op] += ready_s - clock_s
+                    stall_s += ready_s - clock_s
+        self._clock_s = begin_s + moments_s[-1] + stall_s
+        return np.array(stalls_s)
 
     def _issue_out(self, copies: _Copies) -> None:
         copies.out_issued_s = self._clock_s
@@ -325,8 +325,8 @@ class _Walk:
         self._count += 1
         return self._count
 
-    def _transfers(self, copies: _Copies, lap_s: float) -> list[Transfer]:
-        """The last lap's two copies, times counted from ``lap_s``."""
+    def _transfers_of(self, copies: _Copies, begin_s: float) -> list[Transfer]:
+        """Its two copies in the last lap, times counted from the beginning of that lap."""
         out_end_s, in_end_s = self._out_end_s(copies), self._in_end_s(copies)
         move = copies.decision
         return [
@@ -336,9 +336,9 @@ class _Walk:
                 move.choice,
                 direction,
                 copies.size_bytes,
-                issued_s - lap_s,
-                max(start_s, 0.0) - lap_s,
-                end_s - lap_s,
+                issued_s - begin_s,
+                max(start_s, 0.0) - begin_s,
+                end_s - begin_s,
             )
             for direction, issued_s, start_s, end_s in (
                 ("out", copies.out_issued_s, copies.out_start_s, out_end_s),

@@ -27,7 +27,7 @@ _AMPLE_FACTOR = 2
 _AMPLE_FLOOR_BYTES = 256 << 20
 
 # Process-wide, as cuDNN's own cache is.
-_KNOWN_SCRATCH: dict[Key, int] = {}
+_KNOWN_BLOCKS: dict[Key, list[int]] = {}
 
 _NAMES = (
     "convolution",
@@ -59,19 +59,21 @@ class ConvolutionRoom:
     def concerns(self, func: Any) -> bool:
         return func in self._ops
 
-    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[int], bool]:
-        """Blocks to reserve, in bytes and in the op's order, and whether the need is known."""
-        results = list(self._sizes.of(func, args, kwargs))
-        known = _KNOWN_SCRATCH.get(_key(func, args, kwargs))
+    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+        """Blocks to reserve, in bytes and in the op's order."""
+        known = _KNOWN_BLOCKS.get(_key(func, args, kwargs))
         if known is not None:
-            return [*results, known], True
+            return known
+        results = list(self._sizes.of(func, args, kwargs))
         operands = sum(arg.untyped_storage().nbytes() for arg in args if isinstance(arg, torch.Tensor))
-        ample = _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES
-        return [*results, ample], False
+        return [*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES]
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
+        """Remember what this call used beyond its results."""
         key = _key(func, args, kwargs)
-        _KNOWN_SCRATCH[key] = max(scratch_bytes, _KNOWN_SCRATCH.get(key, 0))
+        before = _KNOWN_BLOCKS.get(key)
+        scratch_bytes = max(scratch_bytes, before[-1] if before else 0)
+        _KNOWN_BLOCKS[key] = [*self._sizes.of(func, args, kwargs), scratch_bytes]
 
 
 def reserve(device: torch.device, blocks: list[int]) -> None:

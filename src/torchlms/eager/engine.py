@@ -28,10 +28,11 @@ from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
 from torchlms.eager.program import Deed, Program
 from torchlms.eager.recorder import Recorder, tensors_in
-from torchlms.eager.routine import Routine, Signature, Verdict
+from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Slot, SlotOwner, Where, find
+from torchlms.eager.timer import OpTimer
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -69,12 +70,12 @@ class Engine(SlotOwner):
         self.routine: Routine | None = None
         self.recorder: Recorder | None = None
         self.program: Program | None = None
+        self.timer: OpTimer | None = None
         self.steps = 0  # micro-steps begun
         self.step_times_s: list[float] = []  # of micro-steps that followed a plan
         self.late_fetches = 0
         self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
         self.module = ""
-        self.quiet = False
         self.dead = False  # closed, or inherited through a fork
         self._live: dict[int, weakref.ref[Slot]] = {}
         self._by_ordinal: dict[int, weakref.ref[Slot]] = {}
@@ -94,21 +95,21 @@ class Engine(SlotOwner):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op: act on the plan, make room, survive running out."""
-        if self.quiet or self.dead:
+        if self.dead:
             return func(*args, **kwargs)
-        self.quiet = True  # what we do ourselves is not part of the program
-        try:
-            if self._clock >= self._due:
-                self._follow()
-            self._make_room(func, args, kwargs)
-            if self.recorder is not None:
-                result = self._run_recorded(self.recorder, func, args, kwargs)
-            else:
-                result = self._attempt(func, args, kwargs)
-            if not self.device.is_cuda:
-                self._count(result)
-        finally:
-            self.quiet = False
+        if self._clock >= self._due:
+            self._follow()
+        self._make_room(func, args, kwargs)
+        if self.recorder is not None:
+            result = self._run_recorded(self.recorder, func, args, kwargs)
+        elif self.timer is not None:
+            begin = self.timer.begin()
+            result = self._attempt(func, args, kwargs)
+            self.timer.end(func, begin)
+        else:
+            result = self._attempt(func, args, kwargs)
+        if not self.device.is_cuda:
+            self._count(result)
         self._clock += 1
         return result
 
@@ -118,8 +119,7 @@ class Engine(SlotOwner):
                 self._ledger_add(tensor)
             self.ladder.enter_in_ledger(func, args, kwargs, self.module)
         elif self.rooms.concerns(func):
-            blocks, _ = self.rooms.need(func, args, kwargs)
-            self.ladder.reserve(blocks)
+            self.ladder.reserve(self.rooms.need(func, args, kwargs))
 
     def _attempt(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         generator = _cuda_generator(self.device, func, kwargs)
@@ -205,8 +205,7 @@ class Engine(SlotOwner):
 
     def pack(self, tensor: torch.Tensor) -> Kept | Saved:
         """What autograd keeps instead of ``tensor``."""
-        was_quiet, self.quiet = self.quiet, True
-        try:
+        with private.unwatched():
             if self.dead or not self._movable(tensor):
                 return Kept(tensor.detach())
             storage = tensor.untyped_storage()
@@ -214,21 +213,16 @@ class Engine(SlotOwner):
             if slot is None:
                 slot = self._new_slot(tensor, storage)
             return Saved(slot, tensor, memoryless_alias(tensor, self._hollow(tensor.dtype)))
-        finally:
-            self.quiet = was_quiet
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
         saved.check()
         if isinstance(saved, Kept):
             return saved.tensor
-        was_quiet, self.quiet = self.quiet, True
-        try:
+        with private.unwatched():
             if not self.dead:
                 self._note_use(saved.slot)
             return saved.rebuild()
-        finally:
-            self.quiet = was_quiet
 
     def _movable(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
@@ -327,6 +321,8 @@ class Engine(SlotOwner):
             self.recorder = Recorder(self.device, self.kinds)
         elif routine.verdict is Verdict.FOLLOW:
             self.program = routine.program
+            if len(routine.timings) < TIMINGS:
+                self.timer = OpTimer(self.device)
         if self.program is not None and self.program.actions:
             self._due = self.program.actions[0].op
 
@@ -352,6 +348,7 @@ class Engine(SlotOwner):
         routine, self.routine = self.routine, None
         recorder, self.recorder = self.recorder, None
         followed, self.program = self.program, None
+        timer, self.timer = self.timer, None
         self._due = _DONE
         if routine is None:
             return
@@ -365,31 +362,22 @@ class Engine(SlotOwner):
             routine.stray()
         elif followed is not None:
             routine.steps += 1
+            if timer is not None:
+                routine.timings.append(timer.times())
             self.step_times_s.append(time.perf_counter() - self._began_s)
 
     # -- SlotOwner ---------------------------------------------------------------------------
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        was_quiet, self.quiet = self.quiet, True
-        try:
-            target = self.ladder.allocate(size_bytes)
-        finally:
-            self.quiet = was_quiet
+        target = self.ladder.allocate(size_bytes)
         self._ledger_add(target)
         return target
 
     def start_out(self, source: torch.Tensor, place: Place) -> Copy:
-        return self._quietly(self.store.copy_out, source, place)
+        return self.store.copy_out(source, place)
 
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
-        return self._quietly(self.store.copy_in, place, target, after)
-
-    def _quietly(self, start: Callable[..., Copy], *arguments: Any) -> Copy:
-        was_quiet, self.quiet = self.quiet, True
-        try:
-            return start(*arguments)
-        finally:
-            self.quiet = was_quiet
+        return self.store.copy_in(place, target, after)
 
     def leaving(self, slot: Slot) -> None:
         if self.recorder is not None:
@@ -426,8 +414,8 @@ class Engine(SlotOwner):
 
     def last_tape(self) -> Tape | None:
         for routine in reversed(self.routines.values()):
-            if routine.tapes:
-                return routine.tapes[-1]
+            if routine.tape is not None:
+                return routine.tape
         return None
 
 

@@ -111,15 +111,20 @@ class Ladder:
                 raise self._no_way_back(size_bytes)
 
     def _victims(self) -> Iterator[Slot]:
-        """What is already on its way, then large values, then all the rest; oldest first."""
+        """What is already on its way out, then what came back early, then large values, then all the
+        rest; oldest first, which backward needs last."""
         living = list(self.slots.living())
         yield from (slot for slot in living if slot.where is Where.HELD and slot.place is not None)
+        yield from (slot for slot in living if slot.where is Where.COMING)
         for large in (True, False):
             for slot in living:
                 if slot.place is None and (slot.size_bytes >= _SMALL_BYTES) is large and slot.alone():
                     yield slot
 
     def _evict(self, slot: Slot) -> int:
+        if slot.where is Where.COMING:
+            slot.turn_back()
+            return slot.size_bytes
         if slot.place is None:
             if not slot.alone():
                 return 0
@@ -159,17 +164,25 @@ class Ladder:
         return BudgetTooSmall(
             f"{func}{where} needs {format_bytes(operands)} of operands and {format_bytes(results)} of results "
             f"at once, and with everything else moved away {format_bytes(self.device.allocated_bytes())} are in "
-            f"use of a budget of {format_bytes(self.budget_bytes)}. As far as this step got, the smallest budget "
+            f"use of a budget of {format_bytes(self.budget_bytes)}{self._holes()}. As far as this step got, the smallest budget "
             f"that works is {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
             smallest_bytes=smallest,
         )
+
+    def _holes(self) -> str:
+        """What the allocator holds in pieces too small to use, if that is the trouble."""
+        if not isinstance(self.device, CudaDevice):
+            return ""
+        reserved = int(torch.cuda.memory_reserved(self.device.torch_device))
+        holes = reserved - self.device.allocated_bytes()
+        return f" ({format_bytes(holes)} more lie in holes between tensors)"
 
     def _no_way_back(self, size_bytes: int) -> LMSError:
         smallest = self.device.allocated_bytes() + size_bytes
         return BudgetTooSmall(
             f"a saved tensor of {format_bytes(size_bytes)} must come back for backward, and with everything else "
             f"moved away {format_bytes(self.device.allocated_bytes())} are in use of a budget of "
-            f"{format_bytes(self.budget_bytes)}. The smallest budget that works is at least "
+            f"{format_bytes(self.budget_bytes)}{self._holes()}. The smallest budget that works is at least "
             f"{format_bytes(smallest)} ({smallest} bytes)",
             smallest_bytes=smallest,
         )

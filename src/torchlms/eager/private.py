@@ -101,3 +101,24 @@ def top_dispatch_mode() -> Any:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     return _get_current_dispatch_mode()
+
+
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """A context in which ops of this thread bypass every dispatch mode: for our own small ops in hooks."""
+    guard = getattr(torch._C, "_ExcludeDispatchKeyGuard", None)
+    if guard is not None and _MODE_KEYS is not None:
+        context: contextlib.AbstractContextManager[Any] = guard(_MODE_KEYS)
+        return context
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def _mode_keys() -> Any:
+    keys, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)
+    if keys is None or key is None:
+        return None
+    return keys(key.Python) | keys(key.PythonTLSSnapshot)
+
+
+_MODE_KEYS = _mode_keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -273,11 +273,13 @@ class Recorder:
 def _finished(index: int, draft: _Draft, count: int) -> Value:
     death = count if draft.death is None else draft.death
     idle, why_not = _idle(draft, count)
+    # An optimizer makes its states at the end of its first step; every later lap begins with them.
+    lasting = draft.kind is Kind.STATE and draft.death is None
     return Value(
         id=index,
         kind=draft.kind,
         size_bytes=draft.size_bytes,
-        birth=draft.birth,
+        birth=-1 if lasting else draft.birth,
         death=max(death, draft.birth, 0),
         idle=idle,
         saved=draft.saved,
@@ -312,16 +314,3 @@ def tensors_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def best_of(tapes: list[Tape]) -> Tape:
-    """The last tape, with each op's shortest time where the tapes agree on the ops.
-
-    A first run pays for loading kernels and choosing algorithms, which later steps do not.
-    """
-    last = tapes[-1]
-    alike = [tape for tape in tapes if [op.name for op in tape.ops] == [op.name for op in last.ops]]
-    ops = tuple(
-        replace(op, time_s=min(tape.ops[index].time_s for tape in alike)) for index, op in enumerate(last.ops)
-    )
-    return replace(last, ops=ops)

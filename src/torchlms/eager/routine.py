@@ -12,7 +12,7 @@ from torchlms.eager.program import Program
 
 Signature = tuple[tuple[int, ...], torch.dtype]
 
-RECORDINGS = 2  # the first warms kernels up and finds workspaces, the second is timed
+TIMINGS = 2  # steps under a first plan in which each op is timed
 MOST_RECORDINGS = 6  # a routine that keeps changing is run without a plan
 
 
@@ -27,33 +27,28 @@ class Verdict(Enum):
 
 @dataclass(slots=True)
 class Routine:
-    """Tapes of the last recordings, the program made of them, and how often reality differed."""
+    """The last tape, the program made of it, and how often reality differed."""
 
     signature: Signature
     verdict: Verdict = Verdict.RECORD
-    tapes: list[Tape] = field(default_factory=list)
+    tape: Tape | None = None
     program: Program | None = None
+    timings: list[list[tuple[str, float]]] = field(default_factory=list)
+    settled: bool = False  # the program was made from those timings
     recordings: int = 0
     strayed: int = 0  # micro-steps that did not match the program
     replans: int = 0
     steps: int = 0  # micro-steps that followed the present program
 
-    def ready_to_plan(self) -> bool:
-        return self.verdict is Verdict.RECORD and len(self.tapes) >= RECORDINGS
-
     def recorded(self, tape: Tape) -> None:
-        """Keep ``tape`` for planning; an unlike predecessor is forgotten."""
-        if self.tapes and self.tapes[-1].fingerprint != tape.fingerprint:
-            self.tapes.clear()
-        self.tapes.append(tape)
+        self.tape = tape
+        self.timings.clear()
+        self.settled = False
         self.recordings += 1
-        if self.recordings >= MOST_RECORDINGS and len(self.tapes) < RECORDINGS:
-            self.verdict = Verdict.IMPROVISE
 
     def stray(self) -> None:
         """The step did not match: record it again, unless that has been tried enough."""
         self.strayed += 1
-        self.tapes.clear()
-        self.program = None
+        self.tape = self.program = None
         self.steps = 0
         self.verdict = Verdict.RECORD if self.recordings < MOST_RECORDINGS else Verdict.IMPROVISE

@@ -133,6 +133,15 @@ class Slot:
         link(target.untyped_storage(), self)
         self.owner.moved(self)
 
+    def turn_back(self) -> None:
+        """Give the device bytes of a value that is coming back up again: its copy is still in place."""
+        assert self.where is Where.COMING
+        self._settle()
+        self.owner.leaving(self)
+        self.bytes = None
+        self.where = Where.AWAY
+        self.owner.moved(self)
+
     def take(self) -> torch.UntypedStorage:
         """The storage with the bytes in it, usable by the compute queue from here on."""
         if self.where is Where.AWAY:

@@ -129,7 +129,8 @@ class CudaDevice:
             )
         if self._fraction_before is None:
             self._fraction_before = float(torch.cuda.get_per_process_memory_fraction(self.torch_device))
-        fraction = min(1.0, budget_bytes / self.total_bytes)
+        # The allocator multiplies back and truncates: half a byte keeps rounding from eating a page.
+        fraction = min(1.0, (budget_bytes + 0.5) / self.total_bytes)
         torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
     def uncap(self) -> None:

@@ -42,12 +42,12 @@ def load_user_network(spec: str) -> Network:
 
     def make(options: NetworkOptions) -> tuple[nn.Module, MakeBatch]:
         made = factory()
-        module, make_batch = made if isinstance(made, tuple) else (made, image_batch(classes=_classes(made)))
+        module, make_batch = made if isinstance(made, tuple) else (made, None)
         if not isinstance(module, nn.Module):
             raise BadOption(
                 f"--model {spec}: the factory gave {type(module).__name__}, not a torch.nn.Module"
             )
-        return module, make_batch
+        return module, make_batch or image_batch(classes=_classes(module))
 
     return Network(
         name=spec,

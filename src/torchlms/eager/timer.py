@@ -1,0 +1,58 @@
+"""Timer: how long each op takes while nothing else slows the program down.
+
+A recorded step spends more time on watching than the device spends on computing, so its op times
+are mostly those of launching. Steps under a plan run ahead of the device again; two marks per op
+are then all that is added, and what the compute queue waits for copies lies between the marks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torchlms.core.tape import Op, Phase, Tape
+
+if TYPE_CHECKING:
+    from torchlms.memory.device import CpuDevice, CudaDevice, Mark
+
+
+class OpTimer:
+    """Marks around every op of one micro-step."""
+
+    def __init__(self, device: CudaDevice | CpuDevice) -> None:
+        self._device = device
+        self._marks: list[tuple[Any, Mark, Mark]] = []
+
+    def begin(self) -> Mark:
+        return self._device.mark()
+
+    def end(self, func: Any, begin: Mark) -> None:
+        self._marks.append((func, begin, self._device.mark()))
+
+    def times(self) -> list[tuple[str, float]]:
+        """Name and seconds of each op, in order; waits for the device."""
+        self._device.synchronize()
+        return [(str(func), end.since_s(begin)) for func, begin, end in self._marks]
+
+
+def retimed(tape: Tape, runs: list[list[tuple[str, float]]]) -> Tape:
+    """``tape`` with each op's shortest time over ``runs``, as far as the ops are the same.
+
+    What follows the backward pass may differ from the recorded step (an optimizer's first step
+    makes its states); its total time is then spread over the ops on the tape.
+    """
+    inner = sum(1 for op in tape.ops if op.phase is not Phase.BETWEEN)
+    names = [op.name for op in tape.ops]
+    alike = [run for run in runs if [name for name, _ in run[:inner]] == names[:inner]]
+    if not alike:
+        return tape
+    ops = [_with_time(op, min(run[index][1] for run in alike)) for index, op in enumerate(tape.ops[:inner])]
+    outer = tape.ops[inner:]
+    if outer:
+        total_s = min(sum(seconds for _, seconds in run[inner:]) for run in alike)
+        ops.extend(_with_time(op, total_s / len(outer)) for op in outer)
+    return replace(tape, ops=tuple(ops))
+
+
+def _with_time(op: Op, time_s: float) -> Op:
+    return replace(op, time_s=time_s)
