@@ -77,7 +77,7 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         width=32, norm="batch",
     )  # fmt: skip
     defaults = BenchOptions()
-    same = [f for f in BenchOptions.__slots__ if f != "way" and getattr(wanted, f) == getattr(defaults, f)]  # type: ignore[attr-defined]
+    same = [f for f in BenchOptions.__slots__ if f != "way" and getattr(wanted, f) == getattr(defaults, f)]
     assert not same, "this test must set every option"
     command = captured_command(monkeypatch, *to_arguments(wanted))
     assert command.options == wanted

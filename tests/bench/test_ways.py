@@ -34,7 +34,7 @@ def made(model: str, way: Way, **sizes: int) -> Workload:
 
 
 def losses(workload: Workload) -> list[str]:
-    return [workload.step().item().hex() for _ in range(3)]
+    return [float(workload.step().item()).hex() for _ in range(3)]
 
 
 @pytest.mark.parametrize("way", [Way.SAVE_ON_CPU, Way.CHECKPOINT, Way.CHECKPOINT_OFFLOAD])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torchlms.core.machine import CopyTime, Machine
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
@@ -123,7 +124,7 @@ class Network:
         uses = sorted(set(item.uses))
         idle = tuple(
             Stretch(use + 1, following)
-            for use, following in zip(uses, uses[1:], strict=False)
+            for use, following in pairwise(uses)
             if following - use > 2 and item.kind is Kind.ACTIVATION
         )
         return Value(

@@ -107,6 +107,13 @@ class BenchOptions:
                 except BadOption as error:
                     raise BadOption(f"--{name.replace('_', '-')}: {error}") from None
 
+    def torch_device(self) -> torch.device:
+        """The device with its index, which the allocator's cap insists on."""
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
+
     def network_options(self) -> NetworkOptions:
         """The part that the network reads."""
         return NetworkOptions(

@@ -81,7 +81,7 @@ def run(options: BenchOptions, write: Write, *, watch_steps: bool = False) -> Me
     """
     network = get_network(options.model)
     options = options.resolve(network)
-    device = torch.device(options.device)
+    device = options.torch_device()
     limit_bytes = cap_bytes(options, device)
     with flags_set(options) as flags, capped(device, limit_bytes):
         measurement = Measurement(network, options, flags, cap_bytes=limit_bytes)
@@ -159,7 +159,7 @@ def _loop(
             number=number,
             timed=timed,
             seconds=seconds,
-            loss=loss_tensor.item(),
+            loss=float(loss_tensor.item()),
             peak_bytes=peak.after_step() or int(stats.get("peak_device_bytes") or 0),
             bytes_out=int(stats.get("bytes_out_per_step") or 0),
             bytes_in=int(stats.get("bytes_in_per_step") or 0),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_NOTE_WIDTH = 100  # the JSON has the whole line
 
 COLUMNS = ("way", "rate", "of plain", "step", "peak", "reserved", "host", "note")
 
@@ -31,7 +34,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 def _row(result: dict[str, Any], plain_s: float | None) -> list[str]:
     if "error" in result:
-        return [result["way"], "-", "-", "-", "-", "-", "-", result["error"]]
+        return [result["way"], "-", "-", "-", "-", "-", "-", textwrap.shorten(result["error"], _NOTE_WIDTH)]
     step_s = result["step_s"]["median"]
     return [
         result["way"],

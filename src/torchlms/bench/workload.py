@@ -46,7 +46,7 @@ class Workload:
 
 def make_workload(network: Network, options: BenchOptions) -> Workload:
     """Everything on the device, seeded: two calls give the same bits."""
-    device = torch.device(options.device)
+    device = options.torch_device()
     sizes = options.network_options()
     torch.manual_seed(options.seed)
     model, make_batch = network.build(sizes, device)

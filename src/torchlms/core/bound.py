@@ -10,10 +10,10 @@ import numpy as np
 from torchlms.core.curve import baseline_curve, wraps
 
 if TYPE_CHECKING:
+    from torchlms.core.curve import Seconds
     from torchlms.core.machine import Machine
     from torchlms.core.packing import Ints
     from torchlms.core.plan import Budget
-    from torchlms.core.simulate import Seconds
     from torchlms.core.tape import Tape
 
 # Ops over the budget that are looked at, worst first. Each gives a valid bound; more give a better one.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Stretch, Tape
 
 Bytes = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
 
 
 def wraps(stretch: Stretch) -> bool:

@@ -19,8 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchlms.core.curve import Bytes
-    from torchlms.core.simulate import Seconds
+    from torchlms.core.curve import Bytes, Seconds
 
 NEVER = -1
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from torchlms.core.curve import Bytes
     from torchlms.core.simulate import Simulator
 
-# Work one search may do: ops walked plus MOVE_WORK for each move placed. About a second.
+# Work one search may do, in units of about a microsecond: what one op or one move costs to schedule
+# and simulate, and what one candidate costs to be looked at for a cover.
 EFFORT = 500_000
-MOVE_WORK = 8
+OP_WORK, MOVE_WORK, LOOK_WORK = 1, 30, 6
 
 # A copy that hides still heats the link and may not hide tomorrow: each second of it counts as this.
 COPY_WEIGHT = 0.002
@@ -84,7 +85,7 @@ class _Search:
         """Try each order once; the order that did best."""
         best_order = self._orders()[0]
         for order in self._orders():
-            moves = cover(self._excess, order, always=self._forced)
+            moves = self._cover(order)
             assert moves is not None, "the candidates do not cover the excess"
             if self._try(moves):
                 best_order = order
@@ -118,7 +119,7 @@ class _Search:
                 return
             wanted: Bytes = self._excess + int(share * movable_bytes)
             wanted = wanted - np.maximum(floor + int(share * movable_bytes), 0)  # no more than can leave
-            moves = cover(wanted, ranked, always=self._forced)
+            moves = self._cover(ranked, wanted)
             if moves is not None:
                 self._try(moves)
 
@@ -143,12 +144,12 @@ class _Search:
                 yield self._forced + rest
             inside = set(current)
             outside = [other for other in ranked if other not in inside]
-            exchanged = cover(self._excess, rest + outside, always=self._forced)
+            exchanged = self._cover(rest + outside)
             if exchanged is not None:
                 yield exchanged
         else:
             yield self._forced + current + [move]
-            exchanged = cover(self._excess, [move] + current, always=self._forced)
+            exchanged = self._cover([move] + current)
             if exchanged is not None:
                 yield exchanged
 
@@ -159,12 +160,16 @@ class _Search:
         for lead in LEADS[1:]:
             self._try(moves, lead)
 
+    def _cover(self, ranked: Sequence[Move], excess: Bytes | None = None) -> list[Move] | None:
+        self._work += LOOK_WORK * len(ranked)
+        return cover(self._excess if excess is None else excess, ranked, always=self._forced)
+
     def _done(self) -> bool:
         return self._work > EFFORT or (self._best is not None and self._best.idle)
 
     def _try(self, moves: Sequence[Move], lead: Lead = LEADS[0]) -> bool:
         """Schedule and simulate ``moves``; keep them if they are the best so far."""
-        self._work += len(self._course.op_s) + MOVE_WORK * len(moves)
+        self._work += OP_WORK * len(self._course.op_s) + MOVE_WORK * len(moves)
         try:
             on_disk = choose_disk(moves, self._room)
         except HostBudgetTooSmall as refusal:

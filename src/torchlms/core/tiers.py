@@ -83,6 +83,8 @@ def place_all(moves: Sequence[Move], room: Room) -> Places:
 
 def _overflow(moves: Sequence[Move], room: Room) -> frozenset[Move]:
     """Moves sent to disk, one by one, until the rest and the staging fit into host memory."""
+    if sum(aligned(move.size_bytes, HOST_ALIGN_BYTES) for move in moves) <= room.host_bytes:
+        return frozenset()  # also all at once: no need to look closer
     by_idle = sorted(moves, key=lambda move: move.idle_s, reverse=True)
 
     def missing_bytes(count: int) -> int:

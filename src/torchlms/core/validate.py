@@ -1,0 +1,249 @@
+"""Validate: is this plan legal for this tape? A named reason for each thing that is not.
+
+Written apart from the planner and the simulator, and sharing nothing with them but the records: plain
+loops over the definitions, so that a mistake would have to be made twice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from torchlms.core.plan import Choice, Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torchlms.core.machine import Machine
+    from torchlms.core.plan import Plan
+    from torchlms.core.tape import Stretch, Tape
+
+__all__ = ["Fault", "Reason", "validate"]
+
+ALIGN_BYTES = {Choice.HOST: 512, Choice.DISK: 4096}
+
+
+class Reason(str, Enum):
+    """Why a plan is refused."""
+
+    WRONG_TAPE = "made for another tape"
+    WRONG_TORCH = "made with another torch"
+    WRONG_DEVICE = "made for another kind of device"
+    UNKNOWN_VALUE = "no such value"
+    UNKNOWN_STRETCH = "no such idle stretch"
+    DECIDED_TWICE = "two decisions for one stretch"
+    NOT_MOVABLE = "the value cannot be moved"
+    NO_RECOMPUTE = "this version does not recompute"
+    NO_LINK = "no host memory apart from the device"
+    RELEASE_EARLY = "released before the stretch begins"
+    RELEASE_LATE = "released at or after its reload"
+    RELOAD_LATE = "reloaded after it is needed"
+    MISALIGNED = "offset not aligned"
+    OVERLAP = "shares bytes with another value at the same time"
+    OVER_DEVICE = "more device memory than the budget"
+    OVER_HOST = "more host memory than the budget"
+    OVER_DISK = "more disk than the budget"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong; ``decision`` is its position in the plan, -1 for the plan as a whole."""
+
+    reason: Reason
+    detail: str
+    decision: int = -1
+
+    def __str__(self) -> str:
+        where = f"decision {self.decision}: " if self.decision >= 0 else ""
+        return f"{where}{self.reason.value} ({self.detail})"
+
+
+def validate(tape: Tape, plan: Plan, machine: Machine | None = None) -> list[Fault]:
+    """Everything that is wrong with ``plan``; empty when it is legal.
+
+    Without a machine, a device whose name begins with "cpu" is taken to have no link. Overlap is
+    judged conservatively: a value holds its place from the first to the last moment of its stretch,
+    whenever its copies really run. Whether the plan is any good is not judged.
+    """
+    faults = list(_whole(tape, plan))
+    sound: list[tuple[int, Decision]] = []
+    seen: set[tuple[int, int]] = set()
+    has_link = bool(machine.link) if machine is not None else not plan.device.startswith("cpu")
+    for index, decision in enumerate(plan.decisions):
+        found = _one(tape, decision, has_link)
+        if (decision.value, decision.stretch) in seen:
+            found = (Reason.DECIDED_TWICE, f"value {decision.value}, stretch {decision.stretch}")
+        seen.add((decision.value, decision.stretch))
+        if found:
+            faults.append(Fault(*found, index))
+        elif decision.choice is not Choice.KEEP:
+            sound.append((index, decision))
+    faults += _places(tape, sound)
+    faults += _device(tape, plan, sound)
+    faults += _tiers(tape, plan, sound, has_link)
+    return faults
+
+
+Found = tuple[Reason, str]
+
+
+def _whole(tape: Tape, plan: Plan) -> Iterator[Fault]:
+    if plan.fingerprint != tape.fingerprint:
+        yield Fault(Reason.WRONG_TAPE, f"plan {plan.fingerprint!r}, tape {tape.fingerprint!r}")
+    if plan.torch != tape.torch:
+        yield Fault(Reason.WRONG_TORCH, f"plan {plan.torch!r}, tape {tape.torch!r}")
+    if plan.device.partition(":")[0] != tape.device.partition(":")[0]:
+        yield Fault(Reason.WRONG_DEVICE, f"plan {plan.device!r}, tape {tape.device!r}")
+
+
+def _one(tape: Tape, decision: Decision, has_link: bool) -> Found | None:
+    """What is wrong with one decision by itself: the first thing found."""
+    if not 0 <= decision.value < len(tape.values):
+        return Reason.UNKNOWN_VALUE, f"value {decision.value} of {len(tape.values)}"
+    value = tape.values[decision.value]
+    if not 0 <= decision.stretch < len(value.idle):
+        return (
+            Reason.UNKNOWN_STRETCH,
+            f"stretch {decision.stretch} of value {value.id}, which has {len(value.idle)}",
+        )
+    if decision.choice is Choice.KEEP:
+        return None
+    if decision.choice is Choice.RECOMPUTE:
+        return Reason.NO_RECOMPUTE, f"value {value.id}"
+    if not value.movable:
+        return Reason.NOT_MOVABLE, f"value {value.id}: {value.why_not or 'not marked movable'}"
+    if decision.choice is Choice.HOST and not has_link:
+        return Reason.NO_LINK, f"value {value.id} is to go to host memory"
+    return _times(decision, value.idle[decision.stretch], len(tape.ops)) or _alignment(decision)
+
+
+def _times(decision: Decision, stretch: Stretch, count: int) -> Found | None:
+    """All three moments are counted in ops since the stretch began, around the end if it wraps."""
+    release, reload, stop = decision.release_op, decision.reload_op, stretch.stop
+    said = f"stretch {stretch.start} to {stop}, release {release}, reload {reload}"
+    if release < 0 or release > count:
+        return Reason.RELEASE_EARLY, said
+    if reload < 0 or reload > count:
+        return Reason.RELOAD_LATE, said
+    if stop <= stretch.start:
+        stop += count
+        release += count if release < stretch.start else 0
+        reload += count if reload < stretch.start else 0
+    if release < stretch.start or release > stop:
+        return Reason.RELEASE_EARLY if release < stretch.start else Reason.RELEASE_LATE, said
+    if reload > stop:
+        return Reason.RELOAD_LATE, said
+    if release >= reload:
+        return Reason.RELEASE_LATE, said
+    return None
+
+
+def _alignment(decision: Decision) -> Found | None:
+    align_bytes = ALIGN_BYTES[decision.choice]
+    if decision.offset_bytes < 0 or decision.offset_bytes % align_bytes:
+        return (
+            Reason.MISALIGNED,
+            f"{decision.choice.value} offset {decision.offset_bytes}, unit {align_bytes}",
+        )
+    return None
+
+
+def _places(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
+    """Sweep over the moments with what lies in a tier sorted by offset: a newcomer meets only neighbours."""
+    for choice in ALIGN_BYTES:
+        lying: list[tuple[int, int, int]] = []  # offset, end, decision
+        for _, arrives, index, decision in sorted(_comings_and_goings(tape, sound, choice), key=_by_moment):
+            offset = decision.offset_bytes
+            entry = (offset, offset + tape.values[decision.value].size_bytes, index)
+            place = bisect_left(lying, entry)
+            if not arrives:
+                if place < len(lying) and lying[place] == entry:
+                    lying.pop(place)
+                continue
+            meets = [other for other in lying[max(0, place - 1) : place + 1] if _share(entry, other)]
+            if meets:
+                yield Fault(Reason.OVERLAP, f"with decision {meets[0][2]} in {choice.value}", index)
+            else:
+                insort(lying, entry)
+
+
+Event = tuple[int, bool, int, Decision]
+
+
+def _comings_and_goings(tape: Tape, sound: list[tuple[int, Decision]], choice: Choice) -> Iterator[Event]:
+    for index, decision in sound:
+        if decision.choice is choice:
+            stretch = tape.values[decision.value].idle[decision.stretch]
+            for first, last in _spans(stretch, len(tape.ops)):
+                yield first, True, index, decision
+                yield last + 1, False, index, decision
+
+
+def _by_moment(event: Event) -> tuple[int, bool, int]:
+    return event[:3]
+
+
+def _spans(stretch: Stretch, count: int) -> list[tuple[int, int]]:
+    """First and last moments; two spans when the stretch wraps."""
+    if stretch.start < stretch.stop:
+        return [(stretch.start, stretch.stop)]
+    if stretch.start == stretch.stop:
+        return [(0, count)]
+    return [(0, stretch.stop), (stretch.start, count)]
+
+
+def _share(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
+    count = len(tape.ops)
+    changes = [0] * (count + 1)
+
+    def add(first: int, end: int, size_bytes: int) -> None:
+        changes[max(first, 0)] += size_bytes
+        changes[min(end, count)] -= size_bytes
+
+    for value in tape.values:
+        add(value.birth, value.death + 1, value.size_bytes)
+    for _, decision in sound:
+        size_bytes = tape.values[decision.value].size_bytes
+        if decision.release_op < decision.reload_op:
+            add(decision.release_op, decision.reload_op, -size_bytes)
+        else:
+            add(decision.release_op, count, -size_bytes)
+            add(0, decision.reload_op, -size_bytes)
+    used = tape.resident_bytes
+    worst = (plan.budget.device_bytes, -1)
+    for index, op in enumerate(tape.ops):
+        used += changes[index]
+        worst = max(worst, (used + op.scratch_bytes, index), key=lambda pair: pair[0])
+    if worst[1] >= 0:
+        yield Fault(
+            Reason.OVER_DEVICE, f"{worst[0]} bytes at op {worst[1]}, budget {plan.budget.device_bytes}"
+        )
+
+
+def _tiers(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]], has_link: bool) -> Iterator[Fault]:
+    """The highest byte in each tier. With a link, disk values pass through host memory: twice the largest."""
+
+    def highest(choice: Choice, byte_of: Callable[[int, int], int]) -> int:
+        return max(
+            (
+                byte_of(decision.offset_bytes, tape.values[decision.value].size_bytes)
+                for _, decision in sound
+                if decision.choice is choice
+            ),
+            default=0,
+        )
+
+    host_bytes = highest(Choice.HOST, lambda offset, size: offset + size)
+    disk_bytes = highest(Choice.DISK, lambda offset, size: offset + size)
+    staging_bytes = 2 * highest(Choice.DISK, lambda _, size: size) if has_link else 0
+    if host_bytes + staging_bytes > plan.budget.host_bytes and (host_bytes or staging_bytes):
+        detail = f"{host_bytes} bytes and {staging_bytes} of staging, budget {plan.budget.host_bytes}"
+        yield Fault(Reason.OVER_HOST, detail)
+    if disk_bytes > plan.budget.disk_bytes:
+        yield Fault(Reason.OVER_DISK, f"{disk_bytes} bytes, budget {plan.budget.disk_bytes}")

@@ -1,0 +1,280 @@
+"""The planner: never over budget, never beaten by much, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import brute
+import numpy as np
+import pytest
+import strategies
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tapes import GIB, MIB, chain, cpu, gpu, resnet, transformer, unet
+
+from torchlms.core.plan import Budget, Choice
+from torchlms.core.planner import lower_bound, plan
+from torchlms.core.rules import Rules
+from torchlms.core.simulate import baseline_curve, simulate, smallest_budget
+from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.core.validate import validate
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
+
+if TYPE_CHECKING:
+    from torchlms.core.machine import Machine
+
+LOTS = 1 << 50
+NETWORKS = {
+    "chain": chain(),
+    "resnet": resnet(8),
+    "laps": resnet(4, laps=3),
+    "unet": unet(),
+    "gpt": transformer(6),
+}
+SHARES = [0.9, 0.6, 0.3, 0.1, 0.0]
+
+
+def _budget(tape: Tape, share: float, host_bytes: int = LOTS, disk_bytes: int = LOTS) -> Budget:
+    """``share`` of the way from the smallest budget to no need for one."""
+    least, most = smallest_budget(tape), int(baseline_curve(tape).max())
+    return Budget(least + int(share * (most - least)), host_bytes, disk_bytes)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str, share: float) -> None:
+    tape, machine = NETWORKS[name], gpu()
+    budget = _budget(tape, share)
+    made = plan(tape, machine, budget)
+    assert validate(tape, made, machine) == []
+    assert made.predicted.peak_device_bytes <= budget.device_bytes
+    assert made.smallest_bytes == smallest_budget(tape)
+    assert made.predicted.step_s >= lower_bound(tape, machine, budget) - 1e-9
+    assert all(decision.reason for decision in made.decisions)
+    timeline = simulate(tape, machine, made.decisions)
+    assert timeline.step_s == made.predicted.step_s
+    assert made.predicted.arena_bytes <= 1.02 * made.predicted.bytes_out
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_smaller_budget_is_not_faster(name: str) -> None:
+    """By more than the search may miss."""
+    tape = NETWORKS[name]
+    steps_s = [plan(tape, gpu(), _budget(tape, share)).predicted.step_s for share in SHARES]
+    for larger, smaller in pairwise(steps_s):
+        assert smaller >= larger * 0.98
+
+
+def test_when_everything_fits_nothing_moves() -> None:
+    made = plan(chain(), gpu(), Budget(80 * GIB, 0, 0))
+    assert made.decisions == ()
+    assert made.predicted.stall_s == 0
+
+
+def test_a_fast_link_costs_nothing() -> None:
+    made = plan(chain(), gpu(link=500e9), _budget(chain(), 0.3))
+    assert made.predicted.stall_s <= 0.001 * made.predicted.compute_s
+
+
+def test_the_same_input_gives_the_same_plan() -> None:
+    tape = unet()
+    one, other = (plan(tape, gpu(), _budget(tape, 0.2)) for _ in range(2))
+    assert one.decisions == other.decisions
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_random_tapes(data: st.DataObject) -> None:
+    tape = data.draw(strategies.tapes(max_values=6))
+    machine = data.draw(strategies.machines())
+    least = smallest_budget(tape)
+    headroom_bytes = data.draw(st.integers(0, 10)) * 1000
+    spare = data.draw(st.integers(0, int(baseline_curve(tape).max()) - least))
+    budget = Budget(least + headroom_bytes + spare, LOTS if machine.link else 0, LOTS)
+    made = plan(tape, machine, budget, headroom_bytes=headroom_bytes)
+    assert validate(tape, made, machine) == []
+    assert made.predicted.peak_device_bytes <= budget.device_bytes - headroom_bytes
+    assert made.smallest_bytes == least + headroom_bytes
+    bound_s = lower_bound(tape, machine, budget)
+    assert made.predicted.step_s >= bound_s * (1 - 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_tapes_on_little_host_memory(data: st.DataObject) -> None:
+    tape = data.draw(strategies.tapes(max_values=6))
+    machine = data.draw(strategies.machines(link=True))
+    budget = Budget(smallest_budget(tape), data.draw(st.integers(0, 20_000_000)), LOTS)
+    try:
+        made = plan(tape, machine, budget)
+    except HostBudgetTooSmall as error:
+        assert error.missing_bytes > 0
+        return
+    assert validate(tape, made, machine) == []
+    assert made.predicted.arena_bytes <= budget.host_bytes or not made.moves
+
+
+def _small_tape(rng: random.Random, count: int) -> Tape:
+    ops = tuple(
+        Op(f"op{index}", "", Phase.FORWARD, rng.choice([0.3, 1.0, 2.0]) * rng.random(), (), ())
+        for index in range(count)
+    )
+    values = []
+    for index in range(3):
+        start, stop = sorted(rng.sample(range(1, count), 2))
+        size_bytes = rng.randint(100_000, 2_000_000)
+        birth, death = rng.randint(-1, start - 1), rng.randint(stop, count - 1)
+        values.append(
+            Value(index, Kind.ACTIVATION, size_bytes, birth, death, (Stretch(start, stop),), movable=True)
+        )
+    return Tape(ops, tuple(values), 0, "cuda", "2.13")
+
+
+def ratios_to_brute_force(machine: Machine, choice: Choice, cases: int, *, seed: int = 0) -> list[float]:
+    """Planned over best step time, for random small tapes that do not fit."""
+    rng = random.Random(seed)
+    ratios = []
+    while len(ratios) < cases:
+        tape = _small_tape(rng, rng.randint(5, 8))
+        least, most = smallest_budget(tape), int(baseline_curve(tape).max())
+        if least == most:
+            continue
+        budget = Budget(rng.randint(least, most - 1), LOTS if machine.link else 0, LOTS)
+        best_s = brute.best_step_s(tape, machine, budget.device_bytes, choice)
+        assert best_s is not None
+        ratios.append(plan(tape, machine, budget).predicted.step_s / best_s)
+    return ratios
+
+
+@pytest.mark.parametrize(
+    ("machine", "choice"),
+    [
+        (gpu(link=1e6, latency_s=1e-3), Choice.HOST),
+        (gpu(link=4e6, share=0.6, latency_s=1e-3), Choice.HOST),
+        (cpu(disk=1e6), Choice.DISK),
+    ],
+)
+def test_close_to_brute_force(machine: Machine, choice: Choice) -> None:
+    ratios = np.array(ratios_to_brute_force(machine, choice, cases=25))
+    assert (ratios >= 1 - 1e-9).all()
+    assert (ratios <= 1.05).mean() >= 0.95
+    assert ratios.max() <= 1.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.tapes(max_ops=6, max_values=2), strategies.machines(link=True), st.floats(0, 1))
+def test_the_lower_bound_is_one(tape: Tape, machine: Machine, share: float) -> None:
+    budget = _budget(tape, share)
+    best_s = brute.best_step_s(tape, machine, budget.device_bytes)
+    assert best_s is not None
+    assert lower_bound(tape, machine, budget) <= best_s * (1 + 1e-9)
+
+
+def test_below_the_floor() -> None:
+    tape = resnet(8)
+    least = smallest_budget(tape)
+    with pytest.raises(BudgetTooSmall) as caught:
+        plan(tape, gpu(), Budget(least - 1, LOTS, LOTS))
+    assert caught.value.smallest_bytes == least
+    message = str(caught.value)
+    assert "smallest budget" in message
+    assert f"{least} bytes" in message
+    assert "layer1.0" in message
+    assert "aten." in message
+    assert plan(tape, gpu(), Budget(least, LOTS, LOTS)).predicted.peak_device_bytes <= least
+
+
+def test_headroom_is_part_of_the_smallest_budget() -> None:
+    tape = chain()
+    with pytest.raises(BudgetTooSmall, match="headroom") as caught:
+        plan(tape, gpu(), Budget(smallest_budget(tape), LOTS, LOTS), headroom_bytes=MIB)
+    assert caught.value.smallest_bytes == smallest_budget(tape) + MIB
+
+
+def test_rules_raise_the_floor_and_the_error_says_so() -> None:
+    tape = chain()
+    with pytest.raises(BudgetTooSmall, match="Without the rules it is") as caught:
+        plan(tape, gpu(), _budget(tape, 0.0), Rules(keep_modules=("layer*",)))
+    least = caught.value.smallest_bytes
+    made = plan(tape, gpu(), Budget(least, LOTS, LOTS), Rules(keep_modules=("layer*",)))
+    assert made.smallest_bytes == least
+    assert all(tape.values[move.value].module == "" for move in made.moves)
+
+
+def test_move_rules_move_also_when_everything_fits() -> None:
+    tape = resnet(4)
+    made = plan(tape, gpu(), Budget(80 * GIB, LOTS, LOTS), Rules(move_ops=("aten.relu",), min_bytes=GIB))
+    moved = {move.value for move in made.moves}
+    assert moved == {value.id for value in tape.values if value.op == "aten.relu" and value.movable}
+    assert all(move.reason.startswith("rule move_ops 'aten.relu'") for move in made.moves)
+    assert validate(tape, made, gpu()) == []
+
+
+def test_small_values_stay_unless_they_must_go() -> None:
+    tape = resnet(8)
+    rules = Rules(min_bytes=128 * MIB)
+    sizes = [
+        tape.values[move.value].size_bytes for move in plan(tape, gpu(), _budget(tape, 0.8), rules).moves
+    ]
+    assert min(sizes) >= 128 * MIB
+    made = plan(tape, gpu(), _budget(tape, 0.0), rules)
+    assert min(tape.values[move.value].size_bytes for move in made.moves) < 128 * MIB
+
+
+def test_no_host_memory_and_no_disk() -> None:
+    tape = chain()
+    with pytest.raises(HostBudgetTooSmall, match="lack") as caught:
+        plan(tape, gpu(), _budget(tape, 0.5, host_bytes=100 * MIB, disk_bytes=0))
+    needed = plan(tape, gpu(), _budget(tape, 0.5)).predicted.arena_bytes
+    assert 0 < caught.value.missing_bytes <= needed
+    with pytest.raises(HostBudgetTooSmall):
+        plan(tape, gpu(disk=0), _budget(tape, 0.5, host_bytes=100 * MIB))
+    with pytest.raises(HostBudgetTooSmall):
+        plan(tape, cpu(), _budget(tape, 0.5, disk_bytes=100 * MIB))
+
+
+def test_host_memory_first_then_disk_for_the_longest_idle() -> None:
+    tape = chain()
+    made = plan(tape, gpu(), _budget(tape, 0.3, host_bytes=512 * MIB))
+    assert validate(tape, made, gpu()) == []
+    by_choice = {
+        choice: [tape.values[move.value].idle[move.stretch] for move in made.moves if move.choice is choice]
+        for choice in (Choice.HOST, Choice.DISK)
+    }
+    assert by_choice[Choice.HOST]
+    assert by_choice[Choice.DISK]
+    lengths = {choice: [idle.stop - idle.start for idle in idles] for choice, idles in by_choice.items()}
+    assert min(lengths[Choice.DISK]) >= max(lengths[Choice.HOST])
+
+
+def test_values_whose_every_stretch_wraps_stay() -> None:
+    ops = tuple(Op(f"op{index}", "", Phase.FORWARD, 1.0, (), ()) for index in range(4))
+    state = Value(0, Kind.STATE, MIB, -1, 4, (Stretch(2, 1),), movable=True)
+    tape = Tape(ops, (state,), 0, "cuda", "2.13")
+    assert smallest_budget(tape) == MIB
+    with pytest.raises(BudgetTooSmall):
+        plan(tape, gpu(), Budget(MIB - 1, LOTS, LOTS))
+
+
+@settings(max_examples=30, deadline=None)
+@given(strategies.tapes(wrapping=True))
+def test_tapes_with_wrapping_values(tape: Tape) -> None:
+    least, most = smallest_budget(tape), int(baseline_curve(tape).max())
+    assume(least < most)
+    made = plan(tape, gpu(), Budget(least, LOTS, LOTS))
+    assert validate(tape, made, gpu()) == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.0])
+@pytest.mark.parametrize("network", [resnet, transformer])
+def test_ten_thousand_ops_in_two_seconds(network: type, share: float) -> None:
+    tape = network(500)
+    assert len(tape.ops) >= 10_000
+    started_s = time.process_time()
+    made = plan(tape, gpu(), _budget(tape, share))
+    assert time.process_time() - started_s <= 2.0
+    assert len(made.moves) > 500
+    assert validate(tape, made, gpu()) == []
