@@ -99,7 +99,9 @@ class LMS:
 
     def __enter__(self) -> LMS:
         if getattr(_current, "lms", None) is not None:
-            raise NotSupported("LMS is on already in this thread: leave the other LMS, or call disable(), first")
+            raise NotSupported(
+                "LMS is on already in this thread: leave the other LMS, or call disable(), first"
+            )
         if self._engine is not None:
             raise NotSupported("this LMS was used before; make a new one")
         _show_log()
@@ -176,7 +178,9 @@ class LMS:
         self._installation = Installation(engine)
         self._installation.put_on()
         if self._model is not None:
-            self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            self._handles.append(
+                self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            )
 
     def _close(self) -> None:
         """Undo everything, in the opposite order, whatever fails on the way; the first error is raised."""
@@ -367,7 +371,9 @@ def _choose_device(model: torch.nn.Module | None, device: torch.device | str | N
         found = {item.device for item in (*model.parameters(), *model.buffers())}
         if len(found) > 1:
             names = ", ".join(sorted(str(item) for item in found))
-            raise NotSupported(f"the model lies on several devices ({names}): LMS handles one device a process")
+            raise NotSupported(
+                f"the model lies on several devices ({names}): LMS handles one device a process"
+            )
         if found and device is not None and found != {_indexed(torch.device(device))}:
             raise BadOption(f"device={device} was asked for, but the model is on {found.pop()}")
         if found:

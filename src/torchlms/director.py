@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.planner import plan as make_plan
-from torchlms.eager import private
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.eager.timer import retimed
-from torchlms.errors import PlanMismatch
+from torchlms.errors import LMSError, PlanMismatch
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -34,14 +33,15 @@ _SETTLING_STEPS = 2  # the allocator's pools find their sizes in these
 class Director:
     """Policy between the tape and the program of each routine."""
 
-    def __init__(self, *, machine: Machine, budget: Budget, rules: Rules, given: Plan | None, model: str) -> None:
+    def __init__(
+        self, *, machine: Machine, budget: Budget, rules: Rules, given: Plan | None, model: str
+    ) -> None:
         self.machine = machine
         self.budget = budget
         self.rules = rules
         self.given = given
         self.model = model
         self.headroom = _FIRST_HEADROOM if machine.link else 0.0
-        self._retries_seen = 0
         self._reclaims_seen = 0
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
@@ -89,7 +89,7 @@ class Director:
         arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
         engine.store.plan_arena(arena_bytes)
         engine.restart_measuring()
-        self._retries_seen, self._reclaims_seen = self._pressure(engine)
+        self._reclaims_seen = engine.ladder.reclaims
         if routine.verdict is Verdict.FITS or routine.settled:
             log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
         else:
@@ -98,28 +98,25 @@ class Director:
     # -- watching ----------------------------------------------------------------------------
 
     def _watch(self, engine: Engine, routine: Routine) -> None:
-        """Plan with more headroom when steps that should run undisturbed do not."""
-        retries, reclaims = self._pressure(engine)
-        disturbed = retries > self._retries_seen or reclaims > self._reclaims_seen
-        self._retries_seen, self._reclaims_seen = retries, reclaims
-        if not disturbed or routine.steps < _SETTLING_STEPS or not self.machine.link:
+        """Plan with more headroom when steps that should run undisturbed have to evict."""
+        reclaims, before = engine.ladder.reclaims, self._reclaims_seen
+        self._reclaims_seen = reclaims
+        if reclaims == before or routine.steps < _SETTLING_STEPS or not self.machine.link:
             return
         if routine.replans >= _MOST_REPLANS or self.given is not None or routine.program is None:
             return
         routine.replans += 1
         self.headroom += _MORE_HEADROOM
         log.info(
-            "memory was tight in a planned step (fragmentation): planning again with %s of headroom",
+            "holes between tensors forced %d evictions in a planned step: planning again with %s of headroom",
+            reclaims - before,
             format_bytes(self.headroom * self.budget.device_bytes),
         )
-        self._plan(engine, routine, routine.program.tape)
-
-    def _pressure(self, engine: Engine) -> tuple[int, int]:
-        """How often the allocator had to start over, and how often we had to evict at once."""
-        retries = 0
-        if engine.device.is_cuda:
-            retries = int(private.allocator_stats(engine.device.torch_device)["num_alloc_retries"])
-        return retries, engine.ladder.reclaims
+        try:
+            self._plan(engine, routine, routine.program.tape)
+        except LMSError:
+            routine.replans = _MOST_REPLANS  # no room for more headroom: go on with what there is
+            self.headroom -= _MORE_HEADROOM
 
 
 def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def best_step_s(tape: Tape, machine: Machine, limit_bytes: int, choice: Choice = Choice.HOST) -> float | None:
-    """The shortest step over every subset of moves and every pair of release and reload; None if none fits."""
+    """The shortest step over all subsets of moves and all pairs of release and reload; None if none fits."""
     simulator = Simulator(tape, machine)
     best = None
     for chosen in product(*(list(_options(value, choice)) for value in tape.values)):

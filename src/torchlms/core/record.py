@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ def to_json(record: Any) -> Any:
     return record
 
 
-@lru_cache(maxsize=None)
+@cache
 def _field_types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -52,7 +52,7 @@ def from_json(kind: Any, data: Any) -> Any:
     if origin is dict:
         return {key: from_json(typing.get_args(kind)[1], item) for key, item in data.items()}
     if dataclasses.is_dataclass(kind):
-        fields = _field_types(typing.cast(type, kind))
+        fields = _field_types(typing.cast("type", kind))
         unknown = sorted(set(data) - set(fields))
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r} in {getattr(kind, '__name__', kind)}")
@@ -85,6 +85,6 @@ def load_record(cls: type[T], path: str | Path, *, schema: str) -> T:
             f"make the {name} file again with this version of torchlms"
         )
     try:
-        return typing.cast(T, from_json(cls, data))
+        return typing.cast("T", from_json(cls, data))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise PlanMismatch(f"{path} is not a complete {name} file: {error}") from error

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torchlms.core.curve import Bytes, Seconds
 
@@ -26,6 +27,8 @@ NEVER = -1
 # Waiting a little longer than the estimate before a release that nobody needs yet costs nothing,
 # and keeps a copy that runs late from stalling the step.
 RELEASE_SLACK = 0.10
+
+NOTHING_DUE: Mapping[Move, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,11 +86,21 @@ class Slot:
     reload_op: int
 
 
-def schedule(course: Course, moves: Sequence[Move], on_disk: frozenset[Move], lead: Lead) -> list[Slot]:
-    """Places for ``moves``. One that need not be let go in time is left out, unless a rule demands it."""
+def schedule(
+    course: Course,
+    moves: Sequence[Move],
+    on_disk: frozenset[Move],
+    lead: Lead,
+    due: Mapping[Move, int] = NOTHING_DUE,
+) -> list[Slot]:
+    """Places for ``moves``. One that need not be let go in time is left out, unless a rule demands it.
+
+    ``due`` names moves to be let go before some op at the latest, whatever that makes the step wait:
+    the room may be worth more to a copy back.
+    """
     chosen = sorted(moves, key=lambda move: (move.start, move.value))
     while True:
-        releases, moments_s = _release(course, chosen, on_disk)
+        releases, moments_s = _release(course, chosen, on_disk, due)
         if NEVER not in releases:
             break
         chosen = [move for move, op in zip(chosen, releases, strict=True) if op != NEVER]
@@ -98,9 +111,11 @@ def schedule(course: Course, moves: Sequence[Move], on_disk: frozenset[Move], le
     ]
 
 
-def _release(course: Course, moves: Sequence[Move], on_disk: frozenset[Move]) -> tuple[list[int], Seconds]:
+def _release(
+    course: Course, moves: Sequence[Move], on_disk: frozenset[Move], due: Mapping[Move, int]
+) -> tuple[list[int], Seconds]:
     """Release ops (NEVER where the copy was too late to be of use), and the clock before each op."""
-    walk = _Forward(course, moves, on_disk)
+    walk = _Forward(course, moves, on_disk, due)
     walk.run()
     return walk.releases, walk.moments_s
 
@@ -108,7 +123,9 @@ def _release(course: Course, moves: Sequence[Move], on_disk: frozenset[Move]) ->
 class _Forward:
     """Walks once over the tape with the copies out at their lone rate and no copies back."""
 
-    def __init__(self, course: Course, moves: Sequence[Move], on_disk: frozenset[Move]) -> None:
+    def __init__(
+        self, course: Course, moves: Sequence[Move], on_disk: frozenset[Move], due: Mapping[Move, int]
+    ) -> None:
         count = len(course.op_s)
         self._op_s = course.op_s
         self._excess: list[int] = (course.baseline - course.limit_bytes).tolist()
@@ -124,8 +141,8 @@ class _Forward:
         self._starts: dict[int, list[int]] = {}
         for index, move in enumerate(moves):
             self._starts.setdefault(move.start, []).append(index)
-            if move.forced:
-                self._last_calls.setdefault(move.stop - 1, []).append(index)
+            if move.forced or move in due:
+                self._last_calls.setdefault(due.get(move, move.stop - 1), []).append(index)
         self.releases = [NEVER] * len(moves)
         self.moments_s = np.zeros(count + 1)
 

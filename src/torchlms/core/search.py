@@ -9,26 +9,30 @@ import numpy as np
 
 from torchlms.core.cover import cover, covers
 from torchlms.core.plan import Choice, Decision
-from torchlms.core.schedule import Course, Lead, Move, Slot, schedule
+from torchlms.core.schedule import NOTHING_DUE, Course, Lead, Move, Slot, schedule
 from torchlms.core.tiers import Places, Room, choose_disk, place_all
 from torchlms.errors import HostBudgetTooSmall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torchlms.core.curve import Bytes
     from torchlms.core.simulate import Simulator
 
 # Work one search may do, in units of about a microsecond: what one op or one move costs to schedule
 # and simulate, and what one candidate costs to be looked at for a cover.
-EFFORT = 500_000
+EFFORT = 400_000
 OP_WORK, MOVE_WORK, LOOK_WORK = 1, 30, 6
+IMPROVE_SHARE = 0.7  # of the effort; the rest is for when, not which
 
 # A copy that hides still heats the link and may not hide tomorrow: each second of it counts as this.
 COPY_WEIGHT = 0.002
 
 # Stalls below this share of the compute time are as good as none.
 ENOUGH = 0.001
+
+# How many ops earlier than scheduled a value is tried to be let go.
+HASTEN_OPS = 8
 
 LEADS = (Lead(), Lead(seconds=0.0, copies=0.0), Lead(seconds=5e-3, copies=1.0), Lead(seconds=float("inf")))
 
@@ -51,6 +55,7 @@ class _Trial:
     moves: tuple[Move, ...]
     slots: tuple[Slot, ...]
     lead: Lead
+    due: Mapping[Move, int]
     score_s: float
     idle: bool  # nothing worth mentioning is left to gain
 
@@ -79,6 +84,7 @@ class _Search:
             self._spare(ranked)
             self._improve(ranked)
             self._retime()
+            self._hasten()
         return self._finish()
 
     def _seed(self) -> list[Move]:
@@ -126,11 +132,11 @@ class _Search:
     def _improve(self, ranked: Sequence[Move]) -> None:
         """First better neighbour, until a whole round brings nothing or the effort is spent."""
         improved = True
-        while improved and not self._done():
+        while improved:
             improved = False
             for move in ranked:
                 for neighbour in self._neighbours(move, ranked):
-                    if self._done():
+                    if self._done(IMPROVE_SHARE):
                         return
                     improved |= self._try(neighbour)
 
@@ -160,14 +166,29 @@ class _Search:
         for lead in LEADS[1:]:
             self._try(moves, lead)
 
+    def _hasten(self) -> None:
+        """The best set with single values let go earlier, which costs a stall and gives room."""
+        assert self._best is not None
+        improved = True
+        while improved:
+            improved = False
+            for slot in self._best.slots:
+                for op in range(slot.release_op - 1, slot.move.start - 1, -1)[:HASTEN_OPS]:
+                    if self._done():
+                        return
+                    best = self._best
+                    improved |= self._try(best.moves, best.lead, {**best.due, slot.move: op})
+
     def _cover(self, ranked: Sequence[Move], excess: Bytes | None = None) -> list[Move] | None:
         self._work += LOOK_WORK * len(ranked)
         return cover(self._excess if excess is None else excess, ranked, always=self._forced)
 
-    def _done(self) -> bool:
-        return self._work > EFFORT or (self._best is not None and self._best.idle)
+    def _done(self, share: float = 1.0) -> bool:
+        return self._work > share * EFFORT or (self._best is not None and self._best.idle)
 
-    def _try(self, moves: Sequence[Move], lead: Lead = LEADS[0]) -> bool:
+    def _try(
+        self, moves: Sequence[Move], lead: Lead = LEADS[0], due: Mapping[Move, int] = NOTHING_DUE
+    ) -> bool:
         """Schedule and simulate ``moves``; keep them if they are the best so far."""
         self._work += OP_WORK * len(self._course.op_s) + MOVE_WORK * len(moves)
         try:
@@ -176,14 +197,16 @@ class _Search:
             if self._refusal is None or refusal.missing_bytes < self._refusal.missing_bytes:
                 self._refusal = refusal
             return False
-        slots = tuple(schedule(self._course, moves, on_disk, lead))
-        trial = self._trial(moves, slots, lead)
+        slots = tuple(schedule(self._course, moves, on_disk, lead, due))
+        trial = self._trial(moves, slots, lead, due)
         if self._best is not None and trial.score_s >= self._best.score_s * (1 - 1e-9):
             return False
         self._best = trial
         return True
 
-    def _trial(self, moves: Sequence[Move], slots: tuple[Slot, ...], lead: Lead) -> _Trial:
+    def _trial(
+        self, moves: Sequence[Move], slots: tuple[Slot, ...], lead: Lead, due: Mapping[Move, int]
+    ) -> _Trial:
         stall_s = self._simulator.stall_s(decision_of(slot) for slot in slots)
         compute_s = float(self._simulator.moments_s[-1])
         copies_s = sum(slot.move.copies_s for slot in slots)
@@ -191,6 +214,7 @@ class _Search:
             tuple(moves),
             slots,
             lead,
+            due,
             score_s=compute_s + stall_s + COPY_WEIGHT * copies_s,
             idle=stall_s <= ENOUGH * compute_s,
         )
@@ -204,7 +228,7 @@ class _Search:
         places = place_all(moves, self._room)
         slots = self._best.slots
         if places.on_disk != {slot.move for slot in slots if slot.on_disk}:
-            slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead))
+            slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead, self._best.due))
         return Found(slots, places)
 
 

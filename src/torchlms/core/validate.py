@@ -127,12 +127,13 @@ def _times(decision: Decision, stretch: Stretch, count: int) -> Found | None:
         return Reason.RELEASE_EARLY, said
     if reload < 0 or reload > count:
         return Reason.RELOAD_LATE, said
-    if stop <= stretch.start:
+    wraps = stop <= stretch.start
+    if wraps:
         stop += count
         release += count if release < stretch.start else 0
         reload += count if reload < stretch.start else 0
-    if release < stretch.start or release > stop:
-        return Reason.RELEASE_EARLY if release < stretch.start else Reason.RELEASE_LATE, said
+    if release < stretch.start or (wraps and release > stop):
+        return Reason.RELEASE_EARLY, said
     if reload > stop:
         return Reason.RELOAD_LATE, said
     if release >= reload:

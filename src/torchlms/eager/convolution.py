@@ -8,9 +8,9 @@ for the life of the process. So room is made *before* the op, never after:
 - A shape met for the first time is given ample room: its results and twice the bytes of all its
   operands and results, which evicts whatever can go. Measured need is at most about once that
   (layout changes of operands and results are the workspace). What it really used is recorded.
-- From then on the known need is reserved before each call: allocated in the op's own order and
-  freed at once, so that the allocator finds the same blocks again. If that fails we evict and
-  reserve again; the failure meets our own allocation, not cuDNN's.
+- From then on the known need is reserved before each call: results and workspace are allocated in
+  the op's own order and freed at once, so that the allocator can place them again. If that fails
+  we evict and reserve again; the failure meets our own allocation, not cuDNN's.
 - The allocator counts the failures it reports. A convolution during which that count grew without
   an error was starved all the same, and ``starved`` says so.
 """
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from torchlms.eager.sizes import Key, ResultSizes, signature
+from torchlms.eager.sizes import Key, ResultSizes
 
 _AMPLE_FACTOR = 2
 _AMPLE_FLOOR_BYTES = 256 << 20
 
 # Process-wide, as cuDNN's own cache is.
-_KNOWN_BLOCKS: dict[Key, list[int]] = {}
+_KNOWN_BLOCKS: dict[Key, tuple[int, ...]] = {}
 
 _NAMES = (
     "convolution",
@@ -44,7 +44,10 @@ def convolution_ops() -> frozenset[Any]:
     """Every overload whose kernel is chosen by how much memory is free."""
     packets = [getattr(torch.ops.aten, name, None) for name in _NAMES]
     return frozenset(
-        getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()
+        getattr(packet, overload)
+        for packet in packets
+        if packet is not None
+        for overload in packet.overloads()
     )
 
 
@@ -54,34 +57,44 @@ class ConvolutionRoom:
     def __init__(self, sizes: ResultSizes) -> None:
         self._sizes = sizes
         self._ops = convolution_ops()
+        self._flags = _flags()
         self.starved = 0
+
+    def begin_step(self) -> None:
+        """Look at the switches that change which algorithm is chosen; not at every op."""
+        self._flags = _flags()
 
     def concerns(self, func: Any) -> bool:
         return func in self._ops
 
-    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-        """Blocks to reserve, in bytes and in the op's order."""
-        known = _KNOWN_BLOCKS.get(_key(func, args, kwargs))
+    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Blocks to reserve before this call, in bytes and in the op's order."""
+        known = _KNOWN_BLOCKS.get(_key(func, args, self._flags))
         if known is not None:
             return known
-        results = list(self._sizes.of(func, args, kwargs))
+        results = self._sizes.of(func, args, kwargs)
         operands = sum(arg.untyped_storage().nbytes() for arg in args if isinstance(arg, torch.Tensor))
-        return [*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES]
+        return (*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES)
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
         """Remember what this call used beyond its results."""
-        key = _key(func, args, kwargs)
+        key = _key(func, args, self._flags)
         before = _KNOWN_BLOCKS.get(key)
         scratch_bytes = max(scratch_bytes, before[-1] if before else 0)
-        _KNOWN_BLOCKS[key] = [*self._sizes.of(func, args, kwargs), scratch_bytes]
+        _KNOWN_BLOCKS[key] = (*self._sizes.of(func, args, kwargs), scratch_bytes)
 
 
-def reserve(device: torch.device, blocks: list[int]) -> None:
-    """Allocate ``blocks`` in order and free them at once; raises OutOfMemoryError if they do not fit."""
-    held = [torch.empty(size, dtype=torch.uint8, device=device) for size in blocks if size]
-    del held
+def _key(func: Any, args: tuple[Any, ...], flags: tuple[bool, ...]) -> Key:
+    """What cuDNN's choice depends on. Called at every convolution, so it does little."""
+    parts: list[Any] = [func, flags]
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            parts += (arg.shape, arg.stride(), arg.dtype)
+        else:
+            parts.append(tuple(arg) if isinstance(arg, (list, tuple)) else arg)
+    return tuple(parts)
 
 
-def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-    flags = (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32)
-    return (signature(func, args, kwargs), flags)
+def _flags() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    return (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)

@@ -38,8 +38,8 @@ from torchlms.memory.store import Place, Store
 
 log = logging.getLogger("torchlms")
 
-_PLAIN_TYPES = (torch.Tensor,)
 _CPU_ALIGNMENT = 64
+_LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
 _DONE = 1 << 62  # no action is due before this op
 
 
@@ -79,8 +79,11 @@ class Engine(SlotOwner):
         self.dead = False  # closed, or inherited through a fork
         self._live: dict[int, weakref.ref[Slot]] = {}
         self._by_ordinal: dict[int, weakref.ref[Slot]] = {}
+        self._ooms = 0
         self._ordinal = 0
         self._clock = 0
+        self._plainly = False  # ops only need an eye on running out of memory
+        self._careful = _Careful(self.rooms)
         self._cursor = 0
         self._due = _DONE
         self._backward_seen = False
@@ -99,6 +102,13 @@ class Engine(SlotOwner):
             return func(*args, **kwargs)
         if self._clock >= self._due:
             self._follow()
+        if self._plainly and func not in self._careful:
+            self._clock += 1
+            try:
+                return func(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                want_bytes = self._heard(error)
+            return self.ladder.retry(func, args, kwargs, self._where(), want_bytes)
         self._make_room(func, args, kwargs)
         if self.recorder is not None:
             result = self._run_recorded(self.recorder, func, args, kwargs)
@@ -113,11 +123,22 @@ class Engine(SlotOwner):
         self._clock += 1
         return result
 
+    def _heard(self, error: BaseException) -> int:
+        self.ladder.ooms += 1
+        return asked_bytes(error)
+
+    def _where(self) -> str:
+        """The module whose op runs now, by the labels of a recording or by the tape."""
+        if self.module or self.program is None:
+            return self.module
+        ops = self.program.tape.ops
+        return ops[min(self._clock, len(ops) - 1)].module if ops else ""
+
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.device.is_cuda:
             for tensor in tensors_in(args, kwargs):
                 self._ledger_add(tensor)
-            self.ladder.enter_in_ledger(func, args, kwargs, self.module)
+            self.ladder.enter_in_ledger(func, args, kwargs, self._where())
         elif self.rooms.concerns(func):
             self.ladder.reserve(self.rooms.need(func, args, kwargs))
 
@@ -129,7 +150,7 @@ class Engine(SlotOwner):
         except torch.OutOfMemoryError as error:
             if _writes_list(func):
                 raise  # it may have changed some of its list already
-            want_bytes = asked_bytes(error)
+            want_bytes = self._heard(error)
         except RuntimeError as error:
             if not (self.rooms.concerns(func) and starved_engine(error)):
                 raise
@@ -137,7 +158,7 @@ class Engine(SlotOwner):
         # Outside the handler: the exception's frames hold the op's tensors.
         if generator is not None:
             generator.set_offset(offset)
-        return self.ladder.retry(func, args, kwargs, self.module, want_bytes)
+        return self.ladder.retry(func, args, kwargs, self._where(), want_bytes)
 
     def _run_recorded(
         self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,8 +172,6 @@ class Engine(SlotOwner):
         recorder.after(func, result)
         if self.device.is_cuda and self.rooms.concerns(func):
             self.rooms.learn(func, args, kwargs, recorder.scratch_bytes)
-            if recorder.starved:
-                self.rooms.starved += 1
         return result
 
     def _count(self, result: Any) -> None:
@@ -226,20 +245,20 @@ class Engine(SlotOwner):
 
     def _movable(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
-        if type(tensor) not in _PLAIN_TYPES or tensor.device != self.device.torch_device:
+        if type(tensor) is not torch.Tensor or tensor.device != self.device.torch_device:
             return False
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
             return False
-        if tensor._is_zerotensor() or private.inside_functorch():
-            return False
-        if isinstance(tensor._base, torch.nn.Parameter):
-            return False
         storage = tensor.untyped_storage()
-        if storage.nbytes() == 0 or not storage.resizable():
+        size_bytes = storage.nbytes()
+        if size_bytes < _LEAST_BYTES or not storage.resizable():
             return False
-        if not self.device.is_cuda and storage.data_ptr() % _CPU_ALIGNMENT:
-            return False  # a copy would be aligned otherwise, and CPU kernels may then change bits
-        return self.kinds(storage) is None
+        if isinstance(tensor._base, torch.nn.Parameter) or self.kinds(storage) is not None:
+            return False
+        if tensor._is_zerotensor() or private.functorch_interpreter() is not None:
+            return False
+        # A copy is aligned like any new tensor, and CPU kernels may change bits with alignment.
+        return self.device.is_cuda or storage.data_ptr() % _CPU_ALIGNMENT == 0
 
     def _new_slot(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Slot:
         if self._begins_microstep():
@@ -323,6 +342,9 @@ class Engine(SlotOwner):
             self.program = routine.program
             if len(routine.timings) < TIMINGS:
                 self.timer = OpTimer(self.device)
+        self._plainly = self.device.is_cuda and self.recorder is None and self.timer is None
+        self.rooms.begin_step()
+        self._ooms = self._allocator_ooms() - self.ladder.ooms
         if self.program is not None and self.program.actions:
             self._due = self.program.actions[0].op
 
@@ -350,8 +372,11 @@ class Engine(SlotOwner):
         followed, self.program = self.program, None
         timer, self.timer = self.timer, None
         self._due = _DONE
+        self._plainly = False
         if routine is None:
             return
+        # Failed allocations that raised nowhere: a library swallowed them and took another way.
+        self.rooms.starved += max(0, self._allocator_ooms() - self.ladder.ooms - self._ooms)
         if recorder is not None:
             if self._backward_seen:
                 recorder.reclassify(self.late_kinds())
@@ -365,6 +390,11 @@ class Engine(SlotOwner):
             if timer is not None:
                 routine.timings.append(timer.times())
             self.step_times_s.append(time.perf_counter() - self._began_s)
+
+    def _allocator_ooms(self) -> int:
+        if not self.device.is_cuda:
+            return 0
+        return int(private.allocator_stats(self.device.torch_device)["num_ooms"])
 
     # -- SlotOwner ---------------------------------------------------------------------------
 
@@ -435,18 +465,37 @@ def _rounded(size_bytes: int) -> int:
     return -(-size_bytes // 512)
 
 
+class _Careful(dict[Any, bool]):
+    """Whether an op needs more than an eye on running out of memory; worked out once per op."""
+
+    def __init__(self, rooms: ConvolutionRoom) -> None:
+        super().__init__()
+        self._rooms = rooms
+
+    def __contains__(self, func: object) -> bool:
+        careful = self.get(func)
+        if careful is None:
+            careful = self[func] = self._rooms.concerns(func) or _seeded(func) or _writes_list(func)
+        return careful
+
+
 _SEEDED: dict[Any, bool] = {}
 _LISTS: dict[Any, bool] = {}
+
+
+def _seeded(func: Any) -> bool:
+    """Whether ``func`` draws random numbers from a generator."""
+    known = _SEEDED.get(func)
+    if known is None:
+        known = _SEEDED[func] = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    return known
 
 
 def _cuda_generator(
     device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]
 ) -> torch.Generator | None:
     """The generator that ``func`` draws from, if it is a random op on a device that can run out inside it."""
-    seeded = _SEEDED.get(func)
-    if seeded is None:
-        seeded = _SEEDED[func] = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-    if not seeded or not device.is_cuda:
+    if not device.is_cuda or not _seeded(func):
         return None
     given = kwargs.get("generator")
     if isinstance(given, torch.Generator):

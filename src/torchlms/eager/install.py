@@ -26,14 +26,25 @@ class WatchMode(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from wrapping ``__torch_dispatch__``: we hide from torch.compile ourselves, but
+        only where it looks. The wrapper costs as much per op as all the rest."""
+        return False
+
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
+        self._hidden: Any = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self.engine.run(func, args, kwargs if kwargs is not None else {})
+        if private.compile_callback() is None:
+            return self.engine.run(func, args, kwargs if kwargs is not None else {})
+        if self._hidden is None:
+            self._hidden = torch.compiler.disable(self.engine.run)
+        return self._hidden(func, args, kwargs if kwargs is not None else {})
 
 
 class Installation:

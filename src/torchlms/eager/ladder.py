@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from torchlms.eager.convolution import reserve
 from torchlms.eager.recorder import tensors_in
 from torchlms.eager.slot import Slot, Where
 from torchlms.errors import BudgetTooSmall, LMSError
@@ -55,6 +54,7 @@ class Ladder:
         self.reclaims = 0  # times that room had to be made at once
         self.reclaimed_bytes = 0
         self.retries = 0  # ops that failed and were run again
+        self.ooms = 0  # failed allocations that somebody heard of
 
     # -- making room -------------------------------------------------------------------------
 
@@ -70,14 +70,17 @@ class Ladder:
             self.reclaimed_bytes += freed
         return freed
 
-    def reserve(self, blocks: list[int]) -> None:
+    def reserve(self, blocks: tuple[int, ...]) -> None:
         """Make sure that ``blocks`` can be allocated together, by evicting. Gives way once nothing is
         left to evict: the op may still find another way."""
+        device = self.device.torch_device
         while True:
             try:
-                reserve(self.device.torch_device, blocks)
+                held = [torch.empty(size, dtype=torch.uint8, device=device) for size in blocks if size]
+                del held
                 return
             except torch.OutOfMemoryError as error:
+                self.ooms += 1
                 want_bytes = asked_bytes(error)
             if not self.reclaim(max(want_bytes, _LEAST_BYTES)):
                 return
@@ -106,7 +109,7 @@ class Ladder:
             try:
                 return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
             except torch.OutOfMemoryError:
-                pass  # the exception holds frames and those hold tensors: let go of it first
+                self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
             if not self.reclaim(max(size_bytes, _LEAST_BYTES)):
                 raise self._no_way_back(size_bytes)
 
@@ -144,6 +147,7 @@ class Ladder:
             try:
                 return func(*args, **kwargs)
             except torch.OutOfMemoryError as error:
+                self.ooms += 1
                 want_bytes = max(2 * want_bytes, asked_bytes(error))
             except RuntimeError as error:
                 if not starved_engine(error):

@@ -7,27 +7,31 @@ next to this file fail when an assumption stops holding (torch 2.11 to 2.15).
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
 
 def others_hold(storage: torch.UntypedStorage, ours: int) -> bool:
     """Whether anybody beyond ``ours`` tensors and the Python wrapper keeps ``storage`` alive.
 
     Assumes that ``torch._C._storage_Use_Count`` counts tensors and the Python wrapper, one each.
-    Without it the answer is no: the value is then let go in vain, never wrongly.
+    Without it the answer is yes: nothing then leaves, which is safe.
     """
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is not None and int(count(storage._cdata)) > ours + 1
+    return _use_count is None or int(_use_count(storage._cdata)) > ours + 1
+
+
+_graph_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
 
 def in_backward() -> bool:
     """Whether this thread runs a node of a backward pass just now."""
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and int(task()) != -1
+    return _graph_task is not None and int(_graph_task()) != -1
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
@@ -38,10 +42,12 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
-def inside_functorch() -> bool:
-    """Whether a ``torch.func`` transform is active: its wrapped tensors have no storage of their own."""
-    peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-    return peek is not None and peek() is not None
+def _nothing() -> None:
+    return None
+
+
+# Not None inside a ``torch.func`` transform, whose wrapped tensors have no storage of their own.
+functorch_interpreter: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", _nothing)
 
 
 def allocator_stats(device: torch.device) -> dict[str, Any]:
@@ -103,22 +109,30 @@ def top_dispatch_mode() -> Any:
     return _get_current_dispatch_mode()
 
 
-def unwatched() -> contextlib.AbstractContextManager[Any]:
-    """A context in which ops of this thread bypass every dispatch mode: for our own small ops in hooks."""
+def _mode_bypass() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     guard = getattr(torch._C, "_ExcludeDispatchKeyGuard", None)
-    if guard is not None and _MODE_KEYS is not None:
-        context: contextlib.AbstractContextManager[Any] = guard(_MODE_KEYS)
-        return context
-    from torch.utils._python_dispatch import _disable_current_modes
+    key_set, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)
+    if guard is None or key_set is None or key is None:
+        from torch.utils._python_dispatch import _disable_current_modes
 
-    return _disable_current_modes()
-
-
-def _mode_keys() -> Any:
-    keys, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)
-    if keys is None or key is None:
-        return None
-    return keys(key.Python) | keys(key.PythonTLSSnapshot)
+        return _disable_current_modes
+    keys = key_set(key.Python) | key_set(key.PythonTLSSnapshot)
+    return functools.partial(guard, keys)
 
 
-_MODE_KEYS = _mode_keys()
+# A context in which ops of this thread bypass every dispatch mode: for our own small ops in hooks.
+unwatched = _mode_bypass()
+
+
+def _frame_callback() -> Callable[[], Any]:
+    eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    callback: Callable[[], Any] | None = getattr(eval_frame, "get_eval_frame_callback", None)
+    return callback if callback is not None else _always
+
+
+def _always() -> bool:
+    return True
+
+
+# Not None while torch.compile looks at every Python frame of this thread, or if there is no telling.
+compile_callback = _frame_callback()

@@ -108,7 +108,9 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(self.device.torch_device)
             stats = private.allocator_stats(self.device.torch_device)
             allocated, ooms = stats["allocated_bytes"]["all"]["current"], stats["num_ooms"]
-        self._running = _Running(self.device.mark(), allocated, ooms, [value for value in reads if value >= 0])
+        self._running = _Running(
+            self.device.mark(), allocated, ooms, [value for value in reads if value >= 0]
+        )
 
     def abandon(self) -> None:
         """The op that was about to be recorded raised: it never happened."""
@@ -252,7 +254,15 @@ class Recorder:
         count = len(self._ops)
         return Tape(
             ops=tuple(
-                Op(op.name, op.module, op.phase, op.end.since_s(op.begin), op.reads, op.writes, op.scratch_bytes)
+                Op(
+                    op.name,
+                    op.module,
+                    op.phase,
+                    op.end.since_s(op.begin),
+                    op.reads,
+                    op.writes,
+                    op.scratch_bytes,
+                )
                 for op in self._ops
             ),
             values=tuple(_finished(index, draft, count) for index, draft in enumerate(self._values)),

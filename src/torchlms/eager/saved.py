@@ -66,4 +66,6 @@ def memoryless_alias(tensor: torch.Tensor, hollow: torch.Tensor) -> torch.Tensor
 
 
 def _modified(tensor: torch.Tensor, shape: torch.Size, then: int) -> RuntimeError:
-    return RuntimeError(_MODIFIED.format(kind=tensor.type(), shape=list(shape), now=tensor._version, then=then))
+    return RuntimeError(
+        _MODIFIED.format(kind=tensor.type(), shape=list(shape), now=tensor._version, then=then)
+    )

@@ -173,7 +173,9 @@ class CpuDevice:
         pass
 
 
-def open_device(torch_device: torch.device, make_ledger: Callable[[], Ledger] = Ledger) -> CudaDevice | CpuDevice:
+def open_device(
+    torch_device: torch.device, make_ledger: Callable[[], Ledger] = Ledger
+) -> CudaDevice | CpuDevice:
     """The Device for ``torch_device``; NotSupported names what is."""
     if torch_device.type == "cuda":
         return CudaDevice(torch_device)

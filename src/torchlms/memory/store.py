@@ -21,6 +21,7 @@ from torchlms.memory.disk import SpillFile
 from torchlms.memory.limits import format_bytes
 
 SLAB_BYTES = 1 << 30
+_SPARE = 1.05
 
 
 class Place:
@@ -76,9 +77,11 @@ class Store:
     # -- places ------------------------------------------------------------------------------
 
     def plan_arena(self, size_bytes: int) -> None:
-        """Replace the planned arena by one of exactly ``size_bytes``; nothing may live in the old one."""
-        if self.planned is not None and self.planned.capacity_bytes == size_bytes:
-            return
+        """Have a planned arena of ``size_bytes``; one that is hardly larger is kept, since pinning
+        takes time. Nothing may live in the old one."""
+        if self.planned is not None:
+            if size_bytes <= self.planned.capacity_bytes <= _SPARE * size_bytes:
+                return
         if self.planned is not None:
             self.device.synchronize()
             self.planned.close()
@@ -196,7 +199,11 @@ class Store:
         return CudaCopy(event)
 
     def _host_to_device(
-        self, source: torch.Tensor, target: torch.Tensor, after: Copy | None, ready: torch.cuda.Event | None = None
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        after: Copy | None,
+        ready: torch.cuda.Event | None = None,
     ) -> CudaCopy:
         _, in_stream = self._open_streams()
         if ready is not None:
