@@ -76,8 +76,8 @@ class Director:
         tape = routine.tape
         if plan.fingerprint != tape.fingerprint:
             raise PlanMismatch(
-                f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step has "
-                f"{tape.fingerprint}): another model, batch or shape. Leave plan= out to make a new one"
+                f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step "
+                f"has {tape.fingerprint}): another model, batch or shape. Leave plan= out to make a new one"
             )
         self._adopt(engine, routine, tape, plan)
 
@@ -137,8 +137,8 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
         where = f" in {op.module}" if op.module else ""
         widest = f"; largest single op {op.name}{where}: {format_bytes(operands[largest])}"
     return (
-        f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {format_bytes(predicted.bytes_out)} out and "
-        f"{format_bytes(predicted.bytes_in)} in per step; predicted peak "
+        f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {format_bytes(predicted.bytes_out)} out "
+        f"and {format_bytes(predicted.bytes_in)} in per step; predicted peak "
         f"{format_bytes(predicted.peak_device_bytes)} of {format_bytes(plan.budget.device_bytes)}, step "
         f"{predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting)" + widest
     )

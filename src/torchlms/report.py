@@ -55,8 +55,8 @@ def _comparison(stats: dict[str, Any]) -> list[str]:
     lines = [f"{'':16} {'predicted':>12} {'measured':>12}"]
     lines += [f"{name:16} {before:>12} {after:>12}" for name, before, after in rows]
     lines.append(
-        f"out {format_bytes(stats['bytes_out_per_step'])} and in {format_bytes(stats['bytes_in_per_step'])} per "
-        f"step; made room at once {stats['reclaims']} times, retried {stats['retries']} ops, "
+        f"out {format_bytes(stats['bytes_out_per_step'])} and in {format_bytes(stats['bytes_in_per_step'])} "
+        f"per step; made room at once {stats['reclaims']} times, retried {stats['retries']} ops, "
         f"{stats['late_fetches']} values came late, {stats['starved_convolutions']} convolutions starved"
     )
     return lines
@@ -79,8 +79,8 @@ def _moved(tape: Tape, plan: Plan) -> list[str]:
     for decision in moves[:_MOST_ROWS]:
         value = tape.values[decision.value]
         lines.append(
-            f"{format_bytes(value.size_bytes):>10}  {decision.choice.value:8} {value.op or value.kind.value:34.34} "
-            f"{value.module:28.28} {decision.reason}"
+            f"{format_bytes(value.size_bytes):>10}  {decision.choice.value:8} "
+            f"{value.op or value.kind.value:34.34} {value.module:28.28} {decision.reason}"
         )
     if len(moves) > _MOST_ROWS:
         lines.append(f"... and {len(moves) - _MOST_ROWS} more")

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Engine(SlotOwner):
         *,
         budget_bytes: int,
         kinds: Callable[[torch.UntypedStorage], Kind | None],
-        late_kinds: Callable[[], list[tuple[torch.UntypedStorage, Kind]]],
+        late_kinds: Callable[[], Iterable[tuple[torch.UntypedStorage, Kind]]],
         prepare: Callable[[Engine, Routine], None],
         begin_recording: Callable[[int], None],
     ) -> None:
@@ -438,6 +438,11 @@ class Engine(SlotOwner):
         self.dead = True
         for slot in self.living():
             slot.take()
+
+    def everything_fits(self) -> bool:
+        """Whether every routine met so far needs nothing moved."""
+        known = [routine for routine in self.routines.values() if routine.recordings]
+        return bool(known) and all(routine.verdict is Verdict.FITS for routine in known)
 
     def plans(self) -> list[Plan]:
         return [routine.program.plan for routine in self.routines.values() if routine.program is not None]

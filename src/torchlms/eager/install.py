@@ -33,7 +33,7 @@ class WatchMode(TorchDispatchMode):
         return False
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.engine = engine
         self._hidden: Any = None
 
@@ -64,7 +64,7 @@ class Installation:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.engine.pack, self.engine.unpack)
         self._hooks.__enter__()
         self._mode = WatchMode(self.engine)
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         self._thread = threading.get_ident()
 
     def on_top(self) -> bool:
@@ -81,10 +81,10 @@ class Installation:
             return
         if not self.on_top():
             raise NotSupported(
-                "LMS was closed while a dispatch mode or saved-tensor hooks entered after it were still open, "
+                "LMS was closed while a dispatch mode or saved-tensor hooks entered after it were open, "
                 "or from another thread: close contexts in the opposite order of opening them. "
                 "LMS is switched off, but its hooks stay in place, doing nothing, until this thread ends"
             )
         mode, hooks, self._mode, self._hooks = self._mode, self._hooks, None, None
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         hooks.__exit__(None, None, None)

@@ -166,28 +166,29 @@ class Ladder:
         smallest = max(self.device.allocated_bytes() + max(missing_bytes, results), self.budget_bytes + 1)
         where = f" in {module}" if module else ""
         return BudgetTooSmall(
-            f"{func}{where} needs {format_bytes(operands)} of operands and {format_bytes(results)} of results "
-            f"at once, and with everything else moved away {format_bytes(self.device.allocated_bytes())} are in "
-            f"use of a budget of {format_bytes(self.budget_bytes)}{self._holes()}. As far as this step got, the smallest budget "
-            f"that works is {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
+            f"{func}{where} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
+            f"results at once. {self._in_use()}. As far as this step got, the smallest budget that works "
+            f"is {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
             smallest_bytes=smallest,
         )
 
-    def _holes(self) -> str:
-        """What the allocator holds in pieces too small to use, if that is the trouble."""
-        if not isinstance(self.device, CudaDevice):
-            return ""
-        reserved = int(torch.cuda.memory_reserved(self.device.torch_device))
-        holes = reserved - self.device.allocated_bytes()
-        return f" ({format_bytes(holes)} more lie in holes between tensors)"
+    def _in_use(self) -> str:
+        """What is left when nothing more can move, and what the allocator holds in unusable pieces."""
+        allocated = self.device.allocated_bytes()
+        text = (
+            f"With everything else moved away {format_bytes(allocated)} are in use of a budget of "
+            f"{format_bytes(self.budget_bytes)}"
+        )
+        if isinstance(self.device, CudaDevice):
+            reserved = int(torch.cuda.memory_reserved(self.device.torch_device))
+            text += f", and {format_bytes(reserved - allocated)} lie in holes between tensors"
+        return text
 
     def _no_way_back(self, size_bytes: int) -> LMSError:
         smallest = self.device.allocated_bytes() + size_bytes
         return BudgetTooSmall(
-            f"a saved tensor of {format_bytes(size_bytes)} must come back for backward, and with everything else "
-            f"moved away {format_bytes(self.device.allocated_bytes())} are in use of a budget of "
-            f"{format_bytes(self.budget_bytes)}{self._holes()}. The smallest budget that works is at least "
-            f"{format_bytes(smallest)} ({smallest} bytes)",
+            f"a saved tensor of {format_bytes(size_bytes)} must come back for backward. {self._in_use()}. "
+            f"The smallest budget that works is at least {format_bytes(smallest)} ({smallest} bytes)",
             smallest_bytes=smallest,
         )
 

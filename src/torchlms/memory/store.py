@@ -79,9 +79,8 @@ class Store:
     def plan_arena(self, size_bytes: int) -> None:
         """Have a planned arena of ``size_bytes``; one that is hardly larger is kept, since pinning
         takes time. Nothing may live in the old one."""
-        if self.planned is not None:
-            if size_bytes <= self.planned.capacity_bytes <= _SPARE * size_bytes:
-                return
+        if self.planned is not None and size_bytes <= self.planned.capacity_bytes <= _SPARE * size_bytes:
+            return
         if self.planned is not None:
             self.device.synchronize()
             self.planned.close()
@@ -112,8 +111,8 @@ class Store:
         if offset_bytes is None:
             raise HostBudgetTooSmall(
                 f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but host memory "
-                f"({format_bytes(self.host_bytes())} of {format_bytes(self.host_budget_bytes)} in use) and disk "
-                f"({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise host_budget or "
+                f"({format_bytes(self.host_bytes())} of {format_bytes(self.host_budget_bytes)} in use) and "
+                f"disk ({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise host_budget or "
                 "disk_budget, free disk space, or use a smaller batch",
                 missing_bytes=size_bytes,
             )
@@ -246,7 +245,7 @@ class Store:
         self._open_spill().read(place.offset_bytes, target).result()
 
     def _staging(self, size_bytes: int) -> Place:
-        """Host memory a value passes through on its way to or from disk; outside ``host_budget`` if it must be."""
+        """Host memory a value passes through between device and disk; beyond ``host_budget`` if it must be."""
         found = self._place_in_slabs(size_bytes)
         if found is not None:
             return found

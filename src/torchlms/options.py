@@ -1,0 +1,127 @@
+"""Options: what the user asked for, read and checked before anything is changed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchlms.core.plan import Budget, Plan
+from torchlms.core.rules import Rules
+from torchlms.errors import BadOption, NotSupported, PlanMismatch
+from torchlms.memory.disk import default_directory
+from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_bytes
+
+Size = str | int | float | None
+PlanSource = Plan | str | os.PathLike[str] | None
+
+_HOST_SHARE = 0.9  # of what is available, by default
+_DISK_SHARE = 0.9
+_SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The keywords of ``LMS``, each in its final form as far as no device is needed for it."""
+
+    torch_device: torch.device
+    budget: Size
+    host_budget: Size
+    disk_budget: Size
+    disk_dir: Path
+    plan: Plan | None
+    rules: Rules
+
+    @staticmethod
+    def read(
+        model: torch.nn.Module | None,
+        *,
+        device: torch.device | str | None,
+        budget: Size,
+        host_budget: Size,
+        disk_budget: Size,
+        disk_dir: str | os.PathLike[str] | None,
+        plan: PlanSource,
+        rules: Rules | dict[str, Any] | None,
+    ) -> Options:
+        """Check what can be checked now; BadOption, PlanMismatch or NotSupported say what is wrong."""
+        for size in (budget, host_budget, disk_budget):
+            if size is not None:
+                parse_bytes(size, whole_bytes=_SOME_WHOLE)
+        return Options(
+            torch_device=_choose_device(model, device),
+            budget=budget,
+            host_budget=host_budget,
+            disk_budget=disk_budget,
+            disk_dir=Path(disk_dir) if disk_dir is not None else default_directory(),
+            plan=_read_plan(plan),
+            rules=rules if isinstance(rules, Rules) else Rules.read(rules or {}),
+        )
+
+    def tiers(self, *, whole_bytes: int, available_bytes: int) -> Budget:
+        """Bytes on each tier, given what the device has in all and what of that is to be had."""
+        if self.budget is None:
+            device_bytes = available_bytes
+        else:
+            device_bytes = parse_bytes(self.budget, whole_bytes=whole_bytes)
+        if device_bytes > whole_bytes:
+            raise BadOption(
+                f"a budget of {format_bytes(device_bytes)} is more than {self.torch_device} has "
+                f"({format_bytes(whole_bytes)}): leave budget out to use all of it"
+            )
+        if self.plan is not None and self.plan.budget.device_bytes > device_bytes:
+            raise PlanMismatch(
+                f"the plan given was made for {format_bytes(self.plan.budget.device_bytes)}, more than the "
+                f"budget of {format_bytes(device_bytes)}: leave plan= out to make a new one"
+            )
+        return Budget(
+            device_bytes=device_bytes,
+            host_bytes=_or_share(self.host_budget, host_available_bytes(), _HOST_SHARE),
+            disk_bytes=_or_share(self.disk_budget, disk_free_bytes(self.disk_dir), _DISK_SHARE),
+        )
+
+
+def _or_share(size: Size, available_bytes: int, share: float) -> int:
+    if size is None:
+        return int(share * available_bytes)
+    return parse_bytes(size, whole_bytes=available_bytes)
+
+
+def _read_plan(source: PlanSource) -> Plan | None:
+    plan = source if source is None or isinstance(source, Plan) else Plan.load(os.fspath(source))
+    if plan is not None and plan.torch != torch.__version__:
+        raise PlanMismatch(
+            f"the plan given was made with torch {plan.torch}, this is {torch.__version__}: "
+            "leave plan= out to make a new one"
+        )
+    return plan
+
+
+def _choose_device(model: torch.nn.Module | None, device: torch.device | str | None) -> torch.device:
+    asked = None if device is None else _read_device(device)
+    found = set()
+    if model is not None:
+        found = {item.device for item in (*model.parameters(), *model.buffers())}
+    if len(found) > 1:
+        names = ", ".join(sorted(str(item) for item in found))
+        raise NotSupported(f"the model lies on several devices ({names}): LMS handles one device a process")
+    here = found.pop() if found else None
+    if asked is not None and here is not None and asked != here:
+        raise BadOption(f"device={device} was asked for, but the model is on {here}")
+    chosen = here or asked or _read_device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type not in ("cuda", "cpu"):
+        raise NotSupported(f"device {chosen} is not supported; cuda and cpu are")
+    return chosen
+
+
+def _read_device(device: torch.device | str) -> torch.device:
+    try:
+        read = torch.device(device)
+    except RuntimeError as error:
+        raise BadOption(f"cannot read device {device!r}: write 'cuda', 'cuda:1' or 'cpu'") from error
+    if read.type == "cuda" and read.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return read

@@ -1,0 +1,197 @@
+"""Training loops, plain and under LMS, and what is left of them to compare."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from small_networks import NETWORKS, Network
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import torchlms
+from torchlms.bench.peak import LedgerMode
+from torchlms.memory.ledger import Ledger
+
+STEPS = 6
+SMALL = {"min_bytes": 1024}  # rules under which values as small as those of these networks move
+
+
+@dataclass
+class Session:
+    """What a loop works on, and the losses that it notes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    network: Network
+    losses: list[str] = field(default_factory=list)
+
+    def note(self, loss: Tensor) -> None:
+        self.losses.append(float(loss.detach()).hex())
+
+
+Loop = Callable[[Session, int], None]  # one step of a training loop: session, number of the step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that training leaves, as exact bits."""
+
+    losses: list[str]
+    parameters: dict[str, str]
+    gradients: dict[str, str]
+    buffers: dict[str, str]
+    states: dict[str, str]
+    generator: str
+
+    def differences(self, other: Outcome) -> list[str]:
+        """What is not equal to the last bit, by name."""
+        found = []
+        for item in fields(self):
+            mine, its = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(mine, dict):
+                keys = sorted({*mine, *its})
+                found += [f"{item.name} {key}" for key in keys if mine.get(key) != its.get(key)]
+            elif mine != its:
+                found.append(f"{item.name}: {mine} and {its}")
+        return found
+
+
+def bits(tensor: Tensor) -> str:
+    """A digest of shape, type and every bit."""
+    data = tensor.detach().contiguous().reshape(-1).resolve_conj()
+    raw = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:16]}"
+
+
+def outcome(session: Session) -> Outcome:
+    named = dict(session.model.named_parameters())
+    states = session.optimizer.state_dict()["state"]
+    return Outcome(
+        losses=list(session.losses),
+        parameters={name: bits(item) for name, item in named.items()},
+        gradients={name: bits(item.grad) for name, item in named.items() if item.grad is not None},
+        buffers={name: bits(item) for name, item in session.model.named_buffers()},
+        states={
+            f"{index}.{name}": bits(item) if isinstance(item, Tensor) else repr(item)
+            for index, state in states.items()
+            for name, item in state.items()
+        },
+        generator=bits(torch.get_rng_state()),
+    )
+
+
+def new_session(network: Network) -> Session:
+    """Always the same weights, and the same generator state to go on from."""
+    torch.manual_seed(1234)
+    model = network.make_model()
+    return Session(model, network.make_optimizer(model), network)
+
+
+def plain_step(session: Session, step: int) -> None:
+    inputs, target = session.network.batch(step)
+    session.optimizer.zero_grad()
+    loss = F.cross_entropy(session.model(inputs), target)
+    loss.backward()
+    session.optimizer.step()
+    session.note(loss)
+
+
+def run_plain(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> Outcome:
+    session = new_session(network)
+    for step in range(steps):
+        loop(session, step)
+    return outcome(session)
+
+
+class WholePeak(Ledger):
+    """A ledger that also remembers the peaks before its resets."""
+
+    whole_peak_bytes = 0
+
+    def reset_peak(self) -> None:
+        self.whole_peak_bytes = self.highest()
+        super().reset_peak()
+
+    def highest(self) -> int:
+        return max(self.whole_peak_bytes, self.peak_bytes)
+
+
+@dataclass
+class Watched:
+    """A finished run under LMS."""
+
+    outcome: Outcome
+    stats: dict[str, Any]
+    report: str
+    peak_bytes: int  # of the ledger, over the whole run, recording included
+    moved_bytes: int  # over the whole run
+    tape: Any
+    plan: Any
+
+
+def ledger_of(lms: torchlms.LMS) -> Any:
+    return lms._engine.device.ledger  # type: ignore[union-attr]
+
+
+@contextmanager
+def open_lms(session: Session, budget: int | str, disk_dir: Path, **options: Any) -> Iterator[torchlms.LMS]:
+    """LMS as a user would write it, with a ledger that remembers its highest peak."""
+    options.setdefault("rules", SMALL)
+    with torchlms.LMS(
+        session.model, session.optimizer, budget=budget, disk_dir=disk_dir, **options
+    ) as lms:
+        ledger_of(lms).__class__ = WholePeak
+        yield lms
+
+
+def run_lms(
+    network: Network,
+    budget: int | str,
+    disk_dir: Path,
+    loop: Loop = plain_step,
+    steps: int = STEPS,
+    **options: Any,
+) -> Watched:
+    session = new_session(network)
+    with open_lms(session, budget, disk_dir, **options) as lms:
+        for step in range(steps):
+            loop(session, step)
+        watched = watch(session, lms)
+    assert outcome(session) == watched.outcome  # leaving changes nothing
+    return watched
+
+
+def watch(session: Session, lms: torchlms.LMS) -> Watched:
+    return Watched(
+        outcome=outcome(session),
+        stats=lms.stats(),
+        report=lms.report(),
+        peak_bytes=ledger_of(lms).highest(),
+        moved_bytes=lms._engine.store.bytes_out,  # type: ignore[union-attr]
+        tape=lms.tape,
+        plan=lms.plan,
+    )
+
+
+def plain_peak_bytes(network: Network, loop: Loop = plain_step, steps: int = 3) -> int:
+    """The highest sum of live storages of a plain run, by a ledger of its own."""
+    session = new_session(network)
+    ledger = Ledger()
+    mode = LedgerMode(ledger, torch.device("cpu"))
+    mode.count([*session.model.parameters(), *session.model.buffers()])
+    with mode:
+        for step in range(steps):
+            loop(session, step)
+    peak_bytes = ledger.peak_bytes
+    del session
+    gc.collect()
+    return peak_bytes
