@@ -21,10 +21,10 @@ from torchlms.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "LMS",
     "BadOption",
     "BudgetTooSmall",
     "HostBudgetTooSmall",
+    "LMS",
     "LMSError",
     "NotSupported",
     "PlanMismatch",

@@ -39,6 +39,7 @@ from torchlms.memory.store import Place, Store
 log = logging.getLogger("torchlms")
 
 _CPU_ALIGNMENT = 64
+_MOST_ROUTINES = 32
 _LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
 _DONE = 1 << 62  # no action is due before this op
 
@@ -330,7 +331,7 @@ class Engine(SlotOwner):
         self._by_ordinal = {}
         self._backward_seen = self._strayed = False
         signature = (tuple(first.shape), first.dtype)
-        routine = self.routines.setdefault(signature, Routine(signature))
+        routine = self._routine_of(signature)
         self.prepare(self, routine)
         self.steps += 1
         self.routine = routine
@@ -364,6 +365,14 @@ class Engine(SlotOwner):
             self.device.ledger.reset_peak()
         self.step_times_s.clear()
         self.counted_from = (self.steps, self.store.bytes_out, self.store.bytes_in, self.store.disk_bytes)
+
+    def _routine_of(self, signature: Signature) -> Routine:
+        """The routine of ``signature``, new if need be; the ones met longest ago are forgotten."""
+        routine = self.routines.pop(signature, None) or Routine(signature)
+        self.routines[signature] = routine
+        if len(self.routines) > _MOST_ROUTINES:
+            del self.routines[next(iter(self.routines))]
+        return routine
 
     def end_microstep(self) -> None:
         """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""

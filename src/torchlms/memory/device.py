@@ -49,13 +49,14 @@ class Device(Protocol):
 class CudaCopy:
     """An event on a copy stream, and the copy that recorded it."""
 
-    __slots__ = ("event",)
+    __slots__ = ("device", "event")
 
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self.event = event
+        self.device = device
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        torch.cuda.current_stream(self.device).wait_event(self.event)
 
     def done(self) -> bool:
         return bool(self.event.query())
@@ -81,9 +82,9 @@ class FutureCopy:
 class CudaMark:
     __slots__ = ("event",)
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
+        self.event.record(torch.cuda.current_stream(device))
 
     def since_s(self, earlier: CudaMark) -> float:
         return earlier.event.elapsed_time(self.event) / 1e3
@@ -142,7 +143,7 @@ class CudaDevice:
         return int(torch.cuda.memory_allocated(self.torch_device))
 
     def mark(self) -> CudaMark:
-        return CudaMark()
+        return CudaMark(self.torch_device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

@@ -27,7 +27,7 @@ _SPARE = 1.05
 class Place:
     """Bytes waiting off the device. Freed once, by ``free``; safe to free twice."""
 
-    __slots__ = ("_release", "arena", "offset_bytes", "size_bytes", "tier")
+    __slots__ = ("_release", "arena", "busy", "offset_bytes", "size_bytes", "tier")
 
     def __init__(
         self, tier: str, offset_bytes: int, size_bytes: int, arena: Arena | None, release: Callable[[], None]
@@ -36,11 +36,16 @@ class Place:
         self.offset_bytes = offset_bytes
         self.size_bytes = size_bytes
         self.arena = arena
+        self.busy: Future[Any] | None = None  # a thread that still writes here
         self._release: Callable[[], None] | None = release
 
     def free(self) -> None:
         release, self._release = self._release, None
-        if release is not None:
+        if release is None:
+            return
+        if self.busy is not None:
+            self.busy.add_done_callback(lambda _: release())  # at once, if it is done
+        else:
             release()
 
 
@@ -112,8 +117,8 @@ class Store:
             raise HostBudgetTooSmall(
                 f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but host memory "
                 f"({format_bytes(self.host_bytes())} of {format_bytes(self.host_budget_bytes)} in use) and "
-                f"disk ({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise host_budget or "
-                "disk_budget, free disk space, or use a smaller batch",
+                f"disk ({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise host_budget "
+                "or disk_budget, free disk space, or use a smaller batch",
                 missing_bytes=size_bytes,
             )
         return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
@@ -172,8 +177,8 @@ class Store:
         self.disk_bytes += place.size_bytes
         staging = self._staging(place.size_bytes)
         leaving = self._device_to_host(source, _view(staging))
-        place_write = self._pool().submit(self._write_behind, leaving, staging, place)
-        return _Leaving(leaving, place_write)
+        place.busy = self._pool().submit(self._write_behind, leaving, staging, place.offset_bytes)
+        return _Leaving(leaving, place.busy)
 
     def copy_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         """Start copying ``place`` to ``target`` (uint8, on the device); ``after`` is its copy out."""
@@ -183,19 +188,20 @@ class Store:
         if place.arena is not None:
             return self._host_to_device(_view(place), target, after)
         ready = torch.cuda.Event()
-        ready.record()  # the target's memory belongs to earlier work until here
+        # The target's memory belongs to earlier work until here.
+        ready.record(torch.cuda.current_stream(self.device.torch_device))
         return FutureCopy(self._pool().submit(self._read_ahead, place, target, after, ready))
 
     def _device_to_host(self, source: torch.Tensor, target: torch.Tensor) -> CudaCopy:
         out_stream, _ = self._open_streams()
-        out_stream.wait_stream(torch.cuda.current_stream())
+        out_stream.wait_stream(torch.cuda.current_stream(self.device.torch_device))
         if self._last_in is not None:
             out_stream.wait_event(self._last_in)  # a region may be rewritten only after it was read
         with torch.cuda.stream(out_stream):
             target.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        return CudaCopy(event)
+        return CudaCopy(event, self.device.torch_device)
 
     def _host_to_device(
         self,
@@ -208,7 +214,7 @@ class Store:
         if ready is not None:
             in_stream.wait_event(ready)
         else:
-            in_stream.wait_stream(torch.cuda.current_stream())
+            in_stream.wait_stream(torch.cuda.current_stream(self.device.torch_device))
         if isinstance(after, CudaCopy):
             in_stream.wait_event(after.event)
         with torch.cuda.stream(in_stream):
@@ -216,12 +222,12 @@ class Store:
             event = torch.cuda.Event()
             event.record()
         self._last_in = event
-        return CudaCopy(event)
+        return CudaCopy(event, self.device.torch_device)
 
-    def _write_behind(self, leaving: CudaCopy, staging: Place, place: Place) -> None:
+    def _write_behind(self, leaving: CudaCopy, staging: Place, offset_bytes: int) -> None:
         try:
             leaving.event.synchronize()
-            self._open_spill().write(place.offset_bytes, _view(staging)).result()
+            self._open_spill().write(offset_bytes, _view(staging)).result()
         finally:
             staging.free()
 
@@ -245,7 +251,7 @@ class Store:
         self._open_spill().read(place.offset_bytes, target).result()
 
     def _staging(self, size_bytes: int) -> Place:
-        """Host memory a value passes through between device and disk; beyond ``host_budget`` if it must be."""
+        """Host memory a value passes through between device and disk; beyond the budget if it must be."""
         found = self._place_in_slabs(size_bytes)
         if found is not None:
             return found
