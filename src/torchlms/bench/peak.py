@@ -96,6 +96,15 @@ class AllocatorPeak:
         return peak_bytes
 
 
+def pinned_peak_bytes(device: torch.device) -> int:
+    """Peak of torch's own pinned memory, where rivals put what they move; 0 where it is not counted."""
+    read = getattr(torch.cuda, "host_memory_stats", None)
+    if device.type != "cuda" or read is None:
+        return 0
+    stats = read()
+    return int(stats.get("allocated_bytes.peak", 0))
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree

@@ -18,20 +18,42 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# These show results or read options; no figure depends on them.
-_NOT_MEASURED = ("report", "cli.py", "__main__.py")
+# These show results, read options or explain errors; no figure depends on them.
+_NOT_MEASURED = {
+    "__init__.py",
+    "__main__.py",
+    "cli.py",
+    "errors.py",
+    "report.py",
+    *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
+    "bench/provenance.py",
+}
+_PRESENTATION = ("report",)  # folders
+
+# What the plain run and the rivals consist of: nothing that LMS does changes their figures.
+RIVAL_PARTS = ("bench",)
 
 
-def code_hash(package: Path = _PACKAGE) -> str:
-    """SHA-256 over the names and contents of the package's sources, presentation left out."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py"), key=lambda path: path.relative_to(package).as_posix()):
-        relative = path.relative_to(package)
-        if relative.parts[0] in _NOT_MEASURED:
+def code_files(package: Path = _PACKAGE, parts: tuple[str, ...] = ()) -> dict[str, str]:
+    """SHA-256 of each source that a figure can depend on, by its name in the package.
+
+    ``parts`` restricts it to some folders of the package.
+    """
+    found = {}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        first = name.split("/")[0]
+        if name in _NOT_MEASURED or first in _PRESENTATION or (parts and first not in parts):
             continue
-        data = path.read_bytes()
-        digest.update(f"{relative.as_posix()}\0{len(data)}\0".encode())
-        digest.update(data)
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return dict(sorted(found.items()))
+
+
+def code_hash(package: Path = _PACKAGE, parts: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names and contents of those sources."""
+    digest = hashlib.sha256()
+    for name, content in code_files(package, parts).items():
+        digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -54,16 +76,21 @@ def command_line(argv: list[str] | None = None) -> str:
 
 def stale_results(folder: Path) -> list[Path]:
     """The benchmark results below ``folder`` whose code is not this code."""
-    here = code_hash()
+    here, rivals = code_hash(), code_hash(parts=RIVAL_PARTS)
     stale = []
     for path in sorted(folder.rglob("*.json")):
         try:
             result = json.loads(path.read_text())
         except ValueError:
             continue
-        if not isinstance(result, dict) or not str(result.get("schema", "")).startswith("torchlms.bench/"):
+        schema = str(result.get("schema", "")) if isinstance(result, dict) else ""
+        if schema.startswith("torchlms.bench/"):
+            fresh = result.get("code") == here
+        elif schema.startswith("torchlms.result/"):
+            fresh = all(run.get("code") == (here if run.get("lms") else rivals) for run in result["entries"])
+        else:
             continue
-        if result.get("code") != here:
+        if not fresh:
             stale.append(path)
     return stale
 

@@ -14,7 +14,7 @@ from torchlms.bench.flags import Flags, flags_set
 from torchlms.bench.networks import Network, get_network
 from torchlms.bench.options import BenchOptions, Way
 from torchlms.bench.output import column_line, footer, header, step_line
-from torchlms.bench.peak import AllocatorPeak, plain_peak_bytes
+from torchlms.bench.peak import AllocatorPeak, pinned_peak_bytes, plain_peak_bytes
 from torchlms.bench.ways import LMSHandle, apply_way, cap_bytes, capped, open_lms
 from torchlms.bench.workload import Workload, make_workload
 from torchlms.errors import LMSError
@@ -122,7 +122,7 @@ def _train(measurement: Measurement, device: torch.device, write: Write, watch_s
     measurement.peak_reserved_bytes = max(peak.reserved_bytes, _stat(measurement, "peak_reserved_bytes"))
     measurement.whole_run_device_bytes = max(peak.whole_allocated_bytes, measurement.peak_device_bytes)
     measurement.whole_run_reserved_bytes = max(peak.whole_reserved_bytes, measurement.peak_reserved_bytes)
-    measurement.peak_host_bytes = _stat(measurement, "peak_host_bytes") or _pinned_peak_bytes(device)
+    measurement.peak_host_bytes = _stat(measurement, "peak_host_bytes") or pinned_peak_bytes(device)
     if device.type == "cpu" and options.way is not Way.LMS:
         write("Counting peak memory in a second pass")
         measurement.peak_device_bytes = measurement.whole_run_device_bytes = plain_peak_bytes(make)
@@ -185,12 +185,3 @@ def _failed(measurement: Measurement, error: BaseException) -> RunFailed:
 
 def _stat(measurement: Measurement, name: str) -> int:
     return int(measurement.stats.get(name) or 0)
-
-
-def _pinned_peak_bytes(device: torch.device) -> int:
-    """Peak of torch's own pinned memory, where rivals put what they move; 0 where it is not counted."""
-    read = getattr(torch.cuda, "host_memory_stats", None)
-    if device.type != "cuda" or read is None:
-        return 0
-    stats = read()
-    return int(stats.get("allocated_bytes.peak", 0))

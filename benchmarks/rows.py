@@ -1,0 +1,257 @@
+"""Rows: what is measured. Each row becomes one file in results/, and proves one thing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any
+
+from torchlms.bench.options import BenchOptions, Way
+
+CAP = "16GiB"
+# Losses are compared over all steps, warm-up included, and never over fewer than this.
+IDENTITY_STEPS = 10
+
+
+class Kind(str, Enum):
+    """How a row is measured."""
+
+    TRAINING = "training"  # plain, then LMS, then plain again in one process; each rival in its own
+    ASIDE = "aside"  # plain and LMS in turns, for a difference of one per cent
+    CONVOLUTIONS = "convolutions"  # each convolution before and after steps under LMS
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A figure of the row and what it must be: at least, at most, or true."""
+
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def met(self, value: float | bool) -> bool:
+        return (self.at_least is None or value >= self.at_least) and (
+            self.at_most is None or value <= self.at_most
+        )
+
+    def __str__(self) -> str:
+        if self.at_least is None and self.at_most is None:
+            return "yes"
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+
+# What holds in every row that trains under LMS.
+ALWAYS = (
+    Target("same_bits", at_least=1),
+    Target("within_budget", at_least=1),
+    Target("peak_error", at_most=0.05),
+    Target("reserved_error", at_most=0.05),
+    Target("step_error", at_most=0.10),
+    Target("host_over_out", at_most=1.10),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another way to fit, in a process of its own under the same cap, with as few steps as will do."""
+
+    way: Way
+    warmup: int = 2
+    steps: int = 5
+
+
+SAVE_ON_CPU = Rival(Way.SAVE_ON_CPU, warmup=1, steps=3)
+CHECKPOINT = Rival(Way.CHECKPOINT)
+CHECKPOINT_OFFLOAD = Rival(Way.CHECKPOINT_OFFLOAD, warmup=1, steps=3)
+CAPPED = Rival(Way.NONE_CAPPED, warmup=1, steps=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. ``seconds`` is about what its main part takes on the machine it is meant for.
+
+    ``share``: the budget is this share of the plain run's peak, measured first. ``need_over_cap``:
+    the batch is chosen so that plain needs this many times the cap. ``grow_warmup``: warm-up goes on
+    while LMS still plans anew.
+    """
+
+    name: str
+    label: str
+    proves: str
+    options: BenchOptions
+    kind: Kind = Kind.TRAINING
+    warmup: int = 5
+    steps: int = 10
+    rivals: tuple[Rival, ...] = ()
+    targets: tuple[Target, ...] = ()
+    share: float = 0.0
+    need_over_cap: float = 0.0
+    batches: tuple[int, ...] = ()  # CONVOLUTIONS: steps are run at each of these
+    cudnn_deterministic: bool = True
+    seconds: int = 30
+
+    @property
+    def cuda(self) -> bool:
+        return self.options.device == "cuda"
+
+    def definition(self) -> dict[str, Any]:
+        """What a result of this row depends on, as plain data; another definition, another row."""
+        told = asdict(replace(self.options, way=Way.LMS))
+        defaults = asdict(BenchOptions())
+        return {
+            "kind": self.kind.value,
+            "options": {name: value for name, value in told.items() if value != defaults[name]},
+            "warmup": self.warmup,
+            "steps": self.steps,
+            **{
+                name: getattr(self, name)
+                for name in ("share", "need_over_cap", "cudnn_deterministic")
+                if getattr(self, name)
+            },
+            **({"batches": list(self.batches)} if self.batches else {}),
+        }
+
+
+def _resnet(batch: int, rivals: tuple[Rival, ...], targets: tuple[Target, ...], proves: str) -> Row:
+    return Row(
+        name=f"resnet50-b{batch}",
+        label=f"ResNet-50, batch {batch}",
+        proves=proves,
+        options=BenchOptions(
+            model="resnet50", batch_size=batch, image_size=224, device="cuda", budget=CAP, optimizer="sgd"
+        ),
+        rivals=rivals,
+        targets=(*ALWAYS, *targets),
+        seconds=25 if batch < 300 else 35,
+    )
+
+
+_SWAP = (Target("of_best", at_least=0.90), Target("over_save_on_cpu", at_least=2.5))
+_SWAP_PROVES = "moving alone: near what the link allows, and far from save_on_cpu"
+
+_CPU_TARGETS = tuple(
+    Target(figure, at_least=1) for figure in ("same_bits", "within_budget", "fixed_below_half")
+)
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        replace(
+            _resnet(150, (), (), "what fits costs nothing: LMS steps aside"),
+            kind=Kind.ASIDE,
+            targets=(
+                Target("same_bits", at_least=1),
+                Target("nothing_installed", at_least=1),
+                Target("of_plain", at_least=0.99),
+                Target("peak_error", at_most=0.05),
+                Target("step_error", at_most=0.10),
+            ),
+        ),
+        _resnet(
+            200,
+            (CAPPED, SAVE_ON_CPU, CHECKPOINT),
+            (Target("of_plain", at_least=0.97),),
+            "the case on which IBM's LMS kept 0.08: it fails plainly, and runs at nearly full speed",
+        ),
+        _resnet(225, (SAVE_ON_CPU,), _SWAP, _SWAP_PROVES),
+        _resnet(250, (SAVE_ON_CPU,), _SWAP, _SWAP_PROVES),
+        _resnet(300, (SAVE_ON_CPU,), _SWAP, _SWAP_PROVES),
+        _resnet(400, (SAVE_ON_CPU, CHECKPOINT, CHECKPOINT_OFFLOAD), _SWAP, _SWAP_PROVES),
+        Row(
+            name="googlenet-8192",
+            label="GoogLeNet, one image of 8192x8192",
+            proves="one sample that needs several times the cap trains",
+            options=BenchOptions(
+                model="googlenet", batch_size=1, image_size=8192, device="cuda", budget=CAP, optimizer="sgd"
+            ),
+            steps=5,
+            rivals=(CAPPED, CHECKPOINT),
+            targets=ALWAYS,
+            seconds=110,
+        ),
+        Row(
+            name="cifar10-full",
+            label="cifar10_full, batch for 1.09 of the cap",
+            proves="IBM's other case: a little too large costs next to nothing",
+            options=BenchOptions(
+                model="cifar10_full", image_size=32, device="cuda", budget=CAP, optimizer="sgd"
+            ),
+            rivals=(CAPPED,),
+            targets=(*ALWAYS, Target("of_plain", at_least=0.98)),
+            need_over_cap=1.09,
+            seconds=35,
+        ),
+        Row(
+            name="conv-health",
+            label="Convolutions of ResNet-50 after 20 planned steps",
+            proves="no convolution was starved: uncapped speed and uncapped bits after steps under the cap",
+            options=BenchOptions(
+                model="resnet50", image_size=224, device="cuda", budget=CAP, optimizer="sgd"
+            ),
+            kind=Kind.CONVOLUTIONS,
+            steps=20,
+            batches=(200, 400),
+            targets=(
+                Target("max_slowdown", at_most=1.15),
+                Target("same_bits", at_least=1),
+                Target("starved_convolutions", at_most=0),
+            ),
+            cudnn_deterministic=False,  # as torch ships it, which is when cuDNN may take the most room
+            seconds=75,
+        ),
+        Row(
+            name="cpu-resnet50-b32-128",
+            label="ResNet-50, batch 32 at 128x128",
+            proves="the CPU as the device, a spill file as the slow tier, 60% of the plain peak",
+            options=BenchOptions(
+                model="resnet50", batch_size=32, image_size=128, device="cpu", optimizer="sgd"
+            ),
+            steps=5,
+            share=0.6,
+            targets=_CPU_TARGETS,
+            seconds=120,
+        ),
+        Row(
+            name="cpu-transformer",
+            label="Llama-shaped, 8 layers of 256, 16 x 256 tokens",
+            proves="the same for a transformer with AdamW",
+            options=BenchOptions(
+                model="llama", batch_size=16, device="cpu", hidden=256, layers=8, heads=4, sequence=256,
+                vocab=2000, optimizer="adamw",
+            ),
+            steps=5,
+            share=0.6,
+            targets=_CPU_TARGETS,
+            seconds=90,
+        ),
+    )
+}  # fmt: skip
+
+
+def tiny(row: Row) -> Row:
+    """The same machinery on any machine in seconds, for tests; its figures mean nothing."""
+    options = BenchOptions(
+        model="cifar10_full", batch_size=32, image_size=32, device="cpu", optimizer="sgd", budget="1GiB"
+    )
+    return replace(
+        row,
+        options=options if row.kind is not Kind.TRAINING else replace(options, budget=None),
+        share=0.6 if row.kind is Kind.TRAINING else 0.0,
+        need_over_cap=0.0,
+        warmup=5,
+        steps=5,
+        batches=tuple(batch // 50 for batch in row.batches),
+        rivals=tuple(Rival(rival.way, warmup=1, steps=2) for rival in row.rivals),
+    )
+
+
+def find(patterns: list[str]) -> list[Row]:
+    """The rows whose names begin so; all of them for ``all``."""
+    found: dict[str, Row] = {}
+    for pattern in patterns:
+        exact = [ROWS[pattern]] if pattern in ROWS else []
+        named = exact or [row for row in ROWS.values() if pattern == "all" or row.name.startswith(pattern)]
+        if not named:
+            raise SystemExit(f"no row begins with {pattern!r}; there are {', '.join(ROWS)}")
+        found.update({row.name: row for row in named})
+    return list(found.values())

@@ -1,0 +1,55 @@
+"""Tests of eager execution run on the CPU: RAM under a ledger is the device, a spill file the slow tier."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchlms.api
+from torchlms.core.machine import Machine
+
+os.environ.setdefault("TORCHLMS_LOG", "off")  # pytest's own handler sees it all the same
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The same rates everywhere, without measuring them."""
+    made = Machine(
+        device="cpu",
+        device_bytes=16 << 30,
+        torch=torch.__version__,
+        disk_write_bytes_per_s=1e9,
+        disk_read_bytes_per_s=1e9,
+    )
+
+    def known(*_args: Any, **_options: Any) -> Machine:
+        return made
+
+    monkeypatch.setattr(torchlms.api, "measured_machine", known)
+    return made
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Small ops on many threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def log_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="torchlms")
+
+
+@pytest.fixture
+def spilled(spill_dir: Path) -> Path:
+    """An empty directory for the spill file; after the test nothing may be left in it."""
+    return spill_dir

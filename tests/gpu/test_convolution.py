@@ -1,0 +1,72 @@
+"""Convolutions keep their speed and bits through planned steps under a cap.
+
+The reference runs in a process of its own, for cuDNN's choice is kept for the life of a process.
+"""
+
+from __future__ import annotations
+
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torchlms
+from tests.gpu.networks import CASES, GIB, make, train
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = (96, 64, 96, 96)  # what each 3x3 convolution of the network sees: 216 MiB in, as much workspace
+STEPS = 23  # one recorded, two timed, twenty under the plan
+
+
+def health() -> tuple[float, str]:
+    """Milliseconds of the network's convolution, and a digest of its results."""
+    torch.backends.cudnn.deterministic = True
+    generator = torch.Generator("cuda").manual_seed(7)
+    x = torch.randn(*SHAPE, device="cuda", generator=generator)
+    w = torch.randn(64, 64, 3, 3, device="cuda", generator=generator)
+    times = []
+    y = F.conv2d(x, w, padding=1)
+    for _ in range(15):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        F.conv2d(x, w, padding=1)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times), str(y.double().sum().item().hex()) + str(y[0, 0, :2, :2].tolist())
+
+
+def test_convolutions_are_healthy_after_twenty_planned_steps() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        before_ms, before = pool.submit(health).result()
+    case = CASES["convnet"]
+    model, optimizer = make(case)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes) as lms:
+        train(model, optimizer, case, STEPS)
+        assert lms.stats()["starved_convolutions"] == 0
+    del model, optimizer
+    torch.cuda.empty_cache()
+    after_ms, after = health()
+    assert after == before
+    assert after_ms <= 1.15 * before_ms
+
+
+def test_a_starved_convolution_is_noticed() -> None:
+    """The counter works: without room made beforehand, cuDNN swallows the failure and we still see it."""
+    shape = (97, 64, 96, 96)  # a shape no other test uses: it is spoiled afterwards
+    x = torch.randn(*shape, device="cuda")
+    w = torch.randn(64, 64, 3, 3, device="cuda", requires_grad=True)
+    torch.cuda.empty_cache()
+    lms = torchlms.LMS(device="cuda", budget=2 * GIB)
+    with lms:
+        assert lms._engine is not None
+        room = x.numel() * 4 + (32 << 20)  # the result fits, the workspace does not
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+        F.conv2d(x, w, padding=1).sum().backward()
+        lms._engine.end_microstep()
+        assert lms.stats()["starved_convolutions"] > 0

@@ -1,0 +1,117 @@
+"""Same bits under a cap as without one, on a device, along every path a value can take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchlms
+from tests.gpu.networks import CASES, GIB, MIB, make, plain, same, state, train
+from torchlms.memory.store import Store
+
+pytestmark = pytest.mark.gpu
+STEPS = 8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_under_a_cap(name: str) -> None:
+    case = CASES[name]
+    losses, end = plain(case, STEPS)
+    model, optimizer = make(case)
+    begin = state(model)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes) as lms:
+        assert train(model, optimizer, case, STEPS) == losses
+        stats = lms.stats()
+    assert same(end, state(model))
+    assert not same(begin, state(model))
+    assert stats["state"] == "guard"
+    assert stats["bytes_out_per_step"] > 0
+    assert stats["starved_convolutions"] == 0
+    assert stats["peak_reserved_bytes"] <= case.budget_bytes
+    predicted = stats["predicted"]["peak_device_bytes"]
+    assert abs(predicted - stats["peak_device_bytes"]) <= 0.05 * predicted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_through_the_disk(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    losses, end = plain(case, STEPS)
+    model, optimizer = make(case)
+    options: dict[str, Any] = {"host_budget": 64 * MIB, "disk_dir": tmp_path, "disk_budget": 8 * GIB}
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes, **options) as lms:
+        assert train(model, optimizer, case, STEPS) == losses
+        assert lms.stats()["disk_bytes_per_step"] > 0
+    assert same(end, state(model))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_slow_copies_lose_no_race(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy sits behind a sleep on its stream, so a missing wait reads or frees too early."""
+    case = CASES[name]
+    losses, end = plain(case, STEPS)
+
+    def asleep(which: int) -> Any:
+        method = ("_device_to_host", "_host_to_device")[which]
+        original = getattr(Store, method)
+
+        def slow(self: Store, *arguments: Any) -> Any:
+            stream = self._open_streams()[which]
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(3_000_000)
+            return original(self, *arguments)
+
+        return method, slow
+
+    for which in (0, 1):
+        monkeypatch.setattr(Store, *asleep(which))
+    model, optimizer = make(case)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes) as lms:
+        assert train(model, optimizer, case, STEPS) == losses
+        assert lms.stats()["bytes_out_per_step"] > 0
+    assert same(end, state(model))
+
+
+def test_a_missing_wait_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above can fail: without the waits, slow copies do change the result."""
+    case = CASES["convnet"]
+    losses, _ = plain(case, STEPS)
+    original = Store._host_to_device
+
+    def slow(self: Store, *arguments: Any) -> Any:
+        with torch.cuda.stream(self._open_streams()[1]):
+            torch.cuda._sleep(30_000_000)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Store, "_host_to_device", slow)
+    monkeypatch.setattr("torchlms.memory.device.CudaCopy.wait", lambda self: None)
+    model, optimizer = make(case)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes):
+        assert train(model, optimizer, case, STEPS) != losses
+
+
+def test_changing_batches_keep_their_bits() -> None:
+    case = CASES["convnet"]
+    batches = [96, 64, 96, 17, 64, 96, 64, 96]
+
+    def run(model: Any, optimizer: Any) -> list[str]:
+        torch.manual_seed(3)
+        losses = []
+        for batch in batches:
+            x = torch.randn(batch, *case.shape[1:], device="cuda")
+            loss = torch.nn.functional.cross_entropy(model(x), torch.randint(0, 10, (batch,), device="cuda"))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            losses.append(loss.item().hex())
+        return losses
+
+    model, optimizer = make(case)
+    losses = run(model, optimizer)
+    end = state(model)
+    model, optimizer = make(case)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes):
+        assert run(model, optimizer) == losses
+    assert same(end, state(model))
