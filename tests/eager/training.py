@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from small_networks import NETWORKS, Network
+from small_networks import Network
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import torchlms
 from torchlms.bench.peak import LedgerMode
@@ -65,10 +64,35 @@ class Outcome:
         return found
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A run under LMS, as it was just before leaving."""
+
+    outcome: Outcome
+    stats: dict[str, Any]
+    report: str
+    peak_bytes: int  # of the ledger, over the whole run, recording included
+    moved_bytes: int  # over the whole run
+    tape: Any
+    plan: Any
+
+
+class WholePeak(Ledger):
+    """A ledger that also remembers the peaks before its resets."""
+
+    whole_peak_bytes = 0
+
+    def reset_peak(self) -> None:
+        self.whole_peak_bytes = self.highest()
+        super().reset_peak()
+
+    def highest(self) -> int:
+        return max(self.whole_peak_bytes, self.peak_bytes)
+
+
 def bits(tensor: Tensor) -> str:
     """A digest of shape, type and every bit."""
-    data = tensor.detach().contiguous().reshape(-1).resolve_conj()
-    raw = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    raw = tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:16]}"
 
 
@@ -105,6 +129,7 @@ def plain_step(session: Session, step: int) -> None:
     session.note(loss)
 
 
+@cache
 def run_plain(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> Outcome:
     session = new_session(network)
     for step in range(steps):
@@ -112,45 +137,46 @@ def run_plain(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> 
     return outcome(session)
 
 
-class WholePeak(Ledger):
-    """A ledger that also remembers the peaks before its resets."""
-
-    whole_peak_bytes = 0
-
-    def reset_peak(self) -> None:
-        self.whole_peak_bytes = self.highest()
-        super().reset_peak()
-
-    def highest(self) -> int:
-        return max(self.whole_peak_bytes, self.peak_bytes)
-
-
-@dataclass
-class Watched:
-    """A finished run under LMS."""
-
-    outcome: Outcome
-    stats: dict[str, Any]
-    report: str
-    peak_bytes: int  # of the ledger, over the whole run, recording included
-    moved_bytes: int  # over the whole run
-    tape: Any
-    plan: Any
+@cache
+def plain_peak(network: Network, loop: Loop = plain_step, steps: int = 3) -> int:
+    """The highest sum of live storages of a plain run, by a ledger of its own."""
+    session = new_session(network)
+    ledger = Ledger()
+    mode = LedgerMode(ledger, torch.device("cpu"))
+    mode.count([*session.model.parameters(), *session.model.buffers()])
+    with mode:
+        for step in range(steps):
+            loop(session, step)
+    peak_bytes = ledger.peak_bytes
+    del session
+    gc.collect()
+    return peak_bytes
 
 
-def ledger_of(lms: torchlms.LMS) -> Any:
-    return lms._engine.device.ledger  # type: ignore[union-attr]
+def ledger_of(lms: torchlms.LMS) -> WholePeak:
+    ledger = lms._engine.device.ledger  # type: ignore[union-attr]
+    assert isinstance(ledger, WholePeak)
+    return ledger
+
+
+def moved_bytes(lms: torchlms.LMS) -> int:
+    """What left the device since LMS was entered."""
+    assert lms._engine is not None
+    return lms._engine.store.bytes_out
 
 
 @contextmanager
 def open_lms(session: Session, budget: int | str, disk_dir: Path, **options: Any) -> Iterator[torchlms.LMS]:
     """LMS as a user would write it, with a ledger that remembers its highest peak."""
     options.setdefault("rules", SMALL)
-    with torchlms.LMS(
-        session.model, session.optimizer, budget=budget, disk_dir=disk_dir, **options
-    ) as lms:
-        ledger_of(lms).__class__ = WholePeak
+    with torchlms.LMS(session.model, session.optimizer, budget=budget, disk_dir=disk_dir, **options) as lms:
+        lms._engine.device.ledger.__class__ = WholePeak  # type: ignore[union-attr]
         yield lms
+
+
+def maybe_lms(session: Session, budget: int | None, disk_dir: Path) -> Any:
+    """LMS, or nothing when there is no budget: for loops that are written once."""
+    return nullcontext() if budget is None else open_lms(session, budget, disk_dir)
 
 
 def run_lms(
@@ -166,7 +192,7 @@ def run_lms(
         for step in range(steps):
             loop(session, step)
         watched = watch(session, lms)
-    assert outcome(session) == watched.outcome  # leaving changes nothing
+    assert outcome(session) == watched.outcome, "leaving changed something"
     return watched
 
 
@@ -176,22 +202,48 @@ def watch(session: Session, lms: torchlms.LMS) -> Watched:
         stats=lms.stats(),
         report=lms.report(),
         peak_bytes=ledger_of(lms).highest(),
-        moved_bytes=lms._engine.store.bytes_out,  # type: ignore[union-attr]
+        moved_bytes=moved_bytes(lms),
         tape=lms.tape,
         plan=lms.plan,
     )
 
 
-def plain_peak_bytes(network: Network, loop: Loop = plain_step, steps: int = 3) -> int:
-    """The highest sum of live storages of a plain run, by a ledger of its own."""
-    session = new_session(network)
-    ledger = Ledger()
-    mode = LedgerMode(ledger, torch.device("cpu"))
-    mode.count([*session.model.parameters(), *session.model.buffers()])
-    with mode:
-        for step in range(steps):
-            loop(session, step)
-    peak_bytes = ledger.peak_bytes
-    del session
-    gc.collect()
-    return peak_bytes
+def assert_same_bits(
+    network: Network,
+    loop: Loop,
+    disk_dir: Path,
+    *,
+    share: float = 0.6,
+    steps: int = STEPS,
+    **options: Any,
+) -> Watched:
+    """Train plainly, and under ``share`` of the plain peak; the bits are the same, and values moved."""
+    plain = run_plain(network, loop, steps)
+    budget_bytes = int(share * plain_peak(network, loop))
+    watched = run_lms(network, budget_bytes, disk_dir, loop, steps, **options)
+    assert watched.outcome.differences(plain) == []
+    assert watched.moved_bytes > 0, "nothing moved, so nothing was shown"
+    assert watched.peak_bytes <= budget_bytes
+    return watched
+
+
+_smallest: dict[tuple[str, Loop], int] = {}
+
+
+def smallest_budget(network: Network, disk_dir: Path, loop: Loop = plain_step, *, tries: int = 8) -> int:
+    """A budget that works, found as a user would: ask for too little, then for what the error says."""
+    known = _smallest.get((network.name, loop))
+    if known is not None:
+        return known
+    budget_bytes = int(0.3 * plain_peak(network, loop))
+    for _ in range(tries):
+        try:
+            run_lms(network, budget_bytes, disk_dir, loop, 4)
+        except torchlms.BudgetTooSmall as error:
+            assert "smallest budget" in str(error)
+            assert error.smallest_bytes > budget_bytes
+            budget_bytes = error.smallest_bytes
+        else:
+            _smallest[network.name, loop] = budget_bytes
+            return budget_bytes
+    raise AssertionError(f"no budget up to {budget_bytes} works after {tries} tries")

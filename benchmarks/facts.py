@@ -1,0 +1,50 @@
+"""Facts: the machine that a result was measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchlms.bench.provenance import host_facts
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Device, versions and host. Nothing in it names the machine or its user."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "device_name": cpu_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": {**host_facts(), "cpu": cpu_name(), "threads": torch.get_num_threads()},
+    }
+    if device.type == "cuda":
+        facts |= {
+            "device_name": torch.cuda.get_device_name(device),
+            "device_bytes": int(torch.cuda.get_device_properties(device).total_memory),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver_version(),
+        }
+    return facts
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, None where nothing tells."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if lines else None

@@ -1,0 +1,137 @@
+"""Worker: one job of one row in a process of its own; a line of JSON for each thing that it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from convolutions import measure_after, measure_before, measure_starved
+from facts import device_facts
+from rows import Kind
+from torchlms.bench.flags import flags_set
+from torchlms.errors import LMSError
+from torchlms.memory.arena import Arena
+from torchlms.memory.limits import host_available_bytes, parse_bytes
+from training import measure_aside, measure_rival, measure_row
+
+if TYPE_CHECKING:
+    from rows import Rival, Row
+
+MAIN = "main"
+STARVED = "starved"
+BEFORE = "before"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one process measures: ``ways`` are the entries that are expected of it."""
+
+    row: Row
+    name: str
+    ways: tuple[str, ...]
+    rival: Rival | None = None
+    batch: int = 0
+
+
+def main_jobs(row: Row) -> list[Job]:
+    """What makes the row; the rivals are apart."""
+    if row.kind is Kind.CONVOLUTIONS:
+        after = [Job(row, f"lms-{batch}", (f"lms-{batch}",), batch=batch) for batch in row.batches]
+        return [Job(row, BEFORE, (BEFORE,)), *after, Job(row, STARVED, (STARVED,))]
+    ways = ("none", "lms") if row.kind is Kind.ASIDE else ("none", "lms", "none_again")
+    return [Job(row, MAIN, ways)]
+
+
+def rival_jobs(row: Row) -> list[Job]:
+    return [Job(row, rival.way.value, (rival.way.value,), rival=rival) for rival in row.rivals]
+
+
+def all_jobs(row: Row) -> list[Job]:
+    return [*main_jobs(row), *rival_jobs(row)]
+
+
+def work(job: Job, path: Path, *, batch_size: int = 0, grow_host: str = "") -> int:
+    """Do the job. Everything goes to ``path`` as soon as it is known; 1 if it ended in an error."""
+    _be_the_first_to_go()
+    with path.open("a") as file:
+
+        def emit(what: str, found: Any) -> None:
+            file.write(json.dumps({what: found}) + "\n")
+            file.flush()
+
+        try:
+            with flags_of(job.row) as flags:
+                emit("facts", device_facts(torch.device(job.row.options.device)))
+                emit("flags", asdict(flags))
+                if grow_host:
+                    _grow_host(parse_bytes(grow_host))
+                _measure(job, lambda entry: emit("entry", entry), batch_size)
+        except Exception as error:
+            traceback.print_exc()
+            emit("error", _first_line(error))
+            return 1
+    return 0
+
+
+@contextlib.contextmanager
+def flags_of(row: Row) -> Any:
+    """The row's flags, the same for every way. Else as torch ships them."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic
+    cudnn.deterministic = row.cudnn_deterministic
+    try:
+        with flags_set(row.options) as flags:
+            yield flags
+    finally:
+        cudnn.deterministic = before
+
+
+def _measure(job: Job, emit: Any, batch_size: int) -> None:
+    if job.rival is not None:
+        measure_rival(job.row, job.rival, emit, batch_size)
+    elif job.name == BEFORE:
+        measure_before(job.row, emit)
+    elif job.name == STARVED:
+        measure_starved(job.row, emit)
+    elif job.batch:
+        measure_after(job.row, job.batch, emit)
+    elif job.row.kind is Kind.ASIDE:
+        measure_aside(job.row, emit)
+    else:
+        measure_row(job.row, emit)
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return text if isinstance(error, LMSError) else f"{type(error).__name__}: {text}"
+
+
+def _be_the_first_to_go() -> None:
+    """When host memory runs out, this process is ended and not the one that writes results."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _grow_host(wanted_bytes: int) -> None:
+    """Some virtual machines get their memory as it is used: use it once, so that it counts as there."""
+    arenas: list[Arena] = []
+    piece_bytes = 4 << 30
+    try:
+        while host_available_bytes() + sum(arena.capacity_bytes for arena in arenas) < wanted_bytes:
+            arenas.append(Arena(piece_bytes, pinned=False))
+            arenas[-1].touch()
+            if len(arenas) * piece_bytes >= wanted_bytes:
+                break
+    except LMSError as error:
+        print(f"host memory stops growing: {error}", file=sys.stderr)
+    finally:
+        for arena in arenas:
+            arena.close()
+    print(f"pid {os.getpid()}: {host_available_bytes() / 2**30:.0f} GiB of host memory", file=sys.stderr)
