@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
+from training import measure_lms, resolved, tidy
+
 from torchlms.bench.networks import get_network
 from torchlms.memory.device import open_device
-from training import measure_lms, resolved, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rows import Row
+
     from torchlms.bench.options import BenchOptions
 
     Emit = Callable[[dict[str, Any]], None]
@@ -122,7 +124,7 @@ class Bench:
             ballast = torch.empty(_BALLAST_BYTES, dtype=torch.uint8, device=self.device)
             for _ in range(_BALLAST_FILLS):
                 ballast.zero_()
-        marks = []
+        marks: list[tuple[Any, Any, Any]] = []
         for _ in range(_WARMUP + _REPEATS):
             start = device.mark()
             output = self.forward()
@@ -176,9 +178,7 @@ def measure_before(row: Row, emit: Emit) -> None:
         {
             "way": "before",
             "lms": False,
-            "batches": {
-                str(batch): examine(replace(options, batch_size=batch)) for batch in row.batches
-            },
+            "batches": {str(batch): examine(replace(options, batch_size=batch)) for batch in row.batches},
         }
     )
 

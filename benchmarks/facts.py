@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from torchlms.bench.provenance import host_facts
 
 

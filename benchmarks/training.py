@@ -15,12 +15,15 @@ import contextlib
 import gc
 import statistics
 import tempfile
+import traceback
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from torchlms.api import measured_machine
 from torchlms.bench.clock import make_clock
+from torchlms.bench.flags import Flags, flags_set
 from torchlms.bench.networks import get_network
 from torchlms.bench.options import BenchOptions, Way
 from torchlms.bench.peak import AllocatorPeak, pinned_peak_bytes, plain_peak_bytes
@@ -30,6 +33,7 @@ from torchlms.bench.workload import Workload, make_workload
 from torchlms.core import planner
 from torchlms.core.record import to_json
 from torchlms.eager import private
+from torchlms.errors import LMSError
 from torchlms.memory.arena import pinned_bytes_in_use
 from torchlms.memory.limits import parse_bytes
 
@@ -127,12 +131,31 @@ def make(options: BenchOptions) -> Workload:
     return workload
 
 
+def first_line(error: BaseException) -> str:
+    """What a result keeps of an error."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return text if isinstance(error, LMSError) else f"{type(error).__name__}: {text}"
+
+
 def tidy() -> None:
     """Leave nothing of the run before on the device, nor in its peaks."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+@contextlib.contextmanager
+def flags_of(row: Row) -> Iterator[Flags]:
+    """The row's flags, the same for every way. Else as torch ships them."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic
+    cudnn.deterministic = row.cudnn_deterministic
+    try:
+        with flags_set(row.options) as flags:
+            yield flags
+    finally:
+        cudnn.deterministic = before
 
 
 def measure_row(row: Row, emit: Emit) -> None:
@@ -147,7 +170,12 @@ def measure_row(row: Row, emit: Emit) -> None:
         options = replace(options, budget=str(int(row.share * plain["peak_device_bytes"])))
         plain["fixed_share"] = fixed_bytes / plain["peak_device_bytes"]
     emit(plain)
-    emit(measure_lms(options, row.warmup, row.steps))
+    try:
+        emit(measure_lms(options, row.warmup, row.steps))
+    except Exception as error:  # plain is run again all the same
+        traceback.print_exc()
+        emit({"way": Way.LMS.value, "lms": True, "error": first_line(error)})
+        del error
     again = measure_plain(options, _AGAIN_WARMUP, _AGAIN_STEPS, ledger=False)
     again["way"] = "none_again"
     emit(again)
@@ -178,9 +206,7 @@ def measure_rival(row: Row, rival: Rival, emit: Emit, batch_size: int = 0) -> No
     )
 
 
-def measure_plain(
-    options: BenchOptions, warmup: int, steps: int, *, ledger: bool = True
-) -> dict[str, Any]:
+def measure_plain(options: BenchOptions, warmup: int, steps: int, *, ledger: bool = True) -> dict[str, Any]:
     """Uncapped, with nothing installed. On the CPU the peak comes from a second pass."""
     tidy()
     trainer = Trainer(replace(options, way=Way.NONE, budget=None))
@@ -299,7 +325,9 @@ def measure_aside(row: Row, emit: Emit) -> None:
         ratios.append(statistics.median(halves[0]) / statistics.median(halves[1]))
     shared = {"rounds": _ASIDE_ROUNDS}
     emit({**plain.entry(Way.NONE.value), **alone, **_over(timed["plain"], plain), **shared})
-    emit({**ours.entry(Way.LMS.value), **found, **_over(timed["lms"], ours), **shared, "round_ratios": ratios})
+    emit(
+        {**ours.entry(Way.LMS.value), **found, **_over(timed["lms"], ours), **shared, "round_ratios": ratios}
+    )
 
 
 def _over(timed_s: list[float], trainer: Trainer) -> dict[str, Any]:

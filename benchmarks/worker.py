@@ -15,11 +15,11 @@ import torch
 from convolutions import measure_after, measure_before, measure_starved
 from facts import device_facts
 from rows import Kind
-from torchlms.bench.flags import flags_set
+from training import first_line, flags_of, measure_aside, measure_rival, measure_row
+
 from torchlms.errors import LMSError
 from torchlms.memory.arena import Arena
 from torchlms.memory.limits import host_available_bytes, parse_bytes
-from training import measure_aside, measure_rival, measure_row
 
 if TYPE_CHECKING:
     from rows import Rival, Row
@@ -75,22 +75,9 @@ def work(job: Job, path: Path, *, batch_size: int = 0, grow_host: str = "") -> i
                 _measure(job, lambda entry: emit("entry", entry), batch_size)
         except Exception as error:
             traceback.print_exc()
-            emit("error", _first_line(error))
+            emit("error", first_line(error))
             return 1
     return 0
-
-
-@contextlib.contextmanager
-def flags_of(row: Row) -> Any:
-    """The row's flags, the same for every way. Else as torch ships them."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic
-    cudnn.deterministic = row.cudnn_deterministic
-    try:
-        with flags_set(row.options) as flags:
-            yield flags
-    finally:
-        cudnn.deterministic = before
 
 
 def _measure(job: Job, emit: Any, batch_size: int) -> None:
@@ -106,11 +93,6 @@ def _measure(job: Job, emit: Any, batch_size: int) -> None:
         measure_aside(job.row, emit)
     else:
         measure_row(job.row, emit)
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return text if isinstance(error, LMSError) else f"{type(error).__name__}: {text}"
 
 
 def _be_the_first_to_go() -> None:

@@ -76,9 +76,12 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     places = [CACHE, Path(tempfile.gettempdir())]
     if "tmp_path" in request.fixturenames:
         places.append(request.getfixturevalue("tmp_path"))
+    on_gpu = request.node.get_closest_marker("gpu") is not None and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.init()  # its settings can be compared only from here on
     before = _watch(places)
     yield
-    if request.node.get_closest_marker("gpu"):
+    if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()  # what this test cached must not starve the next one's convolutions
     found = _leaks(before, places)

@@ -24,6 +24,8 @@ from torchlms.core.validate import validate
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchlms.core.machine import Machine
 
 LOTS = 1 << 50
@@ -270,7 +272,7 @@ def test_tapes_with_wrapping_values(tape: Tape) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.0])
 @pytest.mark.parametrize("network", [resnet, transformer])
-def test_ten_thousand_ops_in_two_seconds(network: type, share: float) -> None:
+def test_ten_thousand_ops_in_two_seconds(network: Callable[[int], Tape], share: float) -> None:
     tape = network(500)
     assert len(tape.ops) >= 10_000
     took_s = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torchlms
-from tests.gpu.networks import CASES, GIB, MIB, make, plain, same, state, train
+from tests.gpu.networks import CASES, GIB, make, plain, same, state, train
 from torchlms.memory.device import CudaCopy
 from torchlms.memory.store import Store
 
@@ -43,7 +43,7 @@ def test_same_bits_through_the_disk(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     losses, end = plain(case, STEPS)
     model, optimizer = make(case)
-    options: dict[str, Any] = {"host_budget": 64 * MIB, "disk_dir": tmp_path, "disk_budget": 8 * GIB}
+    options: dict[str, Any] = {"host_budget": 1 * GIB, "disk_dir": tmp_path, "disk_budget": 8 * GIB}
     with torchlms.LMS(model, optimizer, budget=case.budget_bytes, **options) as lms:
         assert train(model, optimizer, case, STEPS) == losses
         assert lms.stats()["disk_bytes_per_step"] > 0

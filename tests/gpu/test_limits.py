@@ -31,6 +31,7 @@ def test_steps_aside_when_everything_fits_and_comes_back() -> None:
 def test_a_budget_below_one_op_is_refused_with_the_smallest_that_works() -> None:
     case = CASES["convnet"]
     model, optimizer = make(case)
+    clean()
     with (
         pytest.raises(torchlms.BudgetTooSmall, match="smallest budget") as refused,
         torchlms.LMS(model, optimizer, budget=400 * MIB),

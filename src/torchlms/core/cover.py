@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from torchlms.core.schedule import Move
 
 
-def covers(excess: Bytes, moves: Iterable[Move]) -> bool:
-    """Whether no op is left with a positive excess when each move is away from its start to its stop."""
-    return bool(_left(excess, moves).max(initial=0) <= 0)
+def left_over(excess: Bytes, moves: Iterable[Move]) -> Bytes:
+    """The excess at each op when each move is away from its start to its stop."""
+    left: Bytes = excess.copy()
+    for move in moves:
+        left[move.start : move.stop] -= move.size_bytes
+    return left
 
 
 def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ()) -> list[Move] | None:
@@ -24,7 +27,7 @@ def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ())
     ``always`` is moved in any case, and is part of what is returned.
     """
     fixed = list(always)
-    left = _left(excess, fixed)
+    left = left_over(excess, fixed)
     taken: list[Move] = []
     for move in ranked:
         if left[move.start : move.stop].max(initial=0) > 0:
@@ -33,13 +36,6 @@ def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ())
     if (left > 0).any():
         return None
     return fixed + _thin(left, taken)
-
-
-def _left(excess: Bytes, moves: Iterable[Move]) -> Bytes:
-    left: Bytes = excess.copy()
-    for move in moves:
-        left[move.start : move.stop] -= move.size_bytes
-    return left
 
 
 def _thin(left: Bytes, taken: list[Move]) -> list[Move]:

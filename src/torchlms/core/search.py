@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchlms.core.cover import cover, covers
+from torchlms.core.cover import cover, left_over
 from torchlms.core.plan import Choice, Decision
 from torchlms.core.schedule import NOTHING_DUE, Course, Lead, Move, Slot, schedule
 from torchlms.core.tiers import Places, Room, choose_disk, place_all
@@ -74,6 +74,7 @@ class _Search:
         self._free = [move for move in candidates if not move.forced]
         self._room = room
         self._excess = course.baseline - course.limit_bytes
+        self._floor = left_over(self._excess, candidates)
         self._work = 0
         self._best: _Trial | None = None
         self._refusal: HostBudgetTooSmall | None = None
@@ -116,9 +117,7 @@ class _Search:
 
     def _spare(self, ranked: Sequence[Move]) -> None:
         """Try the same order with more leaving than must, so that copies back find room earlier."""
-        floor = self._excess.copy()
-        for move in self._candidates:
-            floor[move.start : move.stop] -= move.size_bytes
+        floor = self._floor
         movable_bytes = int((self._excess - floor).max(initial=0))
         for share in SPARE_SHARES:
             if self._done():
@@ -134,36 +133,37 @@ class _Search:
         improved = True
         while improved:
             improved = False
-            for move in ranked:
+            for move in filter(self._dispensable, ranked):
+                if self._done(IMPROVE_SHARE):
+                    return
                 for neighbour in self._neighbours(move, ranked):
-                    if self._done(IMPROVE_SHARE):
-                        return
                     improved |= self._try(neighbour)
 
+    def _dispensable(self, move: Move) -> bool:
+        """Whether all the others together could do without it."""
+        return bool(np.max(self._floor[move.start : move.stop]) + move.size_bytes <= 0)
+
     def _neighbours(self, move: Move, ranked: Sequence[Move]) -> Iterator[Sequence[Move]]:
-        """The best set with ``move`` turned round: dropped if it is in, added if it is not."""
+        """The best set with ``move`` turned round: exchanged if it is in, added or exchanged if it is not."""
         assert self._best is not None
         current = [other for other in self._best.moves if not other.forced]
         if move in current:
-            rest = [other for other in current if other is not move]
-            if covers(self._excess, self._forced + rest):
-                yield self._forced + rest
             inside = set(current)
-            outside = [other for other in ranked if other not in inside]
-            exchanged = self._cover(rest + outside)
-            if exchanged is not None:
-                yield exchanged
+            rest = [other for other in current if other is not move]
+            exchanged = self._cover(rest + [other for other in ranked if other not in inside])
         else:
             yield self._forced + current + [move]
             exchanged = self._cover([move] + current)
-            if exchanged is not None:
-                yield exchanged
+        if exchanged is not None:
+            yield exchanged
 
     def _retime(self) -> None:
         """The best set with other leads."""
         assert self._best is not None
         moves = self._best.moves
         for lead in LEADS[1:]:
+            if self._done():
+                return
             self._try(moves, lead)
 
     def _hasten(self) -> None:

@@ -11,6 +11,7 @@ pass has run since the last beginning or nothing saved since then is alive any m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -33,6 +34,7 @@ from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Slot, SlotOwner, Where, find
 from torchlms.eager.timer import OpTimer
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -121,6 +123,7 @@ class Engine(SlotOwner):
             result = self._attempt(func, args, kwargs)
         if not self.device.is_cuda:
             self._count(result)
+            self.sizes.prove(args, kwargs, result)
         self._clock += 1
         return result
 
@@ -200,15 +203,20 @@ class Engine(SlotOwner):
             slot = reference() if reference is not None else None
             if slot is None:
                 continue
-            if action.deed is Deed.SEND:
-                self._send(program, slot)
-            elif action.deed is Deed.RELEASE:
-                self._send(program, slot)  # if it could not go earlier
-                if slot.place is not None and slot.where is Where.HELD:
-                    slot.release()
-            elif slot.where is Where.AWAY and slot.first_use:
-                slot.fetch()
+            # A plan is advice: what has no room now stays where it is, and whoever needs it asks again.
+            with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall):
+                self._carry_out(program, action.deed, slot)
         self._due = actions[self._cursor].op if self._cursor < len(actions) else _DONE
+
+    def _carry_out(self, program: Program, deed: Deed, slot: Slot) -> None:
+        if deed is Deed.SEND:
+            self._send(program, slot)
+        elif deed is Deed.RELEASE:
+            self._send(program, slot)  # if it could not go earlier
+            if slot.place is not None and slot.where is Where.HELD:
+                slot.release()
+        elif slot.where is Where.AWAY and slot.first_use:
+            slot.fetch()
 
     def _send(self, program: Program, slot: Slot) -> None:
         decision = program.expected[slot.ordinal].decision
@@ -289,12 +297,11 @@ class Engine(SlotOwner):
     def _note_use(self, slot: Slot) -> None:
         self._backward_seen = True
         if self.recorder is not None:
-            if self.recorder.phase is not Phase.BACKWARD:
+            if self.recorder.phase is not Phase.BACKWARD and private.in_backward():
                 self.recorder.phase = Phase.BACKWARD
-                if private.in_backward():
-                    private.at_end_of_backward(self._backward_ended)
+                private.at_end_of_backward(self._backward_ended)
             self.recorder.needed(slot)
-        elif self.program is not None and slot.first_use and slot.ordinal < len(self.program.expected):
+        elif self.program is not None and slot.first_use and 0 <= slot.ordinal < len(self.program.expected):
             needed_at = self.program.expected[slot.ordinal].needed_at
             if needed_at >= 0:
                 self._clock = max(self._clock, needed_at)
@@ -327,6 +334,8 @@ class Engine(SlotOwner):
 
     def _begin_microstep(self, first: torch.Tensor) -> None:
         self.end_microstep()
+        for slot in self.living():  # of a graph that outlives its micro-step: strange to the next tape
+            slot.value = slot.ordinal = -1
         self._ordinal = self._clock = self._cursor = 0
         self._by_ordinal = {}
         self._backward_seen = self._strayed = False
@@ -387,7 +396,8 @@ class Engine(SlotOwner):
         # Failed allocations that raised nowhere: a library swallowed them and took another way.
         self.rooms.starved += max(0, self._allocator_ooms() - self.ladder.ooms - self._ooms)
         if recorder is not None:
-            if self._backward_seen:
+            # A backward pass that raised never ended: its tape is half a step, and the next one is recorded.
+            if self._backward_seen and recorder.phase is not Phase.BACKWARD:
                 recorder.reclassify(self.late_kinds())
                 routine.recorded(recorder.finish())
             recorder.closed = True
@@ -408,6 +418,8 @@ class Engine(SlotOwner):
     # -- SlotOwner ---------------------------------------------------------------------------
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
+        if self.dead:  # at the end everything comes home, and the budget is no longer promised
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
         target = self.ladder.allocate(size_bytes)
         self._ledger_add(target)
         return target
@@ -445,8 +457,14 @@ class Engine(SlotOwner):
             return
         self.end_microstep()
         self.dead = True
+        failures = []
         for slot in self.living():
-            slot.take()
+            try:
+                slot.take()
+            except Exception as error:  # the others are still to be brought home
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def everything_fits(self) -> bool:
         """Whether every routine met so far needs nothing moved."""

@@ -55,7 +55,9 @@ class Saved:
         """The tensor, same shape, strides, offset and bits; waits for a copy if one is under way."""
         storage = self.slot.take()
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload,no-any-return]
+        rebuilt = self.alias.detach()  # shares the version: a backward that writes to it is noticed
+        rebuilt.data = empty.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload]
+        return rebuilt
 
 
 def memoryless_alias(tensor: torch.Tensor, hollow: torch.Tensor) -> torch.Tensor:

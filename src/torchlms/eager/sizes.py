@@ -1,4 +1,8 @@
-"""How many bytes an op's results will take, found before it runs by running it on meta tensors."""
+"""How many bytes an op's results will take, found before it runs by running it on meta tensors.
+
+Meta kernels lie here and there: oneDNN's recurrent layer has a workspace that its meta kernel makes
+empty. Where that is known a bound is used; otherwise the first real result corrects the figure.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ class ResultSizes:
 
     def __init__(self) -> None:
         self._known: dict[Key, tuple[int, ...]] = {}
+        self._unproven: Key | None = None  # of the call asked about last, if it was met for the first time
 
     def of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Bytes of every storage ``func`` will return that is not one of its arguments'."""
+        self._unproven = None
         if not may_return_fresh(func):
             return ()
         key = signature(func, args, kwargs)
@@ -26,7 +32,16 @@ class ResultSizes:
             sizes = _on_meta(func, args, kwargs)
             if torch.Tag.dynamic_output_shape not in func.tags:
                 self._known[key] = sizes
+                self._unproven = key
         return sizes
+
+    def prove(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """The call asked about last has returned ``result``: correct what was too little, or a bound."""
+        key, self._unproven = self._unproven, None
+        if key is not None:
+            sizes = _fresh_sizes((args, kwargs), result)
+            if sum(sizes) > sum(self._known[key]) or key[0] in _RECURRENT:
+                self._known[key] = sizes
 
 
 def signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
@@ -62,18 +77,61 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         results = func(*meta_args, **meta_kwargs)
     except Exception:  # no meta kernel, or sizes that depend on data: guess generously instead
         return (sum(_tensor_bytes(leaf) for leaf in tree_leaves((args, kwargs))),)
-    ours = {
-        leaf.untyped_storage()._cdata
-        for leaf in tree_leaves((meta_args, meta_kwargs))
-        if isinstance(leaf, torch.Tensor)
-    }
+    sizes = _fresh_sizes((meta_args, meta_kwargs), results)
+    return (*sizes, _recurrent_workspace(args)) if func in _RECURRENT else sizes
+
+
+def _fresh_sizes(inputs: Any, results: Any) -> tuple[int, ...]:
+    """Bytes of every storage in ``results`` that is not one of ``inputs``."""
+    ours = {_storage_of(leaf) for leaf in _strided(inputs)}
     fresh: dict[int, int] = {}
-    for leaf in tree_leaves(results):
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-            storage = leaf.untyped_storage()
-            if storage._cdata not in ours:
-                fresh[storage._cdata] = storage.nbytes()
-    return tuple(fresh.values())
+    again = []
+    seen = set()
+    for leaf in _strided(results):
+        if id(leaf) in seen:  # a meta kernel that returns one tensor twice stands for two
+            again.append(leaf.untyped_storage().nbytes())
+        elif _storage_of(leaf) not in ours:
+            fresh[_storage_of(leaf)] = leaf.untyped_storage().nbytes()
+            seen.add(id(leaf))
+    return (*fresh.values(), *again)
+
+
+def _strided(tree: Any) -> list[torch.Tensor]:
+    leaves = tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+_RECURRENT = {
+    getattr(packet, overload)
+    for packet in [getattr(torch.ops.aten, "mkldnn_rnn_layer", None)]
+    if packet is not None
+    for overload in packet.overloads()
+}
+
+
+def _recurrent_workspace(args: tuple[Any, ...]) -> int:
+    """A bound on the workspace of one recurrent layer: its gates, and the states around each step."""
+    inputs, weight, training = args[0], args[2], args[15]
+    if not training:
+        return 0
+    steps, batch, input_width = inputs.shape
+    hidden = weight.shape[1]
+    gates, state = _padded(weight.shape[0]), _padded(hidden)
+    floats = steps * (gates + state) + 10 * (steps + 1) * _padded(max(input_width, hidden))
+    return int(4 * batch * floats) + _WORKSPACE_PAGES_BYTES
+
+
+def _padded(width: int) -> int:
+    """oneDNN's leading dimension: whole cache lines, and not a multiple of 1 KiB."""
+    padded = -(-width // 16) * 16
+    return padded + 16 if padded % 256 == 0 else padded
+
+
+_WORKSPACE_PAGES_BYTES = 16 * 4096  # each part of a workspace begins on a page
 
 
 def _to_meta(item: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchlms.eager.private import others_hold
+from torchlms.memory.store import in_worker
 
 if TYPE_CHECKING:
     from torchlms.memory.device import Copy
@@ -173,7 +174,8 @@ class Slot:
         if self.pid != os.getpid():
             return  # a forked child owns neither the device bytes nor the places
         try:
-            self._settle()
+            if not in_worker():  # the collector may run in a thread that the copies wait for
+                self._settle()
         finally:
             self._free_place()
             self.owner.forget(self)

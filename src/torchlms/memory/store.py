@@ -7,14 +7,16 @@ only after the copy out of the same bytes has ended.
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from torchlms.errors import HostBudgetTooSmall
+from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.arena import Arena
 from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy
 from torchlms.memory.disk import SpillFile
@@ -22,6 +24,7 @@ from torchlms.memory.limits import format_bytes
 
 SLAB_BYTES = 1 << 30
 _SPARE = 1.05
+_WORKERS = "torchlms-"
 
 
 class Place:
@@ -75,6 +78,7 @@ class Store:
         self.bytes_out = 0
         self.bytes_in = 0
         self.disk_bytes = 0
+        self.closed = False
         self._workers: ThreadPoolExecutor | None = None
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._last_in: torch.cuda.Event | None = None
@@ -160,9 +164,14 @@ class Store:
         self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes())
 
     def _open_spill(self) -> SpillFile:
+        self._require_open()
         if self.spill is None:
             self.spill = SpillFile(self.disk_dir, self.disk_budget_bytes)
         return self.spill
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise SpillError(errno.EBADF, "LMS has ended, and with it what waited off the device")
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -171,7 +180,8 @@ class Store:
         self.bytes_out += place.size_bytes
         if not isinstance(self.device, CudaDevice):
             self.disk_bytes += place.size_bytes
-            return FutureCopy(self._open_spill().write(place.offset_bytes, source))
+            place.busy = self._open_spill().write(place.offset_bytes, source)
+            return FutureCopy(place.busy)
         if place.arena is not None:
             return self._device_to_host(source, _view(place))
         self.disk_bytes += place.size_bytes
@@ -184,7 +194,9 @@ class Store:
         """Start copying ``place`` to ``target`` (uint8, on the device); ``after`` is its copy out."""
         self.bytes_in += place.size_bytes
         if not isinstance(self.device, CudaDevice):
-            return FutureCopy(self._pool().submit(self._read_cpu, place, target, after))
+            # The pool keeps its arguments for a moment after it is done: in a box that is emptied by then.
+            place.busy = self._pool().submit(self._read_cpu, place, [target], after)
+            return FutureCopy(place.busy)
         if place.arena is not None:
             return self._host_to_device(_view(place), target, after)
         ready = torch.cuda.Event()
@@ -245,10 +257,11 @@ class Store:
         finally:
             staging.free()
 
-    def _read_cpu(self, place: Place, target: torch.Tensor, after: Copy | None) -> None:
+    def _read_cpu(self, place: Place, target: list[torch.Tensor], after: Copy | None) -> None:
+        bytes_wanted = target.pop()
         if after is not None:
             after.wait()
-        self._open_spill().read(place.offset_bytes, target).result()
+        self._open_spill().read(place.offset_bytes, bytes_wanted).result()
 
     def _staging(self, size_bytes: int) -> Place:
         """Host memory a value passes through between device and disk; beyond the budget if it must be."""
@@ -259,8 +272,9 @@ class Store:
         return Place("host", 0, size_bytes, arena, arena.close)
 
     def _pool(self) -> ThreadPoolExecutor:
+        self._require_open()
         if self._workers is None:
-            self._workers = ThreadPoolExecutor(2, thread_name_prefix="torchlms-store")
+            self._workers = ThreadPoolExecutor(2, thread_name_prefix=f"{_WORKERS}store")
         return self._workers
 
     def _open_streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -274,6 +288,7 @@ class Store:
         if self._workers is not None:
             self._workers.shutdown(wait=True)
             self._workers = None
+        self.closed = True
         if self._streams is not None:
             self.device.synchronize()
             self._streams = None
@@ -286,6 +301,11 @@ class Store:
         if self.spill is not None:
             self.spill.close()
             self.spill = None
+
+
+def in_worker() -> bool:
+    """Whether this thread is one that copies wait for, and so must not wait for copies itself."""
+    return threading.current_thread().name.startswith(_WORKERS)
 
 
 class _Leaving:
