@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest lint format bench stale wheel test-torch clean
+.PHONY: help env demo test pytest lint format bench figures stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -51,6 +51,9 @@ format: $(READY) ## let ruff format and fix what it can
 
 bench: $(READY)  ## measure the rows of benchmarks/ anew (needs the GPU named in benchmarks/README.md)
 	$(PY) benchmarks/run.py $(ARGS)
+
+figures: $(READY)  ## write the tables of the READMEs from benchmarks/results/
+	$(PY) benchmarks/run.py --table
 
 stale: $(READY)  ## list result files whose code has changed since they were made
 	$(PY) benchmarks/run.py --stale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,14 @@ def save(result: dict[str, Any], path: Path) -> None:
     """Written beside, then moved into place: a file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.write_text(as_text(result))
     beside.replace(path)
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """JSON with the innermost lists and objects on one line each."""
+    lines = json.dumps(result, indent=1)
+    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), lines) + "\n"
 
 
 def merged(

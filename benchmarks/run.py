@@ -25,8 +25,11 @@ from typing import Any
 from result_file import Code, load, load_all, load_current, merged, save, why_stale
 from rows import ROWS, Row, find, tiny
 from tables import targets_lines, text_table, write_tables
-from worker import Job, all_jobs, main_jobs, rival_jobs, work
+from worker import Job, all_jobs, grow_host, main_jobs, rival_jobs, work
 
+from torchlms.memory.limits import parse_bytes
+
+_GROW = "grow-host"
 _LAST_LINES = 12
 _POLL_S = 0.2
 _LEAST_S = 20.0  # no job is begun with less time than this
@@ -48,7 +51,6 @@ class Sitting:
     timeout_s: float
     ends_s: float
     tiny: bool = False
-    grow_host: str = ""
     bundle: Path | None = None
     verbose: bool = False
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -61,6 +63,9 @@ class Sitting:
 
 def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
+    if asked.worker == _GROW:
+        grow_host(parse_bytes(asked.grow_host))
+        return 0
     if asked.worker:
         return _work(asked)
     if asked.rows:
@@ -86,7 +91,6 @@ def _measure(asked: argparse.Namespace) -> int:
         timeout_s=asked.timeout,
         ends_s=time.monotonic() + (asked.within or 1e9),
         tiny=asked.tiny,
-        grow_host=asked.grow_host,
         bundle=asked.bundle,
         verbose=asked.verbose,
     )
@@ -97,6 +101,8 @@ def _measure(asked: argparse.Namespace) -> int:
         jobs += [job for row in rows for job in rival_jobs(row)]
     if asked.only:
         jobs = [job for job in jobs if job.name in asked.only.split(",")]
+    if asked.grow_host:
+        subprocess.run([sys.executable, __file__, "--worker", _GROW, "--grow-host", asked.grow_host])
     for job in jobs:
         _do(job, sitting)
     for line in [*text_table(sitting.results), "", *targets_lines(sitting.results)]:
@@ -192,8 +198,6 @@ class Intake:
 def _command(job: Job, found: Path, sitting: Sitting) -> list[str]:
     command = [sys.executable, str(Path(__file__).resolve()), job.row.name, "--worker", job.name]
     command += ["--to", str(found)] + (["--tiny"] if sitting.tiny else [])
-    if sitting.grow_host:
-        command += ["--grow-host", sitting.grow_host]
     plain = _entry(sitting, job.row, "none")
     if job.rival is not None and plain is not None and plain.get("batch_size"):
         command += ["--batch", str(plain["batch_size"])]
@@ -240,7 +244,7 @@ def _clean(text: str) -> str:
 def _work(asked: argparse.Namespace) -> int:
     row = tiny(ROWS[asked.row[0]]) if asked.tiny else ROWS[asked.row[0]]
     job = next(job for job in all_jobs(row) if job.name == asked.worker)
-    return work(job, asked.to, batch_size=asked.batch, grow_host=asked.grow_host)
+    return work(job, asked.to, batch_size=asked.batch)
 
 
 def _rows_for_this_machine() -> list[Row]:
@@ -284,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--within", type=float, default=0.0, help="seconds for the whole call")
     parser.add_argument("--bundle", type=Path, help="also write all results of this call to one file")
     parser.add_argument("--unpack", type=Path, help="write the results of such a file to --out")
-    parser.add_argument("--grow-host", default="", help="use so much host memory once before each job")
+    parser.add_argument("--grow-host", default="", help="use so much host memory once, first")
     parser.add_argument("--verbose", action="store_true", help="show what the jobs say")
     for name in ("--worker", "--to"):
         parser.add_argument(name, default="", type=Path if name == "--to" else str, help=argparse.SUPPRESS)

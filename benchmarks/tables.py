@@ -153,7 +153,7 @@ _PREDICTED = (
     "step, ms",
     "pinned, GiB",
     "out and in per step, GiB",
-    "evictions, new plans, starved",
+    "evictions while timed, new plans, starved convolutions",
     "recording, s",
     "planning, s",
     "losses",
@@ -211,6 +211,7 @@ def _predicted_row(result: dict[str, Any]) -> list[str]:
     out = lms.get("bytes_out_per_step", 0) / _GIB
     back = lms.get("bytes_in_per_step", 0) / _GIB
     identity = figures.get("identity")
+    timed = lms.get("while_timed") or {}
     reserved = "-"
     if cuda and not aside:
         reserved = _pair(predicted.get("peak_reserved_bytes"), lms["peak_reserved_bytes"], _GIB, ".2f")
@@ -221,7 +222,7 @@ def _predicted_row(result: dict[str, Any]) -> list[str]:
         _pair(predicted.get("step_s"), lms["step_s"]["median"], 1e-3, ".1f"),
         _pair(predicted.get("arena_bytes"), lms["host_pinned_bytes"], _GIB, ".2f") if cuda and out else "-",
         f"{out:.2f}, {back:.2f}",
-        f"{lms.get('reclaims', 0)}, {lms.get('replans', 0)}, {lms.get('starved_convolutions', 0)}",
+        f"{timed.get('reclaims', 0)}, {lms.get('replans', 0)}, {lms.get('starved_convolutions', 0)}",
         f"{lms.get('record_s', 0):.1f}",
         f"{lms.get('plan_s', 0):.2f}",
         "-" if identity is None else _identity(identity),
@@ -238,12 +239,7 @@ def _target_rows(results: Results) -> Iterable[list[str]]:
     for result in results.values():
         for index, check in enumerate(result["targets"]):
             value, met = check["value"], check["met"]
-            if value is None:
-                found = "not measured"
-            elif isinstance(value, bool):
-                found = "yes" if value else "no"
-            else:
-                found = f"{value:.3f}"
+            found = _found(value)
             target = "yes" if isinstance(value, bool) or check["target"] == ">= 1" else check["target"]
             first = _link(result) if index == 0 else ""
             yield [
@@ -253,6 +249,12 @@ def _target_rows(results: Results) -> Iterable[list[str]]:
                 found,
                 {True: "met", False: "**missed**", None: ""}[met],
             ]
+
+
+def _found(value: float | bool | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not measured" if value is None else f"{value:.3f}"
 
 
 def hardware(results: Results) -> str:
@@ -320,8 +322,7 @@ def targets_lines(results: Results) -> list[str]:
     for name, result in results.items():
         for check in result["targets"]:
             if check["met"] is not True:
-                found = "not measured" if check["value"] is None else f"{check['value']!s:.8}"
-                lines.append(f"{name}: {check['figure']} {found}, target {check['target']}")
+                lines.append(f"{name}: {check['figure']} {_found(check['value'])}, target {check['target']}")
     return lines or (["all targets met"] if results else [])
 
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchlms.api import measured_machine
 from torchlms.bench.clock import make_clock
 from torchlms.bench.flags import Flags, flags_set
 from torchlms.bench.networks import get_network
@@ -71,6 +70,10 @@ _STATS = (
     "plan",
     "plan_s",
 )
+
+
+# What a planned step should do without.
+_TROUBLE = ("reclaims", "retries", "late_fetches", "starved_convolutions", "replans", "strayed")
 
 
 class Trainer:
@@ -227,10 +230,13 @@ def measure_lms(options: BenchOptions, warmup: int, steps: int) -> dict[str, Any
     trainer = Trainer(options)
     with lms_around(trainer) as lms:
         warm_up(trainer, lms, warmup)
+        before = lms.stats()
         trainer.start_timing()
         trainer.step(steps)
         stats = dict(lms.stats())
-    return {**trainer.entry(Way.LMS.value), **lms_figures(lms, stats, trainer)}
+    figures = lms_figures(lms, stats, trainer)
+    figures["while_timed"] = {name: stats[name] - before[name] for name in _TROUBLE}
+    return {**trainer.entry(Way.LMS.value), **figures}
 
 
 @contextlib.contextmanager
@@ -274,8 +280,7 @@ def lms_figures(lms: Any, stats: dict[str, Any], trainer: Trainer) -> dict[str, 
     if device.type == "cpu":
         figures["peak_device_bytes"] = stats["peak_device_bytes"]
         figures["whole_run_device_bytes"] = max(trainer.ledger_bytes, stats["peak_device_bytes"])
-    machine = getattr(getattr(lms, "_director", None), "machine", None)
-    figures["machine"] = to_json(machine if machine is not None else measured_machine(device))
+    figures["machine"] = to_json(lms.machine)
     return figures
 
 
@@ -284,11 +289,10 @@ def _best(lms: Any) -> dict[str, float]:
     tape, plan = lms.tape, lms.plan
     if tape is None or plan is None or not plan.moves:
         return {}
-    machine = lms._director.machine
-    best = planner.plan(tape, machine, plan.budget, headroom_bytes=0)
+    best = planner.plan(tape, lms.machine, plan.budget, headroom_bytes=0)
     return {
         "best_s": best.predicted.step_s,
-        "lower_bound_s": planner.lower_bound(tape, machine, plan.budget),
+        "lower_bound_s": planner.lower_bound(tape, lms.machine, plan.budget),
         "ops": len(tape.ops),
     }
 

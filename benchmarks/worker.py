@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from training import first_line, flags_of, measure_aside, measure_rival, measure
 
 from torchlms.errors import LMSError
 from torchlms.memory.arena import Arena
-from torchlms.memory.limits import host_available_bytes, parse_bytes
+from torchlms.memory.limits import host_available_bytes
 
 if TYPE_CHECKING:
     from rows import Rival, Row
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 MAIN = "main"
 STARVED = "starved"
 BEFORE = "before"
+
+_PIECE_BYTES = 2 << 30
+_GROW_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def all_jobs(row: Row) -> list[Job]:
     return [*main_jobs(row), *rival_jobs(row)]
 
 
-def work(job: Job, path: Path, *, batch_size: int = 0, grow_host: str = "") -> int:
+def work(job: Job, path: Path, *, batch_size: int = 0) -> int:
     """Do the job. Everything goes to ``path`` as soon as it is known; 1 if it ended in an error."""
     _be_the_first_to_go()
     with path.open("a") as file:
@@ -70,8 +72,6 @@ def work(job: Job, path: Path, *, batch_size: int = 0, grow_host: str = "") -> i
             with flags_of(job.row) as flags:
                 emit("facts", device_facts(torch.device(job.row.options.device)))
                 emit("flags", asdict(flags))
-                if grow_host:
-                    _grow_host(parse_bytes(grow_host))
                 _measure(job, lambda entry: emit("entry", entry), batch_size)
         except Exception as error:
             traceback.print_exc()
@@ -101,19 +101,28 @@ def _be_the_first_to_go() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _grow_host(wanted_bytes: int) -> None:
+def grow_host(wanted_bytes: int) -> None:
     """Some virtual machines get their memory as it is used: use it once, so that it counts as there."""
+    _be_the_first_to_go()
     arenas: list[Arena] = []
-    piece_bytes = 4 << 30
     try:
-        while host_available_bytes() + sum(arena.capacity_bytes for arena in arenas) < wanted_bytes:
-            arenas.append(Arena(piece_bytes, pinned=False))
-            arenas[-1].touch()
-            if len(arenas) * piece_bytes >= wanted_bytes:
+        while host_available_bytes() + len(arenas) * _PIECE_BYTES < wanted_bytes:
+            if len(arenas) * _PIECE_BYTES >= wanted_bytes or not _some_left():
                 break
+            arenas.append(Arena(_PIECE_BYTES, pinned=False))
+            arenas[-1].touch()
     except LMSError as error:
-        print(f"host memory stops growing: {error}", file=sys.stderr)
+        print(f"host memory stops growing: {error}")
     finally:
         for arena in arenas:
             arena.close()
-    print(f"pid {os.getpid()}: {host_available_bytes() / 2**30:.0f} GiB of host memory", file=sys.stderr)
+    print(f"host memory: {host_available_bytes() / 2**30:.0f} GiB available", flush=True)
+
+
+def _some_left() -> bool:
+    """Whether one more piece can be used, after a moment in which the machine may have grown."""
+    for _ in range(_GROW_TRIES):
+        if host_available_bytes() > 2 * _PIECE_BYTES:
+            return True
+        time.sleep(1.0)
+    return False

@@ -93,7 +93,6 @@ class LMS:
         self._engine: Engine | None = None
         self._director: Director | None = None
         self._installation: Installation | None = None
-        self._labels: ModuleLabels | None = None
         self._largest_input_bytes = 0
         self._aside = False
 
@@ -158,6 +157,7 @@ class LMS:
             late_kinds=self._kinds.passing,
             prepare=self._director.prepare,
             begin_recording=self._begin_recording,
+            module_here=ModuleLabels(self._model).here,
         )
         # After the cap is lifted: values that come home may need more than the budget.
         undo.callback(engine.close)
@@ -168,22 +168,18 @@ class LMS:
         if isinstance(device, CpuDevice):
             for storage, _ in (*self._kinds.lasting(), *self._kinds.passing()):
                 device.ledger.add(storage)
-        self._labels = ModuleLabels(engine, self._model)
-        undo.callback(self._labels.off)
         self._installation = Installation(engine)
         self._installation.put_on()
         undo.callback(self._installation.take_off)
         if self._model is not None:
-            hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-            undo.callback(hook.remove)
+            hook = _ForwardHook(self._before_forward)
+            undo.callback(self._model.register_forward_pre_hook(hook, with_kwargs=True).remove)
         self._engine = engine
 
     # -- while it runs -----------------------------------------------------------------------
 
     def _begin_recording(self, step: int) -> None:
         assert self._engine is not None
-        assert self._labels is not None
-        self._labels.on()
         log.info(
             "recording step %d on %s, budget %s; a step being recorded is slow",
             step,
@@ -211,8 +207,6 @@ class LMS:
 
     def _step_aside(self, engine: Engine, installation: Installation) -> None:
         engine.end_microstep()
-        if self._labels is not None:
-            self._labels.off()
         installation.take_off()
         self._aside = True
 
@@ -250,6 +244,20 @@ class LMS:
     def report(self) -> str:
         """What was decided, why, what was predicted and what was measured, as text."""
         return report_text(self.stats(), self.tape, self.plan)
+
+
+class _ForwardHook:
+    """Tells LMS of a forward pass. A copy of the model, in memory or in a file, gets one that is deaf."""
+
+    def __init__(self, tell: Callable[[torch.nn.Module, Any, Any], None] | None = None) -> None:
+        self._tell = tell
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if self._tell is not None:
+            self._tell(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
+        return _ForwardHook, ()
 
 
 def enable(

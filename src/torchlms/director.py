@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("torchlms")
 
 # The allocator cannot use every byte it has reserved: holes between blocks do not add up to a
-# large one. A plan leaves this share of the budget to them, and more if that proves too little.
+# large one, and closing them makes it wait for the device. A plan leaves this share of the budget to
+# them, more if that proves too little, and more from the start where it costs next to nothing.
 _FIRST_HEADROOM = 0.05
 _MORE_HEADROOM = 0.025
+_CHEAP_HEADROOM = 0.10  # up to here
+_CHEAP = 1.03  # times the predicted step
+_QUICK_S = 0.5  # a plan that took longer is not made several times
 _MOST_REPLANS = 4
 _SETTLING_STEPS = 2  # the allocator's pools find their sizes in these
 
@@ -59,9 +63,26 @@ class Director:
     # -- planning ----------------------------------------------------------------------------
 
     def _plan(self, engine: Engine, routine: Routine, tape: Tape) -> None:
-        headroom_bytes = int(self.headroom * self.budget.device_bytes)
-        plan = make_plan(tape, self.machine, self.budget, self.rules, headroom_bytes=headroom_bytes)
-        self._adopt(engine, routine, tape, plan)
+        self._adopt(engine, routine, tape, self._with_cheap_headroom(tape, self._make(tape, self.headroom)))
+
+    def _make(self, tape: Tape, headroom: float) -> Plan:
+        headroom_bytes = int(headroom * self.budget.device_bytes)
+        return make_plan(tape, self.machine, self.budget, self.rules, headroom_bytes=headroom_bytes)
+
+    def _with_cheap_headroom(self, tape: Tape, first: Plan) -> Plan:
+        """The plan with the most headroom that is predicted to be hardly slower than ``first``."""
+        best, headroom = first, self.headroom + _MORE_HEADROOM
+        while self.machine.link and best.predicted.stall_s > 0 and best.plan_s <= _QUICK_S:
+            if headroom > _CHEAP_HEADROOM:
+                break
+            try:
+                roomier = self._make(tape, headroom)
+            except LMSError:
+                break
+            if roomier.predicted.step_s > _CHEAP * first.predicted.step_s:
+                break
+            best, headroom = roomier, headroom + _MORE_HEADROOM
+        return best
 
     def _settle(self, engine: Engine, routine: Routine) -> None:
         """Plan once more with the times that ops take when nobody watches them."""

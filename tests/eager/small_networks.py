@@ -111,7 +111,9 @@ class TransformerLayer(nn.Module):
             for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
         )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)), 0.1, self.training)
+        x = x + F.dropout(
+            self.out(attended.transpose(1, 2).reshape(batch, length, width)), 0.1, self.training
+        )
         return x + self.mlp(self.norm2(x))
 
 

@@ -138,7 +138,7 @@ def run_plain(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> 
 
 
 @cache
-def plain_peak(network: Network, loop: Loop = plain_step, steps: int = 3) -> int:
+def plain_peak(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> int:
     """The highest sum of live storages of a plain run, by a ledger of its own."""
     session = new_session(network)
     ledger = Ledger()
@@ -237,13 +237,22 @@ def smallest_budget(network: Network, disk_dir: Path, loop: Loop = plain_step, *
         return known
     budget_bytes = int(0.3 * plain_peak(network, loop))
     for _ in range(tries):
-        try:
-            run_lms(network, budget_bytes, disk_dir, loop, 4)
-        except torchlms.BudgetTooSmall as error:
-            assert "smallest budget" in str(error)
-            assert error.smallest_bytes > budget_bytes
-            budget_bytes = error.smallest_bytes
-        else:
+        error = refusal(network, budget_bytes, disk_dir, loop)
+        if error is None:
             _smallest[network.name, loop] = budget_bytes
             return budget_bytes
+        assert "smallest budget" in str(error)
+        assert error.smallest_bytes > budget_bytes
+        budget_bytes = error.smallest_bytes
     raise AssertionError(f"no budget up to {budget_bytes} works after {tries} tries")
+
+
+def refusal(
+    network: Network, budget_bytes: int, disk_dir: Path, loop: Loop = plain_step
+) -> torchlms.BudgetTooSmall | None:
+    """What LMS says to this budget, None if it works."""
+    try:
+        run_lms(network, budget_bytes, disk_dir, loop, 4)
+    except torchlms.BudgetTooSmall as error:
+        return error
+    return None

@@ -59,6 +59,7 @@ class Engine(SlotOwner):
         late_kinds: Callable[[], Iterable[tuple[torch.UntypedStorage, Kind]]],
         prepare: Callable[[Engine, Routine], None],
         begin_recording: Callable[[int], None],
+        module_here: Callable[[], str],
     ) -> None:
         self.device = device
         self.store = store
@@ -69,6 +70,7 @@ class Engine(SlotOwner):
         self.late_kinds = late_kinds
         self.prepare = prepare
         self.begin_recording = begin_recording
+        self.module_here = module_here
         self.routines: dict[Signature, Routine] = {}
         self.routine: Routine | None = None
         self.recorder: Recorder | None = None
@@ -78,7 +80,6 @@ class Engine(SlotOwner):
         self.step_times_s: list[float] = []  # of micro-steps that followed a plan
         self.late_fetches = 0
         self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
-        self.module = ""
         self.dead = False  # closed, or inherited through a fork
         self._live: dict[int, weakref.ref[Slot]] = {}
         self._by_ordinal: dict[int, weakref.ref[Slot]] = {}
@@ -111,7 +112,7 @@ class Engine(SlotOwner):
                 return func(*args, **kwargs)
             except torch.OutOfMemoryError as error:
                 want_bytes = self._heard(error)
-            return self.ladder.retry(func, args, kwargs, self._where(), want_bytes)
+            return self.ladder.retry(func, args, kwargs, self._where, want_bytes)
         self._make_room(func, args, kwargs)
         if self.recorder is not None:
             result = self._run_recorded(self.recorder, func, args, kwargs)
@@ -132,9 +133,12 @@ class Engine(SlotOwner):
         return asked_bytes(error)
 
     def _where(self) -> str:
-        """The module whose op runs now, by the labels of a recording or by the tape."""
-        if self.module or self.program is None:
-            return self.module
+        """The module whose op runs now, by the stack, else by what is being recorded, or by the tape."""
+        module = self.module_here()
+        if module or (self.recorder is None and self.program is None):
+            return module
+        if self.program is None:
+            return self.recorder.module if self.recorder is not None else ""
         ops = self.program.tape.ops
         return ops[min(self._clock, len(ops) - 1)].module if ops else ""
 
@@ -142,7 +146,7 @@ class Engine(SlotOwner):
         if not self.device.is_cuda:
             for tensor in tensors_in(args, kwargs):
                 self._ledger_add(tensor)
-            self.ladder.enter_in_ledger(func, args, kwargs, self._where())
+            self.ladder.enter_in_ledger(func, args, kwargs, self._where)
         elif self.rooms.concerns(func):
             self.ladder.reserve(self.rooms.need(func, args, kwargs))
 
@@ -162,11 +166,14 @@ class Engine(SlotOwner):
         # Outside the handler: the exception's frames hold the op's tensors.
         if generator is not None:
             generator.set_offset(offset)
-        return self.ladder.retry(func, args, kwargs, self._where(), want_bytes)
+        return self.ladder.retry(func, args, kwargs, self._where, want_bytes)
 
     def _run_recorded(
         self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        module = self.module_here()
+        if module or recorder.phase is not Phase.BACKWARD:
+            recorder.module = module
         recorder.before(args, kwargs)
         try:
             result = self._attempt(func, args, kwargs)
@@ -348,6 +355,7 @@ class Engine(SlotOwner):
         if routine.verdict is Verdict.RECORD:
             self.begin_recording(self.steps)
             self.recorder = Recorder(self.device, self.kinds)
+            self.recorder.module = self.module_here()
         elif routine.verdict is Verdict.FOLLOW:
             self.program = routine.program
             if len(routine.timings) < TIMINGS:

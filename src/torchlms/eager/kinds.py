@@ -8,7 +8,8 @@ import torch
 
 from torchlms.core.tape import Kind
 
-_MARK = "_torchlms_kind"
+_MARKS = "_torchlms_"
+_MARK = f"{_MARKS}kind"
 
 
 class StorageKinds:
@@ -27,9 +28,10 @@ class StorageKinds:
             setattr(storage, _MARK, (id(self), kind))
 
     def unlabel(self) -> None:
-        for storage, _ in self.lasting():
-            if hasattr(storage, _MARK):
-                delattr(storage, _MARK)
+        """Take every mark of this package, the ledger's and the recorder's too, off what outlives it."""
+        for storage, _ in (*self.lasting(), *self.passing()):
+            for name in [name for name in vars(storage) if name.startswith(_MARKS)]:
+                delattr(storage, name)
 
     def of(self, storage: torch.UntypedStorage) -> Kind | None:
         """The kind of a labelled storage; None for one that may be an activation."""

@@ -7,7 +7,7 @@ random op gets its generator back first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -85,11 +85,13 @@ class Ladder:
             if not self.reclaim(max(want_bytes, _LEAST_BYTES)):
                 return
 
-    def enter_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> None:
+    def enter_in_ledger(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: Callable[[], str]
+    ) -> None:
         """CPU: make room in the ledger for what ``func`` is going to return, before it runs."""
         need_bytes = sum(self.sizes.of(func, args, kwargs))
         if need_bytes and not self.fit(need_bytes):
-            raise self.refusal(func, args, kwargs, module, need_bytes)
+            raise self.refusal(func, args, kwargs, where, need_bytes)
 
     def fit(self, need_bytes: int) -> bool:
         """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
@@ -138,7 +140,12 @@ class Ladder:
     # -- retrying ----------------------------------------------------------------------------
 
     def retry(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: str, want_bytes: int
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        where: Callable[[], str],
+        want_bytes: int,
     ) -> Any:
         """Run ``func`` again, each time after evicting more; BudgetTooSmall when nothing is left."""
         want_bytes = max(want_bytes, _LEAST_BYTES)
@@ -153,20 +160,26 @@ class Ladder:
                 if not starved_engine(error):
                     raise
                 want_bytes *= 2
-        raise self.refusal(func, args, kwargs, module, want_bytes)
+        raise self.refusal(func, args, kwargs, where, want_bytes)
 
     # -- refusing ----------------------------------------------------------------------------
 
     def refusal(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: str, missing_bytes: int
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        where: Callable[[], str],
+        missing_bytes: int,
     ) -> BudgetTooSmall:
         """The one clear error: op, module, its bytes, and the smallest budget known to work."""
         operands = _distinct_bytes(tensors_in(args, kwargs))
         results = sum(self.sizes.of(func, args, kwargs))
         smallest = max(self.device.allocated_bytes() + max(missing_bytes, results), self.budget_bytes + 1)
-        where = f" in {module}" if module else ""
+        module = where()
+        inside = f" in {module}" if module else ""
         return BudgetTooSmall(
-            f"{func}{where} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
+            f"{func}{inside} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
             f"results at once. {self._in_use()}. As far as this step got, the smallest budget that works "
             f"is {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
             smallest_bytes=smallest,

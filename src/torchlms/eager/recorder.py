@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ class Recorder:
         self.starved = False  # whether an allocation failed silently in it
         self._ops: list[_OpDraft] = []
         self._values: list[_Draft] = []
-        self._waiting: dict[int, Slot] = {}  # saved, and still held by others
+        self._waiting: dict[int, weakref.ref[Slot]] = {}  # saved, and still held by others
         self._running: _Running | None = None
         self._resident_bytes = device.allocated_bytes()
 
@@ -162,7 +163,7 @@ class Recorder:
         slot.value = value
         draft = self._values[value]
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
-        self._waiting[value] = slot
+        self._waiting[value] = weakref.ref(slot)
 
     def needed(self, slot: Slot) -> None:
         """Autograd asks for a saved storage."""
@@ -209,10 +210,11 @@ class Recorder:
 
     def _find_idle(self) -> None:
         """Note which saved storages nobody else holds any more, before the next op."""
-        idle = [value for value, slot in self._waiting.items() if slot.alone()]
-        for value in idle:
-            self._values[value].idle_from = len(self._ops)
-            del self._waiting[value]
+        waiting = [(value, reference()) for value, reference in self._waiting.items()]
+        for value, slot in waiting:
+            if slot is not None and slot.alone():
+                self._values[value].idle_from = len(self._ops)
+                del self._waiting[value]
 
     def _here(self, args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         device = self.device.torch_device

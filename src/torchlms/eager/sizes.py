@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from torchlms.eager import private
+
 Key = tuple[Any, ...]
 
 
@@ -27,6 +29,8 @@ class ResultSizes:
         if not may_return_fresh(func):
             return ()
         key = signature(func, args, kwargs)
+        if func in _RECURRENT:
+            key = (*key, torch.is_grad_enabled())
         sizes = self._known.get(key)
         if sizes is None:
             sizes = _on_meta(func, args, kwargs)
@@ -71,12 +75,17 @@ def may_return_fresh(func: Any) -> bool:
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    try:
+        with private.unwatched():  # nobody else's mode should count these
+            return _measure_on_meta(func, args, kwargs)
+    except Exception:  # no meta kernel, or sizes that depend on data: guess generously instead
+        return (sum(leaf.untyped_storage().nbytes() for leaf in _strided((args, kwargs))),)
+
+
+def _measure_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     meta_args = tree_map(_to_meta, args)
     meta_kwargs = {name: _to_meta_option(name, item) for name, item in kwargs.items()}
-    try:
-        results = func(*meta_args, **meta_kwargs)
-    except Exception:  # no meta kernel, or sizes that depend on data: guess generously instead
-        return (sum(_tensor_bytes(leaf) for leaf in tree_leaves((args, kwargs))),)
+    results = func(*meta_args, **meta_kwargs)
     sizes = _fresh_sizes((meta_args, meta_kwargs), results)
     return (*sizes, _recurrent_workspace(args)) if func in _RECURRENT else sizes
 
@@ -116,7 +125,7 @@ _RECURRENT = {
 def _recurrent_workspace(args: tuple[Any, ...]) -> int:
     """A bound on the workspace of one recurrent layer: its gates, and the states around each step."""
     inputs, weight, training = args[0], args[2], args[15]
-    if not training:
+    if not (training or torch.is_grad_enabled()):
         return 0
     steps, batch, input_width = inputs.shape
     hidden = weight.shape[1]
@@ -148,7 +157,3 @@ def _to_meta_option(name: str, item: Any) -> Any:
     if name == "pin_memory":
         return False
     return tree_map(_to_meta, item)
-
-
-def _tensor_bytes(leaf: Any) -> int:
-    return leaf.untyped_storage().nbytes() if isinstance(leaf, torch.Tensor) else 0

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlms.bench.networks.network import (
