@@ -79,6 +79,7 @@ class LMS:
     ) -> None:
         self._options = Options.read(
             model,
+            optimizer,
             device=device,
             budget=budget,
             host_budget=host_budget,
@@ -195,14 +196,20 @@ class LMS:
             return
         input_bytes = _bytes_in(args, kwargs)
         if not installation.on:
-            if input_bytes > _GREW * self._largest_input_bytes:
-                log.info("larger inputs than before: LMS is back")
+            grew = input_bytes > _GREW * self._largest_input_bytes
+            if grew or engine.outgrown():
+                log.info(
+                    "%s: LMS is back", "larger inputs than before" if grew else "memory has become tight"
+                )
                 self._aside = False
+                if not grew:
+                    engine.doubt()
                 installation.put_on()
         elif torch.is_grad_enabled():
             self._largest_input_bytes = max(self._largest_input_bytes, input_bytes)
             engine.settle()
-            if engine.everything_fits() and installation.on_top():
+            # Inputs whose size cannot be seen could grow unnoticed.
+            if input_bytes and engine.everything_fits() and not engine.outgrown() and installation.on_top():
                 self._step_aside(engine, installation)
 
     def _step_aside(self, engine: Engine, installation: Installation) -> None:
@@ -230,11 +237,13 @@ class LMS:
 
     @property
     def state(self) -> str:
-        """``"off"``, ``"record"``, ``"guard"`` or ``"aside"``."""
+        """``"off"``, ``"record"``, ``"guard"``, ``"improvise"`` (on, without a plan) or ``"aside"``."""
         if self._aside:
             return "aside"
         if self._engine is None or self._engine.dead:
             return "off"
+        if self._engine.improvises():
+            return "improvise"
         return "guard" if self._engine.plans() and self._engine.recorder is None else "record"
 
     def stats(self) -> dict[str, Any]:

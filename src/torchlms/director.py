@@ -11,7 +11,7 @@ from torchlms.core.planner import plan as make_plan
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.eager.timer import retimed
-from torchlms.errors import LMSError, PlanMismatch
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, PlanMismatch
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -63,7 +63,18 @@ class Director:
     # -- planning ----------------------------------------------------------------------------
 
     def _plan(self, engine: Engine, routine: Routine, tape: Tape) -> None:
-        self._adopt(engine, routine, tape, self._with_cheap_headroom(tape, self._make(tape, self.headroom)))
+        """Plan, or go on without a plan: the step was recorded within the budget, so it can be run so."""
+        try:
+            first = self._make(tape, self.headroom)
+        except BudgetTooSmall:
+            first = None
+        try:
+            plan = self._make(tape, 0.0) if first is None else self._with_cheap_headroom(tape, first)
+        except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
+            routine.improvise()
+            log.warning("going on without a plan, slowly: values leave as memory runs out. %s", refusal)
+            return
+        self._adopt(engine, routine, tape, plan)
 
     def _make(self, tape: Tape, headroom: float) -> Plan:
         headroom_bytes = int(headroom * self.budget.device_bytes)
@@ -107,6 +118,7 @@ class Director:
         routine.program = Program(tape, plan)
         fits = not plan.moves
         routine.verdict = Verdict.FITS if fits and engine.device.is_cuda else Verdict.FOLLOW
+        routine.rise_bytes = rise_bytes(tape)
         arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
         engine.store.plan_arena(arena_bytes)
         engine.restart_measuring()
@@ -133,11 +145,20 @@ class Director:
             reclaims - before,
             format_bytes(self.headroom * self.budget.device_bytes),
         )
+        tape = routine.program.tape
         try:
-            self._plan(engine, routine, routine.program.tape)
+            plan = self._with_cheap_headroom(tape, self._make(tape, self.headroom))
         except LMSError:
             routine.replans = _MOST_REPLANS  # no room for more headroom: go on with what there is
             self.headroom -= _MORE_HEADROOM
+            return
+        self._adopt(engine, routine, tape, plan)
+
+
+def rise_bytes(tape: Tape) -> int:
+    """How much more memory a step takes at its peak than before it begins."""
+    before = tape.resident_bytes + sum(value.size_bytes for value in tape.values if value.birth < 0)
+    return max(0, int(baseline_curve(tape).max(initial=0)) - before)
 
 
 def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:

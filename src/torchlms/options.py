@@ -38,6 +38,7 @@ class Options:
     @staticmethod
     def read(
         model: torch.nn.Module | None,
+        optimizer: torch.optim.Optimizer | None,
         *,
         device: torch.device | str | None,
         budget: Size,
@@ -48,6 +49,12 @@ class Options:
         rules: Rules | dict[str, Any] | None,
     ) -> Options:
         """Check what can be checked now; BadOption, PlanMismatch or NotSupported say what is wrong."""
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise BadOption(
+                f"model must be a torch.nn.Module, not {type(model).__name__}; budget is a keyword"
+            )
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise BadOption(f"optimizer must be one torch optimizer, not {type(optimizer).__name__}")
         for size in (budget, host_budget, disk_budget):
             if size is not None:
                 parse_bytes(size, whole_bytes=_SOME_WHOLE)

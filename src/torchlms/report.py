@@ -28,6 +28,7 @@ def _state_line(stats: dict[str, Any]) -> str:
         "off": "not on",
         "record": "recording: the plan is not made yet",
         "guard": "on, following a plan",
+        "improvise": "on, without a plan: values leave as memory runs out",
         "aside": "everything fits: LMS stepped aside",
     }
     line = f"LMS is {explained[stats['state']]}; {stats['steps']} steps"

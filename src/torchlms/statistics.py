@@ -22,7 +22,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
     plan = plans[-1] if plans else None
     from_step, from_out, from_in, from_disk = engine.counted_from
     steps = max(1, engine.steps - from_step)
-    times = engine.step_times_s[1:] or engine.step_times_s
+    times = list(engine.step_times_s)[1:] or list(engine.step_times_s)
     peak_bytes, reserved_bytes = _peaks(engine)
     return {
         "state": state,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,9 +19,6 @@ from training import (
     new_session,
     open_lms,
     outcome,
-    plain_peak,
-    plain_step,
-    run_plain,
 )
 
 import torchlms
@@ -110,14 +103,18 @@ def test_the_loop_goes_on_in_a_new_lms(when: int, place: str, error: type, spill
         session.model, session.optimizer, budget=BUDGET, disk_dir=spill_dir, rules={"min_bytes": 1024}
     )
     with pytest.raises(error, match="on purpose"), lms:
-        for step in range(when + 1):
-            step_that_may_fail(session, step, step == when, place, error)
+        train_until_failure(session, when, place, error)
     assert_nothing_left(session, lms, spill_dir)
     with open_lms(session, BUDGET, spill_dir) as lms:
         train(session, range(when + 1, 8), set(), place, error)
         assert moved_bytes(lms) > 0
     assert outcome(session).differences(expected) == []
     assert_nothing_left(session, lms, spill_dir)
+
+
+def train_until_failure(session: Session, when: int, place: str, error: type) -> None:
+    for step in range(when + 1):
+        step_that_may_fail(session, step, step == when, place, error)
 
 
 def assert_nothing_left(session: Session, lms: torchlms.LMS, spill_dir: Path) -> None:
@@ -135,93 +132,3 @@ def assert_nothing_left(session: Session, lms: torchlms.LMS, spill_dir: Path) ->
     torch.ones(1, requires_grad=True).sum().backward()
     gc.collect()
     assert list(lms._engine.living()) == []  # type: ignore[union-attr]
-
-
-FILES = ("/torchlms/eager/", "/torchlms/memory/store.py", "/torchlms/director.py")
-
-
-class Interrupt:
-    """Ctrl-C as the interpreter delivers it: before some line of this package, the ``at``-th one."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-        self.lines = 0
-
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not any(part in frame.f_code.co_filename for part in FILES):
-            return None
-        if event == "line" and frame.f_code.co_name != "__del__":
-            self.lines += 1
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt("on purpose")
-        return self.trace
-
-
-def count_lines(spill_dir: Path) -> int:
-    return run_interrupted(1 << 60, spill_dir)
-
-
-def run_interrupted(at: int, spill_dir: Path) -> int:
-    session = new_session(MLP)
-    interrupt = Interrupt(at)
-    with open_lms(session, BUDGET, spill_dir):
-        before = sys.gettrace()
-        sys.settrace(interrupt.trace)
-        try:
-            for step in range(6):
-                plain_step(session, step)
-        finally:
-            sys.settrace(before)
-    return interrupt.lines
-
-
-@pytest.mark.parametrize("share", [0.02, 0.11, 0.19, 0.28, 0.37, 0.46, 0.55, 0.64, 0.73, 0.82, 0.91, 0.99])
-def test_an_interrupt_anywhere_in_the_package(share: float, spill_dir: Path) -> None:
-    lines = _lines.setdefault("all", count_lines(spill_dir) if "all" not in _lines else 0)
-    for nudge in range(4):
-        with pytest.raises(KeyboardInterrupt, match="on purpose"):
-            run_interrupted(int(share * lines) + 97 * nudge, spill_dir)
-        assert list(spill_dir.iterdir()) == []
-    session = new_session(MLP)
-    with open_lms(session, BUDGET, spill_dir):
-        for step in range(6):
-            plain_step(session, step)
-    assert outcome(session).differences(run_plain(MLP)) == []
-
-
-_lines: dict[str, int] = {}
-
-
-@pytest.mark.parametrize("call", ["pwrite", "preadv"])
-@pytest.mark.parametrize("after", [3, 60])
-def test_a_disk_that_fails(call: str, after: int, spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One clear error; what the last finished step left is intact, and training goes on elsewhere."""
-    real, calls = getattr(os, call), iter(range(1 << 30))
-
-    def failing_call(*args: Any) -> int:
-        if next(calls) >= after:
-            raise OSError(errno.ENOSPC if call == "pwrite" else errno.EIO, "on purpose")
-        return int(real(*args))
-
-    session = new_session(MLP)
-    finished = 0
-    with pytest.raises(torchlms.SpillError) as raised, open_lms(session, BUDGET, spill_dir):
-        monkeypatch.setattr(os, call, failing_call)
-        for step in range(6):
-            before = torch.get_rng_state()
-            plain_step(session, step)
-            finished = step + 1
-    monkeypatch.undo()
-    assert raised.value.errno == (errno.ENOSPC if call == "pwrite" else errno.EIO)
-    assert "on purpose" in str(raised.value)
-    assert isinstance(raised.value, OSError)
-    assert finished == (0 if after == 3 else finished)
-    assert finished < 6
-    session.optimizer.zero_grad()
-    torch.set_rng_state(before)
-    expected = run_plain(MLP, plain_step, 6)
-    with open_lms(session, plain_peak(MLP) // 2, spill_dir):
-        for step in range(finished, 6):
-            plain_step(session, step)
-    assert outcome(session).differences(expected) == []

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from small_networks import NETWORKS
 from training import Loop, Session, assert_same_bits, plain_step
 
-import torchlms
-
 
 def accumulate(session: Session, step: int) -> None:
     """Gradients of three batches, then one optimizer step."""
@@ -191,12 +189,6 @@ def test_same_bits_when_a_graph_is_used_again(name: str, loop: Loop, spill_dir: 
     assert_same_bits(NETWORKS[name], loop, spill_dir, share=1.2, rules=rules)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=torchlms.BudgetTooSmall,
-    reason="the planner refuses a budget under which the ladder has just run the whole step: values that are "
-    "used in more than one stretch are movable in the first one only",
-)
 @pytest.mark.parametrize(("name", "loop"), MORE_THAN_ONCE[:-1], ids=_named)
 def test_a_budget_that_the_recorded_step_kept(name: str, loop: Loop, spill_dir: Path) -> None:
     assert_same_bits(NETWORKS[name], loop, spill_dir, share=SHARES.get(name, 0.7))

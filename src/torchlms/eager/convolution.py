@@ -11,6 +11,9 @@ for the life of the process. So room is made *before* the op, never after:
 - From then on the known need is reserved before each call: results and workspace are allocated in
   the op's own order and freed at once, so that the allocator can place them again. If that fails
   we evict and reserve again; the failure meets our own allocation, not cuDNN's.
+- Not held to this are convolutions that we do not see: inside compiled regions and in other threads.
+  With ``torch.backends.cudnn.benchmark`` cuDNN tries what fits, so that its choice, and with it the
+  bits, may depend on the budget.
 - The allocator counts the failures it reports. A convolution during which that count grew without
   an error was starved all the same, and ``starved`` says so.
 """
@@ -75,6 +78,10 @@ class ConvolutionRoom:
         results = self._sizes.of(func, args, kwargs)
         operands = sum(arg.untyped_storage().nbytes() for arg in args if isinstance(arg, torch.Tensor))
         return (*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES)
+
+    def knows(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a call like this one has been measured in this process."""
+        return _key(func, args, self._flags) in _KNOWN_BLOCKS
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
         """Remember what this call used beyond its results."""

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,7 +32,7 @@ from torchlms.eager.recorder import Recorder, tensors_in
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
-from torchlms.eager.slot import Slot, SlotOwner, Where, find
+from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where, find
 from torchlms.eager.timer import OpTimer
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
@@ -42,6 +42,8 @@ log = logging.getLogger("torchlms")
 
 _CPU_ALIGNMENT = 64
 _MOST_ROUTINES = 32
+_KEPT_TIMES = 1000
+_FITTING_SHARE = 0.97  # of the budget; the rest is for holes
 _LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
 _DONE = 1 << 62  # no action is due before this op
 
@@ -76,8 +78,9 @@ class Engine(SlotOwner):
         self.recorder: Recorder | None = None
         self.program: Program | None = None
         self.timer: OpTimer | None = None
+        self.orphans: deque[Orphan] = deque()  # died with a copy in flight
         self.steps = 0  # micro-steps begun
-        self.step_times_s: list[float] = []  # of micro-steps that followed a plan
+        self.step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)  # of micro-steps that followed a plan
         self.late_fetches = 0
         self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
         self.dead = False  # closed, or inherited through a fork
@@ -91,11 +94,9 @@ class Engine(SlotOwner):
         self._cursor = 0
         self._due = _DONE
         self._backward_seen = False
-        self._packs = 0
         self._strayed = False
         self._began_s = 0.0
         self._hollows: dict[torch.dtype, torch.Tensor] = {}
-        self._watched_thread = threading.get_ident()
         _ENGINES.add(self)
 
     # -- ops ---------------------------------------------------------------------------------
@@ -104,6 +105,8 @@ class Engine(SlotOwner):
         """Run one op: act on the plan, make room, survive running out."""
         if self.dead:
             return func(*args, **kwargs)
+        if self.orphans:
+            self._bury()
         if self._clock >= self._due:
             self._follow()
         if self._plainly and func not in self._careful:
@@ -116,6 +119,8 @@ class Engine(SlotOwner):
         self._make_room(func, args, kwargs)
         if self.recorder is not None:
             result = self._run_recorded(self.recorder, func, args, kwargs)
+        elif self.device.is_cuda and self.rooms.concerns(func) and not self.rooms.knows(func, args):
+            result = self._run_new_convolution(func, args, kwargs)
         elif self.timer is not None:
             begin = self.timer.begin()
             result = self._attempt(func, args, kwargs)
@@ -151,22 +156,19 @@ class Engine(SlotOwner):
             self.ladder.reserve(self.rooms.need(func, args, kwargs))
 
     def _attempt(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        generator = _cuda_generator(self.device, func, kwargs)
-        offset = generator.get_offset() if generator is not None else 0
+        rewind = _rewind(self.device, func, kwargs)
         try:
             return func(*args, **kwargs)
         except torch.OutOfMemoryError as error:
+            want_bytes = self._heard(error)
             if _writes_list(func):
                 raise  # it may have changed some of its list already
-            want_bytes = self._heard(error)
         except RuntimeError as error:
             if not (self.rooms.concerns(func) and starved_engine(error)):
                 raise
             want_bytes = 0
         # Outside the handler: the exception's frames hold the op's tensors.
-        if generator is not None:
-            generator.set_offset(offset)
-        return self.ladder.retry(func, args, kwargs, self._where, want_bytes)
+        return self.ladder.retry(func, args, kwargs, self._where, want_bytes, rewind)
 
     def _run_recorded(
         self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,6 +185,17 @@ class Engine(SlotOwner):
         recorder.after(func, result)
         if self.device.is_cuda and self.rooms.concerns(func):
             self.rooms.learn(func, args, kwargs, recorder.scratch_bytes)
+        return result
+
+    def _run_new_convolution(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A shape first met outside a recording: see what it takes, so that next time it is known."""
+        device = self.device.torch_device
+        torch.cuda.reset_peak_memory_stats(device)
+        before = private.allocator_stats(device)["allocated_bytes"]["all"]["current"]
+        result = self._attempt(func, args, kwargs)
+        peak = private.allocator_stats(device)["allocated_bytes"]["all"]["peak"]
+        fresh_bytes = sum(self.sizes.of(func, args, kwargs))
+        self.rooms.learn(func, args, kwargs, max(0, int(peak) - int(before) - fresh_bytes))
         return result
 
     def _count(self, result: Any) -> None:
@@ -413,7 +426,7 @@ class Engine(SlotOwner):
         elif self._strayed and self._backward_seen:
             routine.stray()
         elif followed is not None:
-            routine.steps += 1
+            routine.followed()
             if timer is not None:
                 routine.timings.append(timer.times())
             self.step_times_s.append(time.perf_counter() - self._began_s)
@@ -437,6 +450,14 @@ class Engine(SlotOwner):
 
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         return self.store.copy_in(place, target, after)
+
+    def adopt(self, orphan: Orphan) -> None:
+        self.orphans.append(orphan)
+
+    def _bury(self) -> None:
+        """Let go of what finalizers left: here, on the program's own thread and stream, we may wait."""
+        while self.orphans:
+            self.orphans.popleft().bury()
 
     def leaving(self, slot: Slot) -> None:
         if self.recorder is not None:
@@ -471,6 +492,7 @@ class Engine(SlotOwner):
                 slot.take()
             except Exception as error:  # the others are still to be brought home
                 failures.append(error)
+        self._bury()
         if failures:
             raise failures[0]
 
@@ -478,6 +500,24 @@ class Engine(SlotOwner):
         """Whether every routine met so far needs nothing moved."""
         known = [routine for routine in self.routines.values() if routine.recordings]
         return bool(known) and all(routine.verdict is Verdict.FITS for routine in known)
+
+    def outgrown(self) -> bool:
+        """Whether what fitted may fit no more, because more memory is in use before a step than was."""
+        rise_bytes = max((routine.rise_bytes for routine in self.routines.values()), default=0)
+        if not self.device.is_cuda:
+            return False
+        in_use = private.allocator_stats(self.device.torch_device)["allocated_bytes"]["all"]["current"]
+        return int(in_use) + rise_bytes > _FITTING_SHARE * self.ladder.budget_bytes
+
+    def doubt(self) -> None:
+        """Record every routine again."""
+        for routine in self.routines.values():
+            routine.doubt()
+
+    def improvises(self) -> bool:
+        """Whether the routine met last runs without a plan, for it has none."""
+        last = next(reversed(self.routines.values()), None)
+        return last is not None and last.verdict is Verdict.IMPROVISE
 
     def plans(self) -> list[Plan]:
         return [routine.program.plan for routine in self.routines.values() if routine.program is not None]
@@ -531,16 +571,20 @@ def _seeded(func: Any) -> bool:
     return known
 
 
-def _cuda_generator(
-    device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]
-) -> torch.Generator | None:
-    """The generator that ``func`` draws from, if it is a random op on a device that can run out inside it."""
+def _rewind(device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]) -> Callable[[], None] | None:
+    """What gives a random op's generator back, if it is one on a device that can run out inside it."""
     if not device.is_cuda or not _seeded(func):
         return None
     given = kwargs.get("generator")
-    if isinstance(given, torch.Generator):
-        return given if given.device.type == "cuda" else None
-    return torch.cuda.default_generators[device.torch_device.index or 0]
+    if isinstance(given, torch.Generator) and given.device.type != "cuda":
+        return None
+    generator = given if given is not None else torch.cuda.default_generators[device.torch_device.index or 0]
+    offset = generator.get_offset()
+
+    def rewind() -> None:
+        generator.set_offset(offset)
+
+    return rewind
 
 
 def _writes_list(func: Any) -> bool:

@@ -48,7 +48,7 @@ class WatchMode(TorchDispatchMode):
 
 
 class Installation:
-    """On or off. ``remove`` refuses to pop what somebody else pushed after us."""
+    """On or off. ``take_off`` refuses to pop what somebody else pushed after us."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

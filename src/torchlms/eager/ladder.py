@@ -14,7 +14,7 @@ import torch
 
 from torchlms.eager.recorder import tensors_in
 from torchlms.eager.slot import Slot, Where
-from torchlms.errors import BudgetTooSmall, LMSError
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError
 from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _SMALL_BYTES = 1 << 20
-_LEAST_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
+_ROUND_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
 
 
 class Population(Protocol):
@@ -61,10 +61,16 @@ class Ladder:
     def reclaim(self, want_bytes: int) -> int:
         """Free at least ``want_bytes`` on the device if it can be done; returns what was freed."""
         freed = 0
+        full: HostBudgetTooSmall | None = None
         for slot in self._victims():
             if freed >= want_bytes:
                 break
-            freed += self._evict(slot)
+            try:
+                freed += self._evict(slot)
+            except HostBudgetTooSmall as error:
+                full = error  # a smaller one may still find a place
+        if not freed and full is not None:
+            raise full
         if freed:
             self.reclaims += 1
             self.reclaimed_bytes += freed
@@ -82,7 +88,10 @@ class Ladder:
             except torch.OutOfMemoryError as error:
                 self.ooms += 1
                 want_bytes = asked_bytes(error)
-            if not self.reclaim(max(want_bytes, _LEAST_BYTES)):
+            try:
+                if not self.reclaim(max(want_bytes, _ROUND_BYTES)):
+                    return
+            except HostBudgetTooSmall:
                 return
 
     def enter_in_ledger(
@@ -112,7 +121,7 @@ class Ladder:
                 return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
-            if not self.reclaim(max(size_bytes, _LEAST_BYTES)):
+            if not self.reclaim(max(size_bytes, _ROUND_BYTES)):
                 raise self._no_way_back(size_bytes)
 
     def _victims(self) -> Iterator[Slot]:
@@ -146,11 +155,16 @@ class Ladder:
         kwargs: dict[str, Any],
         where: Callable[[], str],
         want_bytes: int,
+        rewind: Callable[[], None] | None = None,
     ) -> Any:
-        """Run ``func`` again, each time after evicting more; BudgetTooSmall when nothing is left."""
-        want_bytes = max(want_bytes, _LEAST_BYTES)
+        """Run ``func`` again, each time after evicting more; BudgetTooSmall when nothing is left.
+
+        ``rewind`` undoes what an attempt that failed has changed (a generator's offset)."""
+        want_bytes = max(want_bytes, _ROUND_BYTES)
         while self.reclaim(want_bytes):
             self.retries += 1
+            if rewind is not None:
+                rewind()
             try:
                 return func(*args, **kwargs)
             except torch.OutOfMemoryError as error:

@@ -70,7 +70,6 @@ class _Running:
 
     begin: Mark
     allocated_bytes: int
-    ooms: int
     reads: list[int] = field(default_factory=list)
 
 
@@ -92,7 +91,6 @@ class Recorder:
         self.module = ""
         self.closed = False
         self.scratch_bytes = 0  # of the op that ran last
-        self.starved = False  # whether an allocation failed silently in it
         self._ops: list[_OpDraft] = []
         self._values: list[_Draft] = []
         self._waiting: dict[int, weakref.ref[Slot]] = {}  # saved, and still held by others
@@ -104,14 +102,12 @@ class Recorder:
     def before(self, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
         self._find_idle()
         reads = [self._value_of(tensor) for tensor in self._here(args, kwargs)]
-        allocated, ooms = 0, 0
+        allocated = 0
         if isinstance(self.device, CudaDevice):
             torch.cuda.reset_peak_memory_stats(self.device.torch_device)
             stats = private.allocator_stats(self.device.torch_device)
-            allocated, ooms = stats["allocated_bytes"]["all"]["current"], stats["num_ooms"]
-        self._running = _Running(
-            self.device.mark(), allocated, ooms, [value for value in reads if value >= 0]
-        )
+            allocated = stats["allocated_bytes"]["all"]["current"]
+        self._running = _Running(self.device.mark(), allocated, [value for value in reads if value >= 0])
 
     def abandon(self) -> None:
         """The op that was about to be recorded raised: it never happened."""
@@ -132,12 +128,11 @@ class Recorder:
                 value = self._new_value(storage, index, name)
                 fresh_bytes += self._values[value].size_bytes
             writes.append(value)
-        self.scratch_bytes, self.starved = 0, False
+        self.scratch_bytes = 0
         if isinstance(self.device, CudaDevice):
             stats = private.allocator_stats(self.device.torch_device)
             peak = stats["allocated_bytes"]["all"]["peak"]
             self.scratch_bytes = max(0, peak - running.allocated_bytes - fresh_bytes)
-            self.starved = stats["num_ooms"] > running.ooms
         self._ops.append(
             _OpDraft(
                 name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,7 +14,11 @@ from torchlms.eager.program import Program
 Signature = tuple[tuple[int, ...], torch.dtype]
 
 TIMINGS = 2  # steps under a first plan in which each op is timed
+FORGIVING_STEPS = 20
 MOST_RECORDINGS = 6  # a routine that keeps changing is run without a plan
+
+
+log = logging.getLogger("torchlms")
 
 
 class Verdict(Enum):
@@ -35,6 +40,7 @@ class Routine:
     program: Program | None = None
     timings: list[list[tuple[str, float]]] = field(default_factory=list)
     settled: bool = False  # the program was made from those timings
+    rise_bytes: int = 0  # memory at the peak beyond that before the step
     recordings: int = 0
     strayed: int = 0  # micro-steps that did not match the program
     replans: int = 0
@@ -51,4 +57,27 @@ class Routine:
         self.strayed += 1
         self.tape = self.program = None
         self.steps = 0
-        self.verdict = Verdict.RECORD if self.recordings < MOST_RECORDINGS else Verdict.IMPROVISE
+        if self.recordings < MOST_RECORDINGS:
+            self.verdict = Verdict.RECORD
+        else:
+            self.improvise()
+            log.warning(
+                "steps that first save a tensor of shape %s keep changing: going on without a plan, slowly",
+                tuple(self.signature[0]),
+            )
+
+    def followed(self) -> None:
+        """A step kept to the program; after enough of them earlier changes are forgotten."""
+        self.steps += 1
+        if self.steps == FORGIVING_STEPS:
+            self.recordings = 1
+
+    def improvise(self) -> None:
+        """Give planning up: every value finds its own way."""
+        self.program = None
+        self.verdict = Verdict.IMPROVISE
+
+    def doubt(self) -> None:
+        """What fitted when it was recorded may fit no more: record again."""
+        self.tape = self.program = None
+        self.verdict = Verdict.RECORD

@@ -58,6 +58,8 @@ def _freeze(item: Any) -> Any:
         return (item.dtype, tuple(item.shape), item.stride() if item.layout is torch.strided else item.layout)
     if isinstance(item, (list, tuple)):
         return tuple(_freeze(entry) for entry in item)
+    if isinstance(item, float):
+        return float  # no size depends on one, and a schedule makes new ones for ever
     return item if item.__hash__ is not None else repr(item)
 
 

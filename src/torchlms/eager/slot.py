@@ -16,6 +16,7 @@ States, and what is held in each:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from enum import Enum
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchlms.eager.private import others_hold
-from torchlms.memory.store import in_worker
+from torchlms.errors import SpillError
 
 if TYPE_CHECKING:
     from torchlms.memory.device import Copy
@@ -60,6 +61,10 @@ class SlotOwner:
         raise NotImplementedError
 
     def forget(self, slot: Slot) -> None:
+        raise NotImplementedError
+
+    def adopt(self, orphan: Orphan) -> None:
+        """Keep what a slot left behind until it can be waited for."""
         raise NotImplementedError
 
 
@@ -108,8 +113,12 @@ class Slot:
     def send(self, place: Place) -> None:
         """Start the copy out to ``place``; the device bytes stay until ``release``."""
         assert self.bytes is not None
+        try:
+            self.copy_out = self.owner.start_out(self.bytes, place)
+        except BaseException:
+            place.free()
+            raise
         self.place = place
-        self.copy_out = self.owner.start_out(self.bytes, place)
 
     def release(self) -> None:
         """Let the device bytes go once the copy out has passed; needs ``send`` before."""
@@ -148,8 +157,8 @@ class Slot:
         if self.where is Where.AWAY:
             self.fetch()
         if self.where is Where.COMING:
-            assert self.copy_in is not None
             self._settle()
+            self.copy_out = None
             self.where = Where.HELD
         # From here on somebody may write to the bytes, so the copy elsewhere is no longer theirs.
         self._free_place()
@@ -168,17 +177,41 @@ class Slot:
         if self.place is not None:
             self.place.free()
             self.place = None
-            self.copy_out = None
 
     def __del__(self) -> None:
         if self.pid != os.getpid():
             return  # a forked child owns neither the device bytes nor the places
-        try:
-            if not in_worker():  # the collector may run in a thread that the copies wait for
-                self._settle()
-        finally:
+        self.owner.forget(self)
+        if self.bytes is not None and (self.copy_out is not None or self.copy_in is not None):
+            self.owner.adopt(Orphan(self.bytes, self.copy_out, self.copy_in, self.place))
+        else:
             self._free_place()
-            self.owner.forget(self)
+
+
+class Orphan:
+    """What a slot leaves behind when it dies with a copy in flight.
+
+    The collector may run a finalizer in any thread, at any moment, holding any lock: no place to wait
+    for a copy. The bytes stay alive here until the engine comes by.
+    """
+
+    __slots__ = ("bytes", "copies", "place")
+
+    def __init__(
+        self, bytes_: torch.Tensor, out: Copy | None, back: Copy | None, place: Place | None
+    ) -> None:
+        self.bytes: torch.Tensor | None = bytes_
+        self.copies = [copy for copy in (out, back) if copy is not None]
+        self.place = place
+
+    def bury(self) -> None:
+        """Wait for the copies, then let go of the bytes and the place."""
+        for copy in self.copies:
+            with contextlib.suppress(SpillError):  # nobody misses what did not reach the disk
+                copy.wait()
+        self.bytes = None
+        if self.place is not None:
+            self.place.free()
 
 
 def link(storage: torch.UntypedStorage, slot: Slot) -> None:

@@ -177,7 +177,7 @@ def _measure_disk(disk_dir: Path) -> dict[str, Any]:
         if spill.allocate(size_bytes) is None:
             raise LMSError(f"no room for {format_bytes(size_bytes)} in {disk_dir}")
         # Random bytes: a disk or filesystem that compresses would shine on zeros.
-        arena.view(0, arena.capacity_bytes).view(torch.int64).random_()
+        arena.view(0, arena.capacity_bytes).view(torch.int64).random_(generator=torch.Generator())
         moved_bytes, write_s = _stream(spill.write, arena, size_bytes)
         begin_s = time.perf_counter()
         spill.flush()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -72,7 +71,10 @@ class Store:
         self.disk_budget_bytes = disk_budget_bytes
         self.disk_dir = disk_dir
         self.planned: Arena | None = None
+        # Pageable on purpose: a copy of theirs has ended when the call returns, so that a region just
+        # freed may be filled by a thread (staging), which is in no stream's order.
         self.slabs: list[Arena] = []
+        self.retired: list[Arena] = []  # planned once, and still lived in
         self.spill: SpillFile | None = None
         self.peak_host_bytes = 0
         self.bytes_out = 0
@@ -87,12 +89,11 @@ class Store:
 
     def plan_arena(self, size_bytes: int) -> None:
         """Have a planned arena of ``size_bytes``; one that is hardly larger is kept, since pinning
-        takes time. Nothing may live in the old one."""
+        takes time. An old one in which something still lives is kept until that has left."""
         if self.planned is not None and size_bytes <= self.planned.capacity_bytes <= _SPARE * size_bytes:
             return
         if self.planned is not None:
-            self.device.synchronize()
-            self.planned.close()
+            self.retired.append(self.planned)
             self.planned = None
         self.close_empty_slabs()
         if size_bytes and self.device.is_cuda:
@@ -118,18 +119,22 @@ class Store:
         spill = self._open_spill()
         offset_bytes = spill.allocate(size_bytes)
         if offset_bytes is None:
+            host = (
+                f"host memory ({format_bytes(self.host_bytes())} of {format_bytes(self.host_budget_bytes)} "
+                "in use) and "
+                if self.device.is_cuda
+                else ""
+            )
             raise HostBudgetTooSmall(
-                f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but host memory "
-                f"({format_bytes(self.host_bytes())} of {format_bytes(self.host_budget_bytes)} in use) and "
-                f"disk ({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise host_budget "
-                "or disk_budget, free disk space, or use a smaller batch",
+                f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but {host}disk "
+                f"({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise "
+                f"{'host_budget or ' if host else ''}disk_budget, free disk space, or use a smaller batch",
                 missing_bytes=size_bytes,
             )
         return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
 
     def host_bytes(self) -> int:
-        planned = self.planned.capacity_bytes if self.planned is not None else 0
-        return planned + sum(slab.capacity_bytes for slab in self.slabs)
+        return self.planned_bytes() + sum(arena.capacity_bytes for arena in (*self.slabs, *self.retired))
 
     def planned_bytes(self) -> int:
         """Bytes of the pinned arena."""
@@ -137,9 +142,13 @@ class Store:
 
     def close_empty_slabs(self) -> None:
         """Give unplanned host memory back; slabs that still hold something stay."""
-        for slab in [slab for slab in self.slabs if slab.in_use_bytes == 0]:
-            slab.close()
-            self.slabs.remove(slab)
+        for arenas in (self.slabs, self.retired):
+            empty = [arena for arena in arenas if arena.in_use_bytes == 0]
+            if empty:
+                self.device.synchronize()  # a region is freed when its copy is queued, not when it ends
+            for arena in empty:
+                arena.close()
+                arenas.remove(arena)
 
     def _place_in_slabs(self, size_bytes: int) -> Place | None:
         for slab in self.slabs:
@@ -202,7 +211,7 @@ class Store:
         ready = torch.cuda.Event()
         # The target's memory belongs to earlier work until here.
         ready.record(torch.cuda.current_stream(self.device.torch_device))
-        return FutureCopy(self._pool().submit(self._read_ahead, place, target, after, ready))
+        return FutureCopy(self._pool().submit(self._read_ahead, place, [target], after, ready))
 
     def _device_to_host(self, source: torch.Tensor, target: torch.Tensor) -> CudaCopy:
         out_stream, _ = self._open_streams()
@@ -244,14 +253,15 @@ class Store:
             staging.free()
 
     def _read_ahead(
-        self, place: Place, target: torch.Tensor, after: Copy | None, ready: torch.cuda.Event
+        self, place: Place, target: list[torch.Tensor], after: Copy | None, ready: torch.cuda.Event
     ) -> CudaCopy:
+        bytes_wanted = target.pop()
         if isinstance(after, _Leaving):
             after.written.result()
         staging = self._staging(place.size_bytes)
         try:
             self._open_spill().read(place.offset_bytes, _view(staging)).result()
-            copy = self._host_to_device(_view(staging), target, None, ready)
+            copy = self._host_to_device(_view(staging), bytes_wanted, None, ready)
             copy.event.synchronize()
             return copy
         finally:
@@ -295,17 +305,13 @@ class Store:
         if self.planned is not None:
             self.planned.close()
             self.planned = None
-        for slab in self.slabs:
-            slab.close()
+        for arena in (*self.slabs, *self.retired):
+            arena.close()
         self.slabs.clear()
+        self.retired.clear()
         if self.spill is not None:
             self.spill.close()
             self.spill = None
-
-
-def in_worker() -> bool:
-    """Whether this thread is one that copies wait for, and so must not wait for copies itself."""
-    return threading.current_thread().name.startswith(_WORKERS)
 
 
 class _Leaving:

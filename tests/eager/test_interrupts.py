@@ -1,0 +1,81 @@
+"""Ctrl-C between any two lines of this package: out at once, nothing left, and a new LMS works."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from small_networks import NETWORKS, Perceptron
+from training import moved_bytes, new_session, open_lms, outcome, plain_peak, plain_step, run_plain
+
+NETWORK = replace(NETWORKS["mlp"], name="short", make_model=partial(Perceptron, layers=4), batch_size=128)
+STEPS = 4  # recorded, timed, timed, planned
+POINTS = 16
+FILES = ("/torchlms/eager/", "/torchlms/memory/store.py", "/torchlms/director.py")
+
+
+class Interrupt:
+    """Ctrl-C as the interpreter delivers it, before the ``at``-th line of this package.
+
+    Not in finalizers, where an exception is printed and goes no further.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.lines = 0
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        if code.co_name == "__del__" or not any(part in code.co_filename for part in FILES):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines >= self.at and not _in_finalizer(frame):
+                raise KeyboardInterrupt("on purpose")
+        return self.trace
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
+
+
+def train(spill_dir: Path, interrupt: Interrupt) -> int:
+    """Returns how many bytes moved."""
+    session = new_session(NETWORK)
+    with open_lms(session, plain_peak(NETWORK) // 2, spill_dir) as lms:
+        before = sys.gettrace()
+        sys.settrace(interrupt.trace)
+        try:
+            for step in range(STEPS):
+                plain_step(session, step)
+        finally:
+            sys.settrace(before)
+        return moved_bytes(lms)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many lines of this package run in all."""
+    plain_peak(NETWORK)
+    interrupt = Interrupt(1 << 60)
+    assert train(tmp_path_factory.mktemp("spill"), interrupt) > 0
+    return interrupt.lines
+
+
+@pytest.mark.parametrize("point", range(POINTS))
+def test_an_interrupt_anywhere(point: int, lines: int, spill_dir: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match="on purpose"):
+        train(spill_dir, Interrupt(1 + (2 * point + 1) * lines // (2 * POINTS)))
+    assert list(spill_dir.iterdir()) == []
+    session = new_session(NETWORK)
+    with open_lms(session, plain_peak(NETWORK) // 2, spill_dir):
+        for step in range(STEPS):
+            plain_step(session, step)
+    assert outcome(session).differences(run_plain(NETWORK, plain_step, STEPS)) == []

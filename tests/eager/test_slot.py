@@ -1,0 +1,288 @@
+"""A slot's life: out, away, back, and its end, with copies that end late and memory that is reused."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchlms.eager.slot import Slot, SlotOwner, Where, find, link
+from torchlms.errors import SpillError
+
+SIZE = 4096
+
+
+class LateCopy:
+    """Moves its bytes only when it is waited for, as a copy that has just been queued would."""
+
+    def __init__(self, source: Any, target: Any, log: list[str], name: str, after: Any = None) -> None:
+        self.source, self.target, self.log, self.name, self.after = source, target, log, name, after
+        self.error: Exception | None = None
+        self.ended = False
+
+    def wait(self) -> None:
+        self.log.append(f"wait {self.name}")
+        if self.error is not None:
+            raise self.error
+        if not self.ended:
+            if self.after is not None:
+                self.after.wait()
+            self.target.copy_(self.source)
+            self.ended = True
+            self.source = self.target = None
+
+    def done(self) -> bool:
+        return self.ended
+
+
+class FakePlace:
+    def __init__(self, log: list[str]) -> None:
+        self.bytes = torch.zeros(SIZE, dtype=torch.uint8)
+        self.size_bytes = SIZE
+        self.log = log
+        self.freed = 0
+
+    def free(self) -> None:
+        self.log.append("free")
+        self.freed += 1
+
+
+class FakeOwner(SlotOwner):
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.copies: list[LateCopy] = []
+        self.orphans: list[Any] = []
+        self.refuse: BaseException | None = None
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        if self.refuse is not None:
+            raise self.refuse
+        self.log.append("allocate")
+        return torch.full((size_bytes,), 0xEE, dtype=torch.uint8)
+
+    def start_out(self, source: Tensor, place: Any) -> Any:
+        if self.refuse is not None:
+            raise self.refuse
+        self.copies.append(LateCopy(source, place.bytes, self.log, "out"))
+        return self.copies[-1]
+
+    def start_in(self, place: Any, target: Tensor, after: Any) -> Any:
+        self.copies.append(LateCopy(place.bytes, target, self.log, "in", after))
+        return self.copies[-1]
+
+    def leaving(self, slot: Slot) -> None:
+        assert slot.bytes is not None
+        assert all(copy.ended for copy in self.copies), "let go with a copy in flight"
+        self.log.append("leaving")
+
+    def moved(self, slot: Slot) -> None:
+        self.log.append(f"moved {slot.where.value}")
+
+    def forget(self, slot: Slot) -> None:
+        self.log.append("forget")
+
+    def adopt(self, orphan: Any) -> None:
+        self.orphans.append(orphan)
+
+
+@pytest.fixture
+def owner() -> FakeOwner:
+    return FakeOwner()
+
+
+def new_slot(owner: FakeOwner) -> tuple[Slot, Tensor]:
+    """A slot, and what its bytes must be at the end. Nobody else holds the storage."""
+    pattern = torch.arange(SIZE, dtype=torch.int64).mul(37).to(torch.uint8)
+    return Slot(owner, pattern.clone(), 3), pattern
+
+
+def send(slot: Slot, owner: FakeOwner) -> FakePlace:
+    place = FakePlace(owner.log)
+    slot.send(place)  # type: ignore[arg-type]
+    return place
+
+
+def taken(slot: Slot) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(slot.take(), 0, (SIZE,), (1,))  # type: ignore[call-overload,no-any-return]
+
+
+def test_out_and_back(owner: FakeOwner) -> None:
+    slot, pattern = new_slot(owner)
+    assert slot.alone()
+    place = send(slot, owner)
+    assert slot.where is Where.HELD
+    freed = slot.bytes.data_ptr()  # type: ignore[union-attr]
+    slot.release()
+    assert slot.where is Where.AWAY
+    assert slot.bytes is None
+    poison = [torch.full((SIZE,), 0xAB, dtype=torch.uint8) for _ in range(8)]
+    assert freed in [item.data_ptr() for item in poison], "the memory was not given back"
+    slot.fetch()
+    assert slot.where is Where.COMING
+    assert torch.equal(taken(slot), pattern)
+    assert slot.where is Where.HELD
+    assert place.freed == 1
+    assert owner.log == [
+        "wait out",
+        "leaving",
+        "moved away",
+        "allocate",
+        "moved coming",
+        "wait out",
+        "wait in",
+        "wait out",
+        "free",
+    ]
+
+
+def test_taken_while_away_comes_back_at_once(owner: FakeOwner) -> None:
+    slot, pattern = new_slot(owner)
+    send(slot, owner)
+    slot.release()
+    assert torch.equal(taken(slot), pattern)
+
+
+def test_taken_before_it_left(owner: FakeOwner) -> None:
+    """The copy elsewhere is not theirs any more once somebody may write to the bytes."""
+    slot, pattern = new_slot(owner)
+    place = send(slot, owner)
+    bytes_ = taken(slot)
+    assert torch.equal(bytes_, pattern)
+    assert slot.place is None
+    assert place.freed == 1
+    bytes_.fill_(5)
+    assert not slot.alone()
+    assert int(taken(slot)[0]) == 5
+    del bytes_
+    assert slot.alone()
+
+
+def test_turned_back_and_fetched_again(owner: FakeOwner) -> None:
+    slot, pattern = new_slot(owner)
+    place = send(slot, owner)
+    slot.release()
+    for _ in range(3):
+        slot.fetch()
+        slot.turn_back()
+        assert slot.where is Where.AWAY
+        assert slot.bytes is None
+    assert place.freed == 0
+    assert torch.equal(taken(slot), pattern)
+
+
+def test_others_keep_it_here(owner: FakeOwner) -> None:
+    slot, _ = new_slot(owner)
+    assert slot.bytes is not None
+    view = slot.bytes[3:5]
+    assert not slot.alone()
+    held = view.untyped_storage()
+    del view
+    assert slot.alone()  # the storage's Python object is one and the same, and holds nothing
+    del held
+    assert slot.alone()
+    send(slot, owner)
+    slot.release()
+    assert not slot.alone()
+
+
+def test_the_storage_knows_its_slot(owner: FakeOwner) -> None:
+    slot, _ = new_slot(owner)
+    assert slot.bytes is not None
+    other = slot.bytes.view(torch.float32)
+    assert find(other.untyped_storage(), owner) is slot
+    assert find(other.untyped_storage(), FakeOwner()) is None
+    assert find(torch.empty(3).untyped_storage(), owner) is None
+    del other
+    send(slot, owner)
+    slot.release()
+    storage = slot.take()
+    assert find(storage, owner) is slot
+    del slot
+    assert find(storage, owner) is None
+    link(storage, new_slot(owner)[0])  # which dies at once
+    assert find(storage, owner) is None
+
+
+def test_its_end_while_away(owner: FakeOwner) -> None:
+    slot, _ = new_slot(owner)
+    place = send(slot, owner)
+    slot.release()
+    del slot
+    assert place.freed == 1
+    assert owner.log[-1] in ("free", "forget")
+    assert "forget" in owner.log
+    assert owner.orphans == []
+
+
+@pytest.mark.parametrize("coming", [False, True])
+def test_its_end_with_a_copy_in_flight(coming: bool, owner: FakeOwner) -> None:
+    """A finalizer may run anywhere, so it waits for nothing; the bytes live on until the engine comes by."""
+    slot, pattern = new_slot(owner)
+    place = send(slot, owner)
+    if coming:
+        slot.release()
+        slot.fetch()
+    waits = owner.log.count("wait out") + owner.log.count("wait in")
+    storage = slot.bytes.untyped_storage()  # type: ignore[union-attr]
+    address = storage.data_ptr()
+    del slot, storage
+    gc.collect()
+    assert owner.log.count("wait out") + owner.log.count("wait in") == waits
+    assert place.freed == 0
+    assert "forget" in owner.log
+    others = [torch.full((SIZE,), 0xAB, dtype=torch.uint8) for _ in range(8)]
+    assert address not in [item.data_ptr() for item in others], "reused under a copy"
+    (orphan,) = owner.orphans
+    orphan.bury()
+    assert place.freed == 1
+    assert torch.equal(place.bytes, pattern)
+    assert orphan.bytes is None
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_failed_copy_of_a_dead_value_is_nobodys_concern(owner: FakeOwner) -> None:
+    slot, _ = new_slot(owner)
+    place = send(slot, owner)
+    owner.copies[0].error = SpillError(28, "disk full")
+    del slot
+    gc.collect()
+    for orphan in owner.orphans:
+        orphan.bury()
+    assert place.freed == 1
+
+
+def test_a_failed_copy_of_a_living_value_is_heard(owner: FakeOwner) -> None:
+    slot, pattern = new_slot(owner)
+    send(slot, owner)
+    owner.copies[0].error = SpillError(28, "disk full")
+    with pytest.raises(SpillError):
+        slot.release()
+    assert slot.where is Where.HELD
+    owner.copies[0].error = None
+    assert torch.equal(taken(slot), pattern), "the bytes are still here"
+
+
+def test_a_refused_copy_out_leaves_everything_as_it_was(owner: FakeOwner) -> None:
+    slot, pattern = new_slot(owner)
+    owner.refuse = SpillError(28, "disk full")
+    place = FakePlace(owner.log)
+    with pytest.raises(SpillError):
+        slot.send(place)  # type: ignore[arg-type]
+    assert place.freed == 1
+    assert slot.place is None
+    assert torch.equal(taken(slot), pattern)
+
+
+def test_a_refused_way_back_can_be_tried_again(owner: FakeOwner) -> None:
+    slot, pattern = new_slot(owner)
+    send(slot, owner)
+    slot.release()
+    owner.refuse = MemoryError()
+    with pytest.raises(MemoryError):
+        slot.take()
+    assert slot.where is Where.AWAY
+    owner.refuse = None
+    assert torch.equal(taken(slot), pattern)
