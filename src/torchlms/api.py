@@ -172,7 +172,7 @@ class LMS:
         self._installation = Installation(engine)
         self._installation.put_on()
         undo.callback(self._installation.take_off)
-        if self._model is not None:
+        if self._model is not None and isinstance(device, CudaDevice):  # a CPU is never left alone
             hook = _ForwardHook(self._before_forward)
             undo.callback(self._model.register_forward_pre_hook(hook, with_kwargs=True).remove)
         self._engine = engine

@@ -117,7 +117,8 @@ class Director:
         routine.steps = 0
         routine.program = Program(tape, plan)
         fits = not plan.moves
-        routine.verdict = Verdict.FITS if fits and engine.device.is_cuda else Verdict.FOLLOW
+        known = routine.settled or self.given is not None
+        routine.verdict = Verdict.FITS if fits and known and engine.device.is_cuda else Verdict.FOLLOW
         routine.rise_bytes = rise_bytes(tape)
         arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
         engine.store.plan_arena(arena_bytes)

@@ -415,7 +415,14 @@ class Engine(SlotOwner):
         if routine is None:
             return
         # Failed allocations that raised nowhere: a library swallowed them and took another way.
-        self.rooms.starved += max(0, self._allocator_ooms() - self.ladder.ooms - self._ooms)
+        starved = max(0, self._allocator_ooms() - self.ladder.ooms - self._ooms)
+        if starved:
+            self.rooms.starved += starved
+            log.warning(
+                "%d allocations failed inside a library that then took another way, perhaps a slower one: "
+                "the budget leaves no room for the workspace of some convolution",
+                starved,
+            )
         if recorder is not None:
             # A backward pass that raised never ended: its tape is half a step, and the next one is recorded.
             if self._backward_seen and recorder.phase is not Phase.BACKWARD:

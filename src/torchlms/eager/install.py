@@ -47,6 +47,9 @@ class WatchMode(TorchDispatchMode):
         return self._hidden(func, args, kwargs if kwargs is not None else {})
 
 
+private.hide_from_compiler(WatchMode.__torch_dispatch__, Engine.pack, Engine.unpack)
+
+
 class Installation:
     """On or off. ``take_off`` refuses to pop what somebody else pushed after us."""
 

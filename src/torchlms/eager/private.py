@@ -136,3 +136,20 @@ def _always() -> bool:
 
 # Not None while torch.compile looks at every Python frame of this thread, or if there is no telling.
 compile_callback = _frame_callback()
+
+
+def hide_from_compiler(*functions: Any) -> bool:
+    """Have torch.compile pass over ``functions`` and whatever they call, at no cost per call.
+
+    For what torch calls from between the compiled pieces of somebody's program: hooks, modes and
+    finalizers. Assumes that a code object can be marked so; False, and nothing done, where it cannot.
+    """
+    eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    mark = getattr(eval_frame, "set_code_exec_strategy", None)
+    strategy = getattr(eval_frame, "_FrameExecStrategy", None)
+    action = getattr(eval_frame, "_FrameAction", None)
+    if mark is None or strategy is None or action is None:
+        return False
+    for function in functions:
+        mark(function.__code__, strategy(action.SKIP, action.SKIP))
+    return True

@@ -36,6 +36,9 @@ class _ValueMark:
             self.recorder.died(self.value)
 
 
+private.hide_from_compiler(_ValueMark.__del__)
+
+
 @dataclass(slots=True)
 class _Draft:
     """A value while it is still being watched."""

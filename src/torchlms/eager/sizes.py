@@ -71,7 +71,9 @@ def may_return_fresh(func: Any) -> bool:
     known = _FRESH.get(func)
     if known is None:
         schema = getattr(func, "_schema", None)
-        known = schema is None or any(result.alias_info is None for result in schema.returns)
+        known = schema is None or any(
+            result.alias_info is None and "Tensor" in str(result.type) for result in schema.returns
+        )
         _FRESH[func] = known
     return known
 
@@ -126,8 +128,8 @@ _RECURRENT = {
 
 def _recurrent_workspace(args: tuple[Any, ...]) -> int:
     """A bound on the workspace of one recurrent layer: its gates, and the states around each step."""
-    inputs, weight, training = args[0], args[2], args[15]
-    if not (training or torch.is_grad_enabled()):
+    inputs, weight = args[0], args[2]
+    if not torch.is_grad_enabled():
         return 0
     steps, batch, input_width = inputs.shape
     hidden = weight.shape[1]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchlms.eager.private import others_hold
+from torchlms.eager.private import hide_from_compiler, others_hold
 from torchlms.errors import SpillError
 
 if TYPE_CHECKING:
@@ -186,6 +186,9 @@ class Slot:
             self.owner.adopt(Orphan(self.bytes, self.copy_out, self.copy_in, self.place))
         else:
             self._free_place()
+
+
+hide_from_compiler(Slot.__del__)
 
 
 class Orphan:

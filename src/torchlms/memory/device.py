@@ -18,6 +18,9 @@ from torchlms.memory.ledger import Ledger
 from torchlms.memory.limits import format_bytes
 
 
+_PAGE_BYTES = 24 << 20  # the allocator's largest page and its smallest together
+
+
 class Copy(Protocol):
     """A copy in flight. Whoever drops the bytes it touches must ``wait`` first."""
 
@@ -130,8 +133,8 @@ class CudaDevice:
             )
         if self._fraction_before is None:
             self._fraction_before = float(torch.cuda.get_per_process_memory_fraction(self.torch_device))
-        # The allocator multiplies back and truncates: half a byte keeps rounding from eating a page.
-        fraction = min(1.0, (budget_bytes + 0.5) / self.total_bytes)
+        # The allocator compares what is asked for, and then maps whole pages.
+        fraction = min(1.0, max(1, budget_bytes - _PAGE_BYTES) / self.total_bytes)
         torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
     def uncap(self) -> None:

@@ -1,0 +1,337 @@
+"""One test for each thing that torchlms relies on and torch does not promise.
+
+If one of these fails under a new torch, look at ``eager/private.py``: the function of that name says what
+it assumes, and what would still be safe without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchlms.eager import private
+from torchlms.eager.install import WatchMode
+from torchlms.eager.saved import memoryless_alias
+
+
+class Names(TorchDispatchMode):
+    """Notes the name of every op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+# -- the use count of a storage --------------------------------------------------------------
+
+
+def test_the_use_count_is_there() -> None:
+    assert private._use_count is not None
+
+
+def test_others_hold_a_storage_as_tensors() -> None:
+    """One for each tensor, wherever it lives, and one for the Python object of the storage itself."""
+    ours = torch.empty(10)
+    storage = ours.untyped_storage()
+    assert not private.others_hold(storage, ours=1)
+    view = ours[2:]
+    assert private.others_hold(storage, ours=1)
+    assert not private.others_hold(storage, ours=2)
+    del view
+    same = ours.untyped_storage()
+    assert same is storage, "a storage has one Python object as long as it lives"
+    assert not private.others_hold(storage, ours=1)
+    del same
+
+
+def test_autograd_holds_a_storage_without_any_python_object() -> None:
+    x = torch.ones(10, requires_grad=True)
+    y = x.exp()
+    ours = torch.empty(0).set_(y.detach().untyped_storage())  # type: ignore[call-overload]
+    loss = y.sum()
+    del y
+    assert private.others_hold(ours.untyped_storage(), ours=1), "the graph's own reference does not count"
+    del loss
+    assert not private.others_hold(ours.untyped_storage(), ours=1)
+
+
+def test_numpy_holds_a_storage() -> None:
+    ours = torch.empty(10)
+    array = ours[:].numpy()
+    assert private.others_hold(ours.untyped_storage(), ours=1)
+    del array
+    assert not private.others_hold(ours.untyped_storage(), ours=1)
+
+
+def test_a_storages_attributes_live_as_long_as_it_does() -> None:
+    """Also while Python itself has no reference to it."""
+    x = torch.ones(10, requires_grad=True)
+    y = x.exp()
+    y.untyped_storage().note = "kept"  # type: ignore[attr-defined]
+    loss = y.sum()
+    del y
+    (saved,) = torch.autograd.grad(loss, x, retain_graph=True)
+    kept = loss.grad_fn.next_functions[0][0]._saved_result  # type: ignore[union-attr]
+    assert kept.untyped_storage().note == "kept"
+    del saved
+
+
+def test_without_the_use_count_nothing_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "_use_count", None)
+    assert private.others_hold(torch.empty(3).untyped_storage(), ours=1)
+
+
+# -- backward passes -------------------------------------------------------------------------
+
+
+def test_in_backward_and_nowhere_else() -> None:
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(private.in_backward()))
+    assert not private.in_backward()
+    y.sum().backward()
+    assert seen == [True]
+    assert not private.in_backward()
+
+
+def test_in_backward_is_of_this_thread() -> None:
+    seen = []
+
+    def look(_: torch.Tensor) -> None:
+        thread = threading.Thread(target=lambda: seen.append(private.in_backward()))
+        thread.start()
+        thread.join()
+
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(look)
+    x.sum().backward()
+    assert seen == [False]
+
+
+def test_the_callback_comes_at_the_end_of_the_whole_pass() -> None:
+    log: list[str] = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: private.at_end_of_backward(lambda: log.append("end")))
+    x.register_hook(lambda _: log.append("leaf"))
+    y.sum().backward()
+    assert log == ["leaf", "end"]
+
+
+def test_the_callback_does_not_come_when_the_pass_raises() -> None:
+    """Nor at the end of the next one."""
+    log: list[str] = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: private.at_end_of_backward(lambda: log.append("end")))
+
+    def fail(_: torch.Tensor) -> None:
+        raise ValueError("on purpose")
+
+    handle = x.register_hook(fail)
+    with pytest.raises(ValueError, match="on purpose"):
+        y.sum().backward(retain_graph=True)
+    handle.remove()
+    assert log == []
+    (x * 3).sum().backward()
+    assert log == []
+
+
+def test_without_a_task_id_we_are_never_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "_graph_task", None)
+    assert not private.in_backward()
+
+
+# -- modes and hooks -------------------------------------------------------------------------
+
+
+def test_unwatched_ops_are_seen_by_no_mode() -> None:
+    with Names() as outer, Names() as inner:
+        a = torch.ones(3)
+        with private.unwatched():
+            b = a + 1
+            c = torch.empty(0).set_(b.untyped_storage())  # type: ignore[call-overload]
+        d = b * 2
+    assert inner.seen == outer.seen == ["aten.ones.default", "aten.mul.Tensor"]
+    assert c.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    assert d.tolist() == [4, 4, 4]
+
+
+def test_unwatched_leaves_autograd_on() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with Names(), private.unwatched():
+        y = x * 2
+    assert y.requires_grad
+
+
+def test_the_innermost_hooks() -> None:
+    assert private.top_saved_tensor_hooks() is None
+    first, second = (lambda item: item), (lambda item: item)
+    with torch.autograd.graph.saved_tensors_hooks(first, first):
+        assert private.top_saved_tensor_hooks() == (first, first)
+        with torch.autograd.graph.saved_tensors_hooks(second, second):
+            assert private.top_saved_tensor_hooks() == (second, second)
+        assert private.top_saved_tensor_hooks() == (first, first)
+    assert private.top_saved_tensor_hooks() is None
+
+
+def test_the_innermost_mode() -> None:
+    assert private.top_dispatch_mode() is None
+    with Names() as first:
+        assert private.top_dispatch_mode() is first
+        with Names() as second:
+            assert private.top_dispatch_mode() is second
+        assert private.top_dispatch_mode() is first
+    assert private.top_dispatch_mode() is None
+
+
+def test_a_mode_is_active_in_the_backward_pass_it_surrounds() -> None:
+    x = torch.ones(3, requires_grad=True)
+    loss = x.exp().sum()
+    with Names() as names:
+        loss.backward()
+    assert "aten.mul.Tensor" in names.seen
+
+
+def test_modes_and_hooks_are_of_this_thread() -> None:
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.append((private.top_dispatch_mode(), private.top_saved_tensor_hooks()))
+
+    with Names(), torch.autograd.graph.saved_tensors_hooks(lambda item: item, lambda item: item):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert seen == [(None, None)]
+
+
+# -- torch.compile and torch.func ------------------------------------------------------------
+
+
+@contextmanager
+def compiled_callback() -> Iterator[list[Any]]:
+    """What the compiler's frame callback is inside a compiled call, from within a custom op's body."""
+    seen: list[Any] = []
+    library = torch.library.Library("torchlms_private", "DEF")
+    library.define("look(Tensor x) -> Tensor")
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private.compile_callback())
+        return x.clone()
+
+    library.impl("look", look, "CPU")
+    library.impl("look", torch.empty_like, "Meta")
+    yield seen
+    library._destroy()
+
+
+def test_the_compilers_callback() -> None:
+    """None while nothing is being compiled: the mode then need not hide."""
+    assert private.compile_callback() is None
+    with compiled_callback() as seen:
+
+        @torch.compile(backend="eager")
+        def compiled(x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.torchlms_private.look(x * 2) + 1
+
+        x = torch.ones(3)
+        for _ in range(2):
+            assert compiled(x).tolist() == [3, 3, 3]
+        torch.ops.torchlms_private.look(x)
+    assert seen[-1] is None
+    assert private.compile_callback() is None
+    torch._dynamo.reset()
+
+
+def test_the_mode_keeps_compiled_regions_compiled() -> None:
+    """The declarations that it makes are those that torch asks for."""
+    assert WatchMode.ignore_compile_internals()
+    assert WatchMode.supports_higher_order_operators
+    assert WatchMode._should_skip_dynamo() is False
+    assert hasattr(TorchDispatchMode, "_should_skip_dynamo"), "torch asks something else by now"
+    assert hasattr(TorchDispatchMode, "ignore_compile_internals")
+
+
+def test_inside_a_transform() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private.functorch_interpreter() is not None)
+        return x.sum()
+
+    assert private.functorch_interpreter() is None
+    torch.func.vmap(function)(torch.ones(2, 3))
+    torch.func.grad(function)(torch.ones(3))
+    function(torch.ones(3))
+    assert seen == [True, True, False]
+
+
+# -- versions --------------------------------------------------------------------------------
+
+
+def test_an_alias_without_memory_shares_the_version() -> None:
+    tensor, hollow = torch.ones(1000), torch.empty(0)
+    alias = memoryless_alias(tensor, hollow)
+    assert alias._version == tensor._version
+    tensor.add_(1)
+    tensor[3:].mul_(2)
+    assert alias._version == tensor._version == 2
+    assert alias.untyped_storage().nbytes() == 0
+    assert not private.others_hold(tensor.untyped_storage(), ours=1)
+    assert hollow._version == 0
+
+
+def test_hooks_are_given_no_version_check_by_torch() -> None:
+    """Why we check ourselves. If this fails, torch does it by now."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda item: item, lambda item: item):
+        y = torch.ones(3, requires_grad=True).exp()
+        loss = y.sum()
+        y.add_(1)
+        loss.backward()
+
+
+# -- the CUDA allocator ----------------------------------------------------------------------
+
+
+def test_flat_counters_become_nested() -> None:
+    assert private._nest({"num_ooms": 1, "a.b.current": 2, "a.b.peak": 3, "a.c": 4}) == {
+        "num_ooms": 1,
+        "a": {"b": {"current": 2, "peak": 3}, "c": 4},
+    }
+
+
+@pytest.mark.gpu
+def test_the_allocators_counters() -> None:
+    device = torch.device("cuda", 0)
+    before = private.allocator_stats(device)
+    kept = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+    after = private.allocator_stats(device)
+    grown = after["allocated_bytes"]["all"]["current"] - before["allocated_bytes"]["all"]["current"]
+    assert grown == kept.numel()
+    assert after["allocated_bytes"]["all"]["current"] == torch.cuda.memory_allocated(device)
+    assert after["num_ooms"] == torch.cuda.memory_stats(device)["num_ooms"]
+
+
+@pytest.mark.gpu
+def test_expandable_segments_can_be_switched() -> None:
+    before = private.expandable_segments()
+    try:
+        for on in (True, False):
+            assert private.set_expandable_segments(on)
+            assert private.expandable_segments() is on
+    finally:
+        private.set_expandable_segments(before)
