@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from eviction import SIDE, evict, gradients, leaves, open_wide
 from small_networks import NETWORKS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training import (
@@ -161,72 +161,6 @@ def test_vmap_and_jvp(spill_dir: Path) -> None:
     plain = both()
     with open_wide(spill_dir):
         assert both() == plain
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_part(backend: str, spill_dir: Path) -> None:
-    """Same bits, compiled as often as without LMS, and still compiled when LMS has gone."""
-    network = NETWORKS["mlp"]
-    graphs: list[int] = []
-
-    def counting(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(1)
-        return torch._dynamo.lookup_backend(backend)(module, inputs)
-
-    def train(budget: int | None) -> tuple[Any, int, int]:
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        graphs.clear()
-        session = new_session(network)
-        layers = session.model.layers
-        assert isinstance(layers, nn.Sequential)
-        middle = layers[9:21]
-        compiled = torch.compile(middle, backend=counting)
-
-        def loop(step: int) -> None:
-            inputs, target = network.batch(step)
-            session.optimizer.zero_grad()
-            loss = F.cross_entropy(layers[21:](compiled(layers[:9](inputs))), target)
-            loss.backward()
-            session.optimizer.step()
-            session.note(loss)
-
-        moved = 0
-        if budget is None:
-            for step in range(6):
-                loop(step)
-        else:
-            with open_lms(session, budget, spill_dir) as lms:
-                for step in range(6):
-                    loop(step)
-                moved = lms.stats()["bytes_out_per_step"]
-        inside = len(graphs)
-        loop(6)  # nothing is compiled anew when LMS has gone
-        skipped = sum(torch._dynamo.utils.counters["graph_break"].values())
-        assert len(graphs) == inside
-        return (outcome(session), inside, skipped), moved, inside
-
-    plain, _, compiled_plainly = train(None)
-    planned, moved, _ = train(int(0.6 * plain_peak(network)))
-    assert planned == plain
-    assert moved > 0
-    assert compiled_plainly == 1
-
-
-def test_compiling_works_after_lms(spill_dir: Path) -> None:
-    torch._dynamo.reset()
-    with open_wide(spill_dir):
-        x, w = leaves()
-        hidden(x, w).sum().backward()
-    graphs: list[int] = []
-
-    def counting(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(1)
-        return module
-
-    compiled = torch.compile(hidden, backend=counting)
-    assert bits(compiled(*leaves())) == bits(hidden(*leaves()))
-    assert graphs == [1]
 
 
 def test_optimizer_in_backward(spill_dir: Path) -> None:

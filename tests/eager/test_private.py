@@ -7,8 +7,7 @@ it assumes, and what would still be safe without it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from typing import Any
 
 import pytest
@@ -222,39 +221,69 @@ def test_modes_and_hooks_are_of_this_thread() -> None:
 # -- torch.compile and torch.func ------------------------------------------------------------
 
 
-@contextmanager
-def compiled_callback() -> Iterator[list[Any]]:
-    """What the compiler's frame callback is inside a compiled call, from within a custom op's body."""
-    seen: list[Any] = []
-    library = torch.library.Library("torchlms_private", "DEF")
-    library.define("look(Tensor x) -> Tensor")
+class Look(TorchDispatchMode):
+    """Notes for every op whether the compiler looks at frames now."""
 
-    def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append(private.compile_callback())
-        return x.clone()
+    supports_higher_order_operators = True
 
-    library.impl("look", look, "CPU")
-    library.impl("look", torch.empty_like, "Meta")
-    yield seen
-    library._destroy()
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, bool]] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.note(func, args, kwargs or {})
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.seen.append((str(func), private.compile_callback() is not None))
+        return func(*args, **kwargs)
+
+
+class HiddenLook(Look):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.note(func, args, kwargs or {})
+
+
+def between_compiled_pieces(look: Look) -> list[str]:
+    """Run an op where the compiler looks at every frame; returns what it complained of."""
+    from torch._dynamo.decorators import skip
+
+    helper = skip(lambda x: x.sin())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: helper(x * 2) + 1, backend="eager")
+    with warnings.catch_warnings(record=True) as warned, look:
+        warnings.simplefilter("always")
+        compiled(torch.ones(3))
+    torch._dynamo.reset()
+    assert private.compile_callback() is None
+    assert ("aten.add.Tensor", False) in look.seen
+    return [str(item.message) for item in warned if "how to trace" in str(item.message)]
 
 
 def test_the_compilers_callback() -> None:
-    """None while nothing is being compiled: the mode then need not hide."""
-    assert private.compile_callback() is None
-    with compiled_callback() as seen:
+    """Set where it looks at every frame: it then takes a mode's own code for the program's."""
+    look = Look()
+    assert between_compiled_pieces(look)
+    assert ("aten.sin.default", True) in look.seen
 
-        @torch.compile(backend="eager")
-        def compiled(x: torch.Tensor) -> torch.Tensor:
-            return torch.ops.torchlms_private.look(x * 2) + 1
 
-        x = torch.ones(3)
-        for _ in range(2):
-            assert compiled(x).tolist() == [3, 3, 3]
-        torch.ops.torchlms_private.look(x)
-    assert seen[-1] is None
-    assert private.compile_callback() is None
-    torch._dynamo.reset()
+def test_hidden_from_the_compiler() -> None:
+    """It passes over what is marked, and over all that is called from there."""
+    look = HiddenLook()
+    assert private.hide_from_compiler(HiddenLook.__torch_dispatch__)
+    assert between_compiled_pieces(look) == []
+    assert ("aten.sin.default", False) in look.seen
 
 
 def test_the_mode_keeps_compiled_regions_compiled() -> None:

@@ -18,7 +18,7 @@ def test_steps_aside_when_everything_fits_and_comes_back() -> None:
     small = Case(convnet, (8, 3, 96, 96), 3 * GIB)
     model, optimizer = make(small)
     with torchlms.LMS(model, optimizer, budget=small.budget_bytes) as lms:
-        train(model, optimizer, small, 3)
+        train(model, optimizer, small, 5)
         assert lms.state == "aside"
         assert private.top_dispatch_mode() is None
         assert private.top_saved_tensor_hooks() is None

@@ -17,7 +17,6 @@ from torchlms.errors import BudgetTooSmall, NotSupported
 from torchlms.memory.ledger import Ledger
 from torchlms.memory.limits import format_bytes
 
-
 _PAGE_BYTES = 24 << 20  # the allocator's largest page and its smallest together
 
 
