@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from sessions import bits
 from torch import Tensor
-from training import bits
 
 import torchlms
 from torchlms.eager.slot import Where

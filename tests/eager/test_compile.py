@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eviction import SIDE, evict, leaves, open_wide
+from sessions import bits, new_session, open_lms, outcome, plain_peak
 from small_networks import NETWORKS
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip
 from torch._dynamo.utils import counters
-from training import bits, new_session, open_lms, outcome, plain_peak
 
 import torchlms
 

@@ -12,11 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eviction import SIDE, evict, gradients, leaves, open_wide
-from small_networks import NETWORKS
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-from training import (
+from sessions import (
     Session,
     assert_same_bits,
     bits,
@@ -27,6 +23,10 @@ from training import (
     plain_step,
     run_plain,
 )
+from small_networks import NETWORKS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import torchlms
 

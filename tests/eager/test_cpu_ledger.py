@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_networks import NETWORKS, Network
-from torch.profiler import ProfilerActivity, profile
-from training import (
+from sessions import (
     ledger_of,
     new_session,
     open_lms,
@@ -18,6 +16,8 @@ from training import (
     run_lms,
     smallest_budget,
 )
+from small_networks import NETWORKS, Network
+from torch.profiler import ProfilerActivity, profile
 
 from torchlms.memory.ledger import Ledger
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import NETWORKS
-from torch import Tensor, nn
-from training import (
+from sessions import (
     Session,
     moved_bytes,
     new_session,
     open_lms,
     outcome,
 )
+from small_networks import NETWORKS
+from torch import Tensor, nn
 
 import torchlms
 

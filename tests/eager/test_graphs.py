@@ -12,9 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eviction import SIDE, evict, leaves, open_wide
-from small_networks import NETWORKS
-from torch import Tensor, nn
-from training import (
+from sessions import (
     SMALL,
     Outcome,
     Session,
@@ -29,6 +27,8 @@ from training import (
     plain_step,
     run_plain,
 )
+from small_networks import NETWORKS
+from torch import Tensor, nn
 
 import torchlms
 

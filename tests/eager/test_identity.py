@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_networks import NETWORKS
-from training import (
+from sessions import (
     maybe_lms,
     new_session,
     outcome,
@@ -17,6 +16,7 @@ from training import (
     run_plain,
     smallest_budget,
 )
+from small_networks import NETWORKS
 
 from torchlms.core.plan import Choice
 

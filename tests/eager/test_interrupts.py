@@ -10,8 +10,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from sessions import moved_bytes, new_session, open_lms, outcome, plain_peak, plain_step, run_plain
 from small_networks import NETWORKS, Perceptron
-from training import moved_bytes, new_session, open_lms, outcome, plain_peak, plain_step, run_plain
 
 NETWORK = replace(NETWORKS["mlp"], name="short", make_model=partial(Perceptron, layers=4), batch_size=128)
 STEPS = 4  # recorded, timed, timed, planned

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sessions import Loop, Session, assert_same_bits, plain_step
 from small_networks import NETWORKS
-from training import Loop, Session, assert_same_bits, plain_step
 
 
 def accumulate(session: Session, step: int) -> None:

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_networks import NETWORKS
-from test_loops import ANYWHERE, evaluate_between
-from training import (
+from sessions import (
     Loop,
     new_session,
     open_lms,
@@ -18,6 +16,8 @@ from training import (
     plain_step,
     run_lms,
 )
+from small_networks import NETWORKS
+from test_loops import ANYWHERE, evaluate_between
 
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Kind, Phase, Tape
@@ -122,7 +122,11 @@ def test_the_report_before_and_after(spill_dir: Path) -> None:
         for step in range(5):
             plain_step(session, step)
         inside = lms.report()
-    assert lms.report().replace("not on", "on, following a plan") == inside
+    before, after = (
+        [line for line in text.splitlines() if not line.startswith("step ")]  # the last step has just ended
+        for text in (inside, lms.report().replace("not on", "on, following a plan"))
+    )
+    assert after == before
 
 
 def test_the_log_in_one_line_each(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -167,8 +171,8 @@ def test_the_tape_is_of_the_whole_step(spill_dir: Path) -> None:
     }
     assert len(kinds[Kind.STATE]) == 3 * len(kinds[Kind.PARAMETER])
     saved = [value for value in tape.values if value.movable]
-    assert len(saved) >= 20
-    assert all(value.module.startswith("layers.") for value in saved if value.kind is Kind.ACTIVATION)
+    assert len([value for value in saved if value.module.startswith("layers.")]) >= 20
+    assert len([value for value in saved if not value.module]) <= 2, "the loss is in no module"
     assert all(value.idle[0].start < value.idle[0].stop for value in saved)
     assert tape.torch
     assert tape.device == "cpu"

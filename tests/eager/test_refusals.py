@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_networks import NETWORKS, Network
-from training import (
+from sessions import (
     SMALL,
     new_session,
     open_lms,
@@ -19,6 +18,7 @@ from training import (
     run_plain,
     smallest_budget,
 )
+from small_networks import NETWORKS, Network
 
 import torchlms
 
@@ -75,7 +75,7 @@ def test_a_model_that_is_larger_than_the_budget(spill_dir: Path) -> None:
 
 
 def test_memory_that_is_not_ours_to_move_is_counted(spill_dir: Path) -> None:
-    """What the program itself holds on to takes from the budget, and the refusal comes before it is exceeded."""
+    """What the program itself holds takes from the budget; the refusal comes before it is exceeded."""
     kept: list[torch.Tensor] = []
 
     def hoard(lms: torchlms.LMS) -> None:

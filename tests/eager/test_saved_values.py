@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eviction import SIDE, Function, assert_same_gradients, evict, leaves, open_wide
+from sessions import bits
 from torch import Tensor
-from training import bits
 
 
 class Scaled(torch.autograd.Function):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sessions import new_session, plain_step
 from small_networks import NETWORKS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import new_session, plain_step
 
 from torchlms.eager.sizes import ResultSizes, may_return_fresh, signature
 

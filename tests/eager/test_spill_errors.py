@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from sessions import Session, new_session, open_lms, outcome, plain_step, run_plain
 from small_networks import NETWORKS
-from training import Session, new_session, open_lms, outcome, plain_step, run_plain
 
 import torchlms
 

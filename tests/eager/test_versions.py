@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from eviction import SIDE, evict, leaves, open_wide
+from sessions import bits
 from torch import Tensor, nn
-from training import bits
 
 import torchlms
 

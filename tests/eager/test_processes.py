@@ -1,0 +1,210 @@
+"""Forks and worker processes pass LMS by; the parent goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eviction import evict, leaves, open_wide
+from sessions import (
+    Session,
+    bits,
+    ledger_of,
+    moved_bytes,
+    new_session,
+    open_lms,
+    outcome,
+    plain_peak,
+    plain_step,
+    run_plain,
+)
+from small_networks import NETWORKS
+from torch.utils.data import DataLoader, Dataset
+
+MLP = NETWORKS["mlp"]
+BUDGET = 800_000  # of 1.7 MB
+WAIT_S = 60
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def in_child(work: Callable[[], object]) -> str:
+    """What ``work`` returns in a forked child, as text; the child ends at once and without clean-up."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(WAIT_S)
+        text = "died"
+        try:
+            text = str(work())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, text.encode()[:4000])
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def test_a_forked_child_trains_on_its_own(spill_dir: Path) -> None:
+    plain = run_plain(MLP)
+    session = new_session(MLP)
+    with open_lms(session, BUDGET, spill_dir) as lms:
+        for step in range(6):
+            plain_step(session, step)
+            if step in (0, 4):
+                alone = Session(session.model, session.optimizer, MLP)
+                told = in_child(lambda alone=alone, step=step: train_one(alone, step + 1, lms))  # type: ignore[misc]
+                assert told.startswith("0 bytes moved, loss 0x1.")
+                told_loss = told.split()[-1]
+        assert lms.stats()["bytes_out_per_step"] > 0
+    assert outcome(session).differences(plain) == []
+    assert told_loss == plain.losses[5], "the child's own step is right, too"
+
+
+def train_one(session: Session, step: int, lms: Any) -> str:
+    before = moved_bytes(lms)
+    plain_step(session, step)
+    return f"{moved_bytes(lms) - before} bytes moved, loss {session.losses[-1]}"
+
+
+def test_a_child_uses_what_is_here_and_is_told_what_is_not(spill_dir: Path) -> None:
+    """A graph of the parent: its kept values are copied with the process, those on disk are the parent's."""
+    with open_wide(spill_dir) as lms:
+        x, w = leaves()
+        loss = torch.tanh(x @ w).exp().sum()
+
+        def backward() -> str:
+            loss.backward(retain_graph=True)
+            assert w.grad is not None
+            return bits(w.grad)
+
+        here = in_child(backward)
+        assert evict(lms) > 0
+        away = in_child(backward)
+        assert backward() == here
+        assert "SpillError" in away
+    assert list(spill_dir.iterdir()) == []
+
+
+def test_a_child_that_ends_normally_removes_nothing(spill_dir: Path) -> None:
+    """Its interpreter runs finalizers; the file and the hooks are the parent's."""
+    with open_wide(spill_dir) as lms:
+        x, w = leaves()
+        loss = torch.tanh(x @ w).exp().sum()
+        assert evict(lms) > 0
+        child = os.fork()
+        if child == 0:
+            signal.alarm(WAIT_S)
+            try:
+                del loss, x, w
+                lms.__exit__(None, None, None)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert len(list(spill_dir.iterdir())) == 1
+        loss.backward()
+        assert w.grad is not None
+
+
+class Batches(Dataset[Any]):
+    """Made in the worker, by ops that a mode would see."""
+
+    def __len__(self) -> int:
+        return 12 * 64
+
+    def __getitem__(self, index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        row = torch.randn(16, generator=generator)
+        return row.sin() + 1, int(index % 10)
+
+
+def test_a_data_loader_with_workers(spill_dir: Path) -> None:
+    def train(budget: int | None) -> Any:
+        session = new_session(MLP)
+        loader = DataLoader(
+            Batches(), batch_size=128, num_workers=2, generator=torch.Generator().manual_seed(3)
+        )
+
+        def epoch() -> None:
+            for inputs, target in loader:
+                session.optimizer.zero_grad()
+                loss = F.cross_entropy(session.model(inputs), target)
+                loss.backward()
+                session.optimizer.step()
+                session.note(loss)
+
+        if budget is None:
+            epoch()
+        else:
+            with open_lms(session, budget, spill_dir) as lms:
+                epoch()
+                assert moved_bytes(lms) > 0
+                assert ledger_of(lms).highest() <= budget
+        return outcome(session)
+
+    assert train(250_000) == train(None)
+
+
+PROGRAM = """
+    import os, sys, torch, torchlms
+    import torchlms.api
+    from torchlms.core.machine import Machine
+
+    machine = Machine("cpu", 1 << 34, torch.__version__, disk_write_bytes_per_s=1e9, disk_read_bytes_per_s=1e9)
+    torchlms.api.measured_machine = lambda *_, **__: machine
+    model = torch.nn.Sequential(*[layer for _ in range(8) for layer in (torch.nn.Linear(64, 64), torch.nn.Tanh())])
+    lms = torchlms.enable(model, budget={budget}, disk_dir=sys.argv[1], rules={{"min_bytes": 1024}})
+    for _ in range(6):
+        loss = model(torch.randn(512, 64)).sum()
+        loss.backward()
+        model.zero_grad()
+    kept = model(torch.randn(512, 64)).sum()  # a graph with values on disk when the program ends
+    assert lms.stats()["bytes_out_per_step"] > 0
+    print("moved")
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["", "raise ValueError('on purpose')", "sys.exit(3)", "os.kill(os.getpid(), 9)"]
+)
+def test_a_program_that_never_disables(end: str, tmp_path: Path) -> None:
+    """The interpreter ends, in whatever way, and nothing is left; after kill -9, at the next start."""
+    code = textwrap.dedent(PROGRAM).format(budget=1_500_000, end=end)
+    spill = tmp_path / "other"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(spill)], capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+    assert ended.stdout.strip() == "moved", ended.stderr
+    left = list(spill.iterdir())
+    if "kill" in end:
+        assert ended.returncode == -9
+        assert len(left) == 1
+        session = new_session(MLP)
+        with open_lms(session, BUDGET, spill):
+            plain_step(session, 0)
+            assert left[0] not in list(spill.iterdir())
+    else:
+        assert ended.returncode == {"": 0, "sys.exit(3)": 3}.get(end, 1)
+    assert list(spill.iterdir()) == []
+    noise = [line for line in ended.stderr.splitlines() if "Exception ignored" in line or "Error" in line]
+    assert noise == (["ValueError: on purpose"] if "raise" in end else [])
+
+
+def test_the_budget_here_is_a_real_one() -> None:
+    assert plain_peak(MLP) > 1.5 * BUDGET
