@@ -76,7 +76,7 @@ class UNet3d(nn.Module):
 class Transformer(nn.Module):
     """Embedding, causal attention, GELU and dropout; the embedding is also the head's weight."""
 
-    def __init__(self, width: int = 32, layers: int = 3, tied: bool = True) -> None:
+    def __init__(self, width: int = 32, layers: int = 2, tied: bool = True) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, width)
         self.position = nn.Parameter(0.1 * torch.randn(64, width))
@@ -176,7 +176,7 @@ def _volumes(generator: torch.Generator, size: int) -> Tensor:
 
 
 def _tokens(generator: torch.Generator, size: int) -> Tensor:
-    return torch.randint(0, 50, (size, 24), generator=generator)
+    return torch.randint(0, 50, (size, 16), generator=generator)
 
 
 def _sequences(generator: torch.Generator, size: int) -> Tensor:

@@ -224,6 +224,7 @@ def test_copies_and_files_of_a_model_made_inside(spill_dir: Path) -> None:
     assert outcome(session).differences(run_plain(network)) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_nested_and_shared_and_mapped_tensors_pass_through(spill_dir: Path, tmp_path: Path) -> None:
     shared = torch.randn(SIDE, SIDE).share_memory_()
     mapped = torch.from_file(str(tmp_path / "mapped"), True, SIDE * SIDE).view(SIDE, SIDE)

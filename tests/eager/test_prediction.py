@@ -49,7 +49,7 @@ KEYS = {
 def test_the_peak_comes_true(name: str, loop: Loop, spill_dir: Path) -> None:
     network = NETWORKS[name]
     budget = int(0.7 * plain_peak(network, loop))
-    stats = run_lms(network, budget, spill_dir, loop, steps=10).stats
+    stats = run_lms(network, budget, spill_dir, loop, steps=7).stats
     predicted, measured = stats["predicted"]["peak_device_bytes"], stats["peak_device_bytes"]
     assert measured <= budget
     assert abs(predicted - measured) <= 0.05 * measured
