@@ -71,8 +71,7 @@ class Row:
     """One row. ``seconds`` is about what its main part takes on the machine it is meant for.
 
     ``share``: the budget is this share of the plain run's peak, measured first. ``need_over_cap``:
-    the batch is chosen so that plain needs this many times the cap. ``grow_warmup``: warm-up goes on
-    while LMS still plans anew.
+    the batch is chosen so that plain needs this many times the cap.
     """
 
     name: str
@@ -88,6 +87,7 @@ class Row:
     need_over_cap: float = 0.0
     batches: tuple[int, ...] = ()  # CONVOLUTIONS: steps are run at each of these
     cudnn_deterministic: bool = True
+    threads: int = 0  # of torch on the CPU; 0: as many as it takes by itself
     seconds: int = 30
 
     @property
@@ -105,7 +105,7 @@ class Row:
             "steps": self.steps,
             **{
                 name: getattr(self, name)
-                for name in ("share", "need_over_cap", "cudnn_deterministic")
+                for name in ("share", "need_over_cap", "cudnn_deterministic", "threads")
                 if getattr(self, name)
             },
             **({"batches": list(self.batches)} if self.batches else {}),
@@ -213,13 +213,14 @@ ROWS: dict[str, Row] = {
         ),
         Row(
             name="cpu-transformer",
-            label="Llama-shaped, 8 layers of 256, 16 x 256 tokens",
+            label="Llama-shaped, 8 layers of 256, 8 x 256 tokens",
             proves="the same for a transformer with AdamW",
             options=BenchOptions(
-                model="llama", batch_size=16, device="cpu", hidden=256, layers=8, heads=4, sequence=256,
+                model="llama", batch_size=8, device="cpu", hidden=256, layers=8, heads=4, sequence=256,
                 vocab=2000, optimizer="adamw",
             ),
             steps=5,
+            threads=1,  # with two, plain does not repeat its own bits
             share=0.6,
             targets=_CPU_TARGETS,
             seconds=90,

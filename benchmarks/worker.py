@@ -69,6 +69,8 @@ def work(job: Job, path: Path, *, batch_size: int = 0) -> int:
             file.flush()
 
         try:
+            if job.row.threads:
+                torch.set_num_threads(job.row.threads)
             with flags_of(job.row) as flags:
                 emit("facts", device_facts(torch.device(job.row.options.device)))
                 emit("flags", asdict(flags))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchlms.eager import private
@@ -203,6 +204,21 @@ def test_a_mode_is_active_in_the_backward_pass_it_surrounds() -> None:
     with Names() as names:
         loss.backward()
     assert "aten.mul.Tensor" in names.seen
+
+
+def test_a_fake_mode_is_below_ours_wherever_it_was_entered() -> None:
+    class Look(Names):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            self.seen.append(f"{func} {private.faking()}")
+            return func(*args, **(kwargs or {}))
+
+    with Look() as look, FakeTensorMode():
+        torch.ones(3)
+    torch.ones(3)
+    assert look.seen == ["aten.ones.default True"]
+    assert not private.faking()
 
 
 def test_modes_and_hooks_are_of_this_thread() -> None:

@@ -184,14 +184,6 @@ def test_same_gradients(function: Function, spill_dir: Path) -> None:
     assert_same_gradients(function, spill_dir)
 
 
-def test_sparse_tensors_pass_through(spill_dir: Path) -> None:
-    def sparse(x: Tensor, w: Tensor) -> Tensor:
-        matrix = torch.where(w > 0.1, w, 0).to_sparse()
-        return torch.sparse.mm(matrix, x) + torch.sparse.softmax(matrix, 1).to_dense() @ x
-
-    assert_same_gradients(sparse, spill_dir)
-
-
 def test_shape_strides_offset_and_alignment_come_back(spill_dir: Path) -> None:
     seen: list[tuple[Any, ...]] = []
 

@@ -73,6 +73,7 @@ def many_ops(x: Tensor) -> None:
         F.max_pool2d(h, 3, 2, return_indices=True),
         F.adaptive_avg_pool2d(h, 3),
         F.interpolate(h, size=(5, 9), mode="bilinear"),
+        [F.interpolate(h, scale_factor=scale, mode="bicubic") for scale in (1.5, 2.5, 0.5)],
         F.pad(h, (1, 2, 3, 4)),
         F.unfold(h, 3),
         F.group_norm(h, 2),
@@ -96,6 +97,7 @@ def many_ops(x: Tensor) -> None:
         torch.empty_strided((4, 5), (7, 2)),
         torch.randn(3, 4, generator=torch.Generator()),
         torch.arange(0, 17, 3),
+        [torch.arange(0.0, 9.0, step) for step in (0.5, 0.1, 3.0)],
         torch.linspace(0, 1, 7),
         torch.eye(5),
         torch.tril(x),
@@ -259,3 +261,6 @@ def test_signatures_tell_calls_apart() -> None:
     keys = [make() for make in different]
     assert len(set(keys)) == len(keys)
     assert keys == [make() for make in different]
+    # A learning rate that changes every step must not fill the memory.
+    rates = {signature(aten.mul.Scalar, (x, rate), {"alpha": rate}) for rate in (0.1, 0.2, 0.3)}
+    assert len(rates) == 1

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Kind, Phase, Tape
@@ -28,7 +29,7 @@ from torchlms.eager import private
 from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
 from torchlms.eager.program import Deed, Program
-from torchlms.eager.recorder import Recorder, tensors_in
+from torchlms.eager.recorder import Recorder, is_plain, tensors_in
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
@@ -40,6 +41,7 @@ from torchlms.memory.store import Place, Store
 
 log = logging.getLogger("torchlms")
 
+_OWN_DISPATCH_FREE = (torch.Tensor, torch.nn.Parameter)
 _CPU_ALIGNMENT = 64
 _MOST_ROUTINES = 32
 _KEPT_TIMES = 1000
@@ -151,7 +153,8 @@ class Engine(SlotOwner):
         if not self.device.is_cuda:
             for tensor in tensors_in(args, kwargs):
                 self._ledger_add(tensor)
-            self.ladder.enter_in_ledger(func, args, kwargs, self._where)
+            if _makes_cpu_tensors(args, kwargs):
+                self.ladder.enter_in_ledger(func, args, kwargs, self._where)
         elif self.rooms.concerns(func):
             self.ladder.reserve(self.rooms.need(func, args, kwargs))
 
@@ -253,6 +256,8 @@ class Engine(SlotOwner):
 
     def pack(self, tensor: torch.Tensor) -> Kept | Saved:
         """What autograd keeps instead of ``tensor``."""
+        if type(tensor) not in _OWN_DISPATCH_FREE:
+            return Kept(tensor.detach())  # whose detach may be its own, and must see its own dispatch
         with private.unwatched():
             if self.dead or not self._movable(tensor):
                 return Kept(tensor.detach())
@@ -274,9 +279,9 @@ class Engine(SlotOwner):
 
     def _movable(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
-        if type(tensor) is not torch.Tensor or tensor.device != self.device.torch_device:
+        if tensor.device != self.device.torch_device or not is_plain(tensor):
             return False
-        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
             return False
         storage = tensor.untyped_storage()
         size_bytes = storage.nbytes()
@@ -546,6 +551,19 @@ def _drop_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def _makes_cpu_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what an op returns takes memory of the CPU, and not of the meta device or of nothing."""
+    if private.faking():
+        return False
+    device = kwargs.get("device")
+    if device is not None:
+        return torch.device(device).type == "cpu"
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor):
+            return leaf.device.type == "cpu" and is_plain(leaf)
+    return True
 
 
 def _rounded(size_bytes: int) -> int:

@@ -115,7 +115,7 @@ class Ladder:
         if not self.device.is_cuda:
             if not self.fit(size_bytes):
                 raise self._no_way_back(size_bytes)
-            return torch.empty(size_bytes, dtype=torch.uint8)
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
         while True:
             try:
                 return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)

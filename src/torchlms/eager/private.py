@@ -109,6 +109,13 @@ def top_dispatch_mode() -> Any:
     return _get_current_dispatch_mode()
 
 
+def faking() -> bool:
+    """Whether a ``FakeTensorMode`` is on, which torch puts below all other modes: nothing is real then."""
+    get_mode = getattr(torch._C, "_get_dispatch_mode", None)
+    keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+    return get_mode is not None and keys is not None and get_mode(keys.FAKE) is not None
+
+
 def _mode_bypass() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     guard = getattr(torch._C, "_ExcludeDispatchKeyGuard", None)
     key_set, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)

@@ -50,16 +50,22 @@ class ResultSizes:
 
 def signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
     """What the result sizes of a call depend on: shapes, strides, types and plain arguments."""
-    return (func, _freeze(args), _freeze(tuple(sorted(kwargs.items()))) if kwargs else ())
+    name = getattr(func, "__name__", "")
+    # A schedule makes new numbers for ever, and the results of few ops are as large as a number says.
+    exact = any(part in name for part in ("range", "upsample"))
+    named = _freeze(tuple(sorted(kwargs.items())), exact) if kwargs else ()
+    return (func, _freeze(args, exact), named)
 
 
-def _freeze(item: Any) -> Any:
+def _freeze(item: Any, exact: bool) -> Any:
     if isinstance(item, torch.Tensor):
+        if item.is_nested:
+            return (item.dtype, "nested")
         return (item.dtype, tuple(item.shape), item.stride() if item.layout is torch.strided else item.layout)
     if isinstance(item, (list, tuple)):
-        return tuple(_freeze(entry) for entry in item)
-    if isinstance(item, float):
-        return float  # no size depends on one, and a schedule makes new ones for ever
+        return tuple(_freeze(entry, exact) for entry in item)
+    if isinstance(item, float) and not exact:
+        return float
     return item if item.__hash__ is not None else repr(item)
 
 
