@@ -207,6 +207,7 @@ ROWS: dict[str, Row] = {
                 model="resnet50", batch_size=32, image_size=128, device="cpu", optimizer="sgd"
             ),
             steps=5,
+            threads=1,
             share=0.6,
             targets=_CPU_TARGETS,
             seconds=120,

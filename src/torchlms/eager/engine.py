@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Kind, Phase, Tape
@@ -560,10 +559,19 @@ def _makes_cpu_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device")
     if device is not None:
         return torch.device(device).type == "cpu"
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor):
-            return leaf.device.type == "cpu" and is_plain(leaf)
-    return True
+    first = _first_tensor((*args, *kwargs.values()))
+    return first is None or (first.device.type == "cpu" and is_plain(first))
+
+
+def _first_tensor(items: Iterable[Any]) -> torch.Tensor | None:
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            return item
+        if isinstance(item, (list, tuple)):
+            inner = _first_tensor(item)
+            if inner is not None:
+                return inner
+    return None
 
 
 def _rounded(size_bytes: int) -> int:
