@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
+from torchlms.core.planner import NO_ELBOW, Elbow
 from torchlms.core.planner import plan as make_plan
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
@@ -27,6 +28,7 @@ log = logging.getLogger("torchlms")
 # them, more if that proves too little, and more from the start where it costs next to nothing.
 _FIRST_HEADROOM = 0.05
 _MORE_HEADROOM = 0.025
+_ELBOW = Elbow(flying=0.2, new=0.15)
 _CHEAP_HEADROOM = 0.10  # up to here
 _CHEAP = 1.03  # times the predicted step
 _QUICK_S = 0.5  # a plan that took longer is not made several times
@@ -78,7 +80,14 @@ class Director:
 
     def _make(self, tape: Tape, headroom: float) -> Plan:
         headroom_bytes = int(headroom * self.budget.device_bytes)
-        return make_plan(tape, self.machine, self.budget, self.rules, headroom_bytes=headroom_bytes)
+        return make_plan(
+            tape,
+            self.machine,
+            self.budget,
+            self.rules,
+            headroom_bytes=headroom_bytes,
+            elbow=_ELBOW if self.machine.link else NO_ELBOW,
+        )
 
     def _with_cheap_headroom(self, tape: Tape, first: Plan) -> Plan:
         """The plan with the most headroom that is predicted to be hardly slower than ``first``."""

@@ -40,6 +40,8 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "reclaims": engine.ladder.reclaims,
         "reclaimed_bytes": engine.ladder.reclaimed_bytes,
         "retries": engine.ladder.retries,
+        "holes_opened": engine.holes.opened,
+        "moved_bytes": engine.holes.moved_bytes,
         "late_fetches": engine.late_fetches,
         "starved_convolutions": engine.rooms.starved,
         "replans": sum(routine.replans for routine in engine.routines.values()),

@@ -12,7 +12,10 @@ The search is deterministic: its effort is counted in work, not in seconds.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget, wraps
@@ -32,7 +35,23 @@ if TYPE_CHECKING:
     from torchlms.core.machine import Machine
     from torchlms.core.tape import Tape, Value
 
-__all__ = ["lower_bound", "plan"]
+__all__ = ["NO_ELBOW", "Elbow", "lower_bound", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Elbow:
+    """Elbow room: what memory that nobody can move out of the way takes beyond its size, as a share.
+
+    An allocator that places blocks one by one leaves holes. Values at rest can be moved to close them;
+    ``flying`` ones, whose copy is under way, cannot, and the ``new`` blocks of an op, its results and
+    its workspace, need a hole each.
+    """
+
+    flying: float = 0.0
+    new: float = 0.0
+
+
+NO_ELBOW = Elbow()
 
 
 def plan(
@@ -42,10 +61,12 @@ def plan(
     rules: Rules = Rules(),  # noqa: B008  (frozen)
     *,
     headroom_bytes: int = 0,
+    elbow: Elbow = NO_ELBOW,
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``.
 
-    Moves nothing when everything fits, unless a rule demands it. The step time is the best found,
+    ``elbow`` is free memory that ops and copies are given beyond that where it can be had. Moves
+    nothing when everything fits, unless a rule demands it. The step time is the best found,
     not a proven optimum; ``lower_bound`` says how far off it can be. Stretches that wrap around the
     end of the tape stay on the device. Raises BudgetTooSmall or HostBudgetTooSmall when there is no
     such plan.
@@ -57,8 +78,9 @@ def plan(
     floor = _floor(simulator.baseline, candidates)
     if len(floor) and floor.max() > limit_bytes:
         raise _too_small(simulator, floor, budget, headroom_bytes)
-    course = Course(tuple(op.time_s for op in tape.ops), simulator.baseline, limit_bytes)
-    worthy = _worth_moving(simulator.baseline, candidates, rules, limit_bytes)
+    needed = simulator.baseline + np.minimum(_room_for_new(tape, elbow), limit_bytes - floor)
+    course = Course(tuple(op.time_s for op in tape.ops), needed, limit_bytes, elbow.flying)
+    worthy = _worth_moving(needed, candidates, rules, limit_bytes)
     found = search(simulator, course, worthy, _room(machine, budget))
     decisions = tuple(_decision(slot, found.places) for slot in found.slots)
     timeline = simulator.run(decisions)
@@ -115,6 +137,15 @@ def _floor(baseline: Bytes, candidates: Sequence[Move]) -> Bytes:
     for move in candidates:
         floor[move.start : move.stop] -= move.size_bytes
     return floor
+
+
+def _room_for_new(tape: Tape, elbow: Elbow) -> Bytes:
+    """What each op is given beyond what it allocates."""
+    new_bytes = np.array([op.scratch_bytes for op in tape.ops], dtype=np.int64)
+    for value in tape.values:
+        if value.birth >= 0:
+            new_bytes[value.birth] += value.size_bytes
+    return (elbow.new * new_bytes).astype(np.int64)
 
 
 def _worth_moving(

@@ -69,11 +69,16 @@ class Lead:
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """What every schedule of one tape shares: seconds of each op, bytes with nothing moved, the limit."""
+    """What every schedule of one tape shares: seconds of each op, bytes with nothing moved, the limit.
+
+    ``flight_room`` is what a value takes beyond its size, as a share of it, while a copy of it is in
+    flight: it cannot be moved out of the way then, so the memory around it is harder to use.
+    """
 
     op_s: tuple[float, ...]
     baseline: Bytes
     limit_bytes: int
+    flight_room: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,8 @@ class _Forward:
         self._free_s = [0.0] * len(moves)  # the end and the slack
         self._clock_s = self._link_free_s = self._disk_free_s = 0.0
         self._away_bytes = 0
+        self._flight_room = course.flight_room
+        self._leaving_bytes = 0
         self._returning = [0] * (count + 1)
         self._last_calls: dict[int, list[int]] = {}
         self._starts: dict[int, list[int]] = {}
@@ -160,7 +167,10 @@ class _Forward:
                 self._let_go(disk.popleft(), op)
             for index in self._last_calls.get(op, ()):
                 self._let_go(index, op, wait=True)
-            while self._excess[op] > self._away_bytes:
+            while self._excess[op] + self._flight_room * self._leaving_bytes > self._away_bytes:
+                if not any(self._pending):
+                    assert self._excess[op] <= self._away_bytes, "the moves do not cover the excess"
+                    break
                 self._let_go(self._first_to_end().popleft(), op, wait=True)
             clocks_s.append(self._clock_s)
             self._clock_s += op_s
@@ -175,6 +185,7 @@ class _Forward:
             self._ends_s[index] = end_s
             self._free_s[index] = end_s + RELEASE_SLACK * (move.out_s or move.write_s)
             self._pending[move in self._on_disk].append(index)
+            self._leaving_bytes += move.size_bytes
 
     def _ended(self, index: int, op: int) -> bool:
         """Whether to take the copy off its queue: it has ended, or is wanted back before it could."""
@@ -182,12 +193,14 @@ class _Forward:
 
     def _first_to_end(self) -> deque[int]:
         queues = [queue for queue in self._pending if queue]
-        assert queues, "the moves do not cover the excess"
         return min(queues, key=lambda queue: self._ends_s[queue[0]])
 
     def _let_go(self, index: int, op: int, *, wait: bool = False) -> None:
         move = self._moves[index]
-        if move.stop <= op or self.releases[index] != NEVER:
+        if self.releases[index] != NEVER:
+            return
+        self._leaving_bytes -= move.size_bytes
+        if move.stop <= op:
             return
         if wait:
             self._clock_s = max(self._clock_s, self._ends_s[index])
@@ -216,10 +229,11 @@ def _reload(
     for index in by_need:
         move, tier = moves[index], int(moves[index] in on_disk)
         reload_op = min(max(wished[index], releases[index] + 1, last[tier]), move.stop)
-        full = np.flatnonzero(bytes_at[reload_op : move.stop] > limit_bytes - move.size_bytes)
+        coming_bytes = int(move.size_bytes * (1 + course.flight_room))
+        full = np.flatnonzero(bytes_at[reload_op : move.stop] > limit_bytes - coming_bytes)
         if len(full):
             reload_op += int(full[-1]) + 1
-        bytes_at[reload_op : move.stop] += move.size_bytes
+        bytes_at[reload_op : move.stop] += coming_bytes
         reloads[index] = last[tier] = reload_op
     return reloads
 

@@ -26,6 +26,7 @@ from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Kind, Phase, Tape
 from torchlms.eager import private
 from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
 from torchlms.eager.program import Deed, Program
 from torchlms.eager.recorder import Recorder, is_plain, tensors_in
@@ -69,6 +70,7 @@ class Engine(SlotOwner):
         self.sizes = ResultSizes()
         self.rooms = ConvolutionRoom(self.sizes)
         self.ladder = Ladder(device, store, self, self.sizes, budget_bytes)
+        self.holes = Holes(device, self)
         self.kinds = kinds
         self.late_kinds = late_kinds
         self.prepare = prepare
@@ -131,6 +133,8 @@ class Engine(SlotOwner):
         if not self.device.is_cuda:
             self._count(result)
             self.sizes.prove(args, kwargs, result)
+        elif self.holes.learning:
+            self.holes.note(self._clock)
         self._clock += 1
         return result
 
@@ -221,13 +225,20 @@ class Engine(SlotOwner):
         while self._cursor < len(actions) and actions[self._cursor].op <= self._clock:
             action = actions[self._cursor]
             self._cursor += 1
+            if action.deed is Deed.OPEN:
+                self.holes.open(program.blocks_bytes(action.op))
+                continue
             reference = self._by_ordinal.get(action.ordinal)
             slot = reference() if reference is not None else None
             if slot is None:
                 continue
+            if action.deed is Deed.FETCH and action.op in program.pinches and slot.where is Where.AWAY:
+                self.holes.open((slot.size_bytes,))
             # A plan is advice: what has no room now stays where it is, and whoever needs it asks again.
             with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall):
                 self._carry_out(program, action.deed, slot)
+            if action.deed is Deed.FETCH and self.holes.learning:
+                self.holes.note(action.op)
         self._due = actions[self._cursor].op if self._cursor < len(actions) else _DONE
 
     def _carry_out(self, program: Program, deed: Deed, slot: Slot) -> None:
@@ -377,7 +388,9 @@ class Engine(SlotOwner):
             self.program = routine.program
             if len(routine.timings) < TIMINGS:
                 self.timer = OpTimer(self.device)
-        self._plainly = self.device.is_cuda and self.recorder is None and self.timer is None
+        self.holes.begin_step(self.program)
+        watching = self.recorder is not None or self.timer is not None or self.holes.learning
+        self._plainly = self.device.is_cuda and not watching
         self.rooms.begin_step()
         self._ooms = self._allocator_ooms() - self.ladder.ooms
         if self.program is not None and self.program.actions:
@@ -416,6 +429,7 @@ class Engine(SlotOwner):
         timer, self.timer = self.timer, None
         self._due = _DONE
         self._plainly = False
+        self.holes.end_step()
         if routine is None:
             return
         # Failed allocations that raised nowhere: a library swallowed them and took another way.

@@ -70,6 +70,27 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def allocator_remaps(device: torch.device) -> int:
+    """How often the caching allocator found no block and gave its free memory back to try again."""
+    return int(allocator_stats(device)["num_alloc_retries"])
+
+
+def mapped_runs(device: torch.device) -> list[list[tuple[int, int, bool]]]:
+    """Blocks (address, bytes, free) of the current stream's large pool, in runs without a gap.
+
+    Assumes that a snapshot lists each run of mapped pages as a segment of its own. Takes a
+    millisecond or two.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return [
+        [(block["address"], block["size"], block["state"] == "inactive") for block in segment["blocks"]]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["segment_type"] == "large"
+        and segment["stream"] == stream
+        and segment["device"] == (device.index or 0)
+    ]
+
+
 def set_expandable_segments(on: bool) -> bool:
     """Ask the caching allocator to back new segments by remappable pages; False where it cannot."""
     setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(

@@ -15,6 +15,7 @@ class Deed(IntEnum):
     SEND = 0
     RELEASE = 1
     FETCH = 2
+    OPEN = 3  # a hole for the op itself; no slot has a part in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,12 @@ class Expected:
     saved_at: int
     needed_at: int
     decision: Decision | None
+
+
+_LESSONS = 16
+_MORE_LESSONS = 2
+_CALM_LESSON = 3  # a step without pinches counts for as many
+_NO_SLOT = -1
 
 
 class Program:
@@ -66,11 +73,43 @@ class Program:
             actions.append(Action(start, Deed.SEND, value.saved))
             actions.append(Action(decision.release_op, Deed.RELEASE, value.saved))
             actions.append(Action(decision.reload_op, Deed.FETCH, value.saved))
-        self.actions = sorted(actions, key=lambda action: (action.op, action.deed, self._order(action)))
+        self.actions = sorted(actions, key=self._order)
+        self.pinches: set[int] = set()
+        self.lessons = _LESSONS if actions else 0  # steps left in which pinches are learned
+        self.scattered = True  # free memory may be mapped in pieces
+        self._calm = False  # a step has passed without a pinch
+        self._births: dict[int, list[int]] | None = None
 
-    def _order(self, action: Action) -> int:
-        """Sends in order of value id; fetches in order of need."""
+    def learn(self, pinched: set[int], *, disturbed: bool) -> None:
+        """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""
+        if disturbed and self._calm and not self.lessons:
+            self.lessons = _MORE_LESSONS  # something else has scattered the memory
+        self.scattered = disturbed and (
+            self._calm or bool(pinched - self.pinches)
+        )  # levelling takes as long as 10 pinches
+        self.lessons = max(0, self.lessons - (1 if disturbed else _CALM_LESSON))
+        self._calm = not disturbed
+        new = pinched - self.pinches
+        if new:
+            self.pinches |= new
+            opening = (Action(op, Deed.OPEN, _NO_SLOT) for op in new)
+            self.actions = sorted([*self.actions, *opening], key=self._order)
+
+    def blocks_bytes(self, op: int) -> list[int]:
+        """What op ``op`` allocates, as far as the tape knows: its results and its workspace."""
+        if not 0 <= op < len(self.tape.ops):
+            return []
+        if self._births is None:
+            self._births = {}
+            for value in self.tape.values:
+                self._births.setdefault(value.birth, []).append(value.size_bytes)
+        return [*self._births.get(op, []), self.tape.ops[op].scratch_bytes]
+
+    def _order(self, action: Action) -> tuple[int, int, int]:
+        """By op and deed; sends in order of value id, fetches in order of need."""
+        if action.deed is Deed.OPEN:
+            return action.op, action.deed, 0
         expected = self.expected[action.ordinal]
         if action.deed is Deed.FETCH:
-            return expected.needed_at
-        return expected.decision.value if expected.decision is not None else 0
+            return action.op, action.deed, expected.needed_at
+        return action.op, action.deed, expected.decision.value if expected.decision is not None else 0

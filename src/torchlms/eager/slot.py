@@ -108,6 +108,18 @@ class Slot:
             and not others_hold(self.bytes.untyped_storage(), ours=1)
         )
 
+    def at_rest(self) -> bool:
+        """Whether the bytes could be anywhere else on the device just as well."""
+        return self.place is None and self.copy_out is None and self.alone()
+
+    def move_to(self, target: torch.Tensor) -> None:
+        """Copy the bytes to ``target``, on the compute queue, and live there; needs ``at_rest``."""
+        assert self.bytes is not None
+        target.copy_(self.bytes)
+        self.bytes = target
+        link(target.untyped_storage(), self)
+        self.owner.moved(self)
+
     # -- out ---------------------------------------------------------------------------------
 
     def send(self, place: Place) -> None:

@@ -111,6 +111,7 @@ class CudaDevice:
         index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
         self.total_bytes = int(torch.cuda.get_device_properties(index).total_memory)
+        self.cap_bytes = self.total_bytes  # what the allocator may reserve
         self._fraction_before: float | None = None
 
     def available_bytes(self) -> int:
@@ -133,7 +134,8 @@ class CudaDevice:
         if self._fraction_before is None:
             self._fraction_before = float(torch.cuda.get_per_process_memory_fraction(self.torch_device))
         # The allocator compares what is asked for, and then maps whole pages.
-        fraction = min(1.0, max(1, budget_bytes - _PAGE_BYTES) / self.total_bytes)
+        self.cap_bytes = min(self.total_bytes, max(1, budget_bytes - _PAGE_BYTES))
+        fraction = self.cap_bytes / self.total_bytes
         torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
     def uncap(self) -> None:

@@ -1,0 +1,166 @@
+"""Holes: opens them where the caching allocator would otherwise stop the device.
+
+[Note: Pinches]
+Under a cap, free memory lies in holes between blocks. An allocation that fits into none of them makes
+the allocator wait for the device, unmap every free page and map as many again elsewhere: about five
+milliseconds, during which neither ops nor, often, copies run. But values that stay are ours to move:
+a copy within the device takes half a millisecond a gigabyte and waits for nothing. The pinches of a
+program are the ops before which that happened. They are learned in the first steps under a plan,
+since steps repeat, and from then on a hole is opened there by moving what stands around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchlms.eager import private
+from torchlms.memory.compaction import Block, Window, find_window
+from torchlms.memory.device import CudaDevice
+
+if TYPE_CHECKING:
+    from torchlms.eager.ladder import Population
+    from torchlms.eager.program import Program
+    from torchlms.eager.slot import Slot
+    from torchlms.memory.device import CpuDevice
+
+_LEAST_BYTES = 20 << 20  # smaller allocations hardly ever fail for want of a hole
+_MOST_ROUNDS = 3
+_MOST_TRIES = 8
+_SPARE_BYTES = 32 << 20  # left unmapped for pools that may still grow a little
+
+
+class Holes:
+    """Learns the pinches of each program, and opens holes at them."""
+
+    def __init__(self, device: CudaDevice | CpuDevice, slots: Population) -> None:
+        self._device = device
+        self._slots = slots
+        self._program: Program | None = None
+        self._remaps = 0
+        self._began = 0
+        self._pinched: set[int] = set()
+        self.opened = 0  # holes opened by moving values
+        self.moved_bytes = 0
+
+    # -- learning ----------------------------------------------------------------------------
+
+    @property
+    def learning(self) -> bool:
+        return self._program is not None and self._program.lessons > 0
+
+    def begin_step(self, program: Program | None) -> None:
+        """A micro-step begins, under ``program`` if there is one."""
+        self._program = program if isinstance(self._device, CudaDevice) else None
+        self._pinched = set()
+        if self._program is not None:
+            if self._program.lessons and self._program.scattered:
+                self._level()
+                self._program.scattered = False
+            self._remaps = self._began = self._count()
+
+    def note(self, op: int) -> None:
+        """Ask, after op ``op`` or after what was done before it, whether the allocator had to remap."""
+        remaps = self._count()
+        if remaps != self._remaps:
+            self._remaps = remaps
+            self._pinched.add(op)
+
+    def end_step(self) -> None:
+        """The micro-step is over: what was learned counts from the next one on."""
+        program, self._program = self._program, None
+        if program is not None:
+            program.learn(self._pinched, disturbed=self._count() != self._began)
+
+    def _count(self) -> int:
+        return private.allocator_remaps(self._device.torch_device)
+
+    def _level(self) -> None:
+        """Between steps, when little is in use: map all free memory in one piece."""
+        device = self._device
+        assert isinstance(device, CudaDevice)
+        if not private.expandable_segments():
+            return
+        elsewhere_bytes = self._elsewhere_bytes()
+        torch.cuda.empty_cache()
+        given_back_bytes = elsewhere_bytes - self._elsewhere_bytes()  # and soon wanted again
+        room_bytes = device.cap_bytes - torch.cuda.memory_reserved(device.torch_device) - given_back_bytes
+        if room_bytes > 2 * _SPARE_BYTES:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._empty(room_bytes - _SPARE_BYTES)
+
+    def _elsewhere_bytes(self) -> int:
+        """What other pools than that of large blocks on this stream have reserved."""
+        device = self._device.torch_device
+        ours = sum(size for run in private.mapped_runs(device) for _, size, _ in run)
+        return torch.cuda.memory_reserved(device) - ours
+
+    # -- opening -----------------------------------------------------------------------------
+
+    def open(self, sizes_bytes: Sequence[int]) -> None:
+        """See to it that blocks of ``sizes_bytes`` can be allocated, in this order, without remapping.
+
+        Does what it can: where no window can be freed the allocator remaps, as it would have.
+        """
+        if not isinstance(self._device, CudaDevice):
+            return
+        large = [size for size in sizes_bytes if size >= _LEAST_BYTES]
+        for _ in range(_MOST_ROUNDS):  # a hole made for one block may change where another goes
+            if not self._rehearse(large):
+                return
+
+    def _rehearse(self, sizes_bytes: Sequence[int]) -> bool:
+        """Allocate them as the op will, making room where there is none; True if anything was moved."""
+        held, opened = [], self.opened
+        for size_bytes in sizes_bytes:
+            if not self._open_one(size_bytes):
+                break
+            try:
+                held.append(self._empty(size_bytes))
+            except torch.OutOfMemoryError:
+                break
+        del held
+        return self.opened > opened
+
+    def _open_one(self, size_bytes: int) -> bool:
+        """Whether there is a hole of ``size_bytes``, made now if need be."""
+        movable = {
+            slot.bytes.data_ptr(): slot
+            for slot in self._slots.living()
+            if slot.bytes is not None and slot.at_rest()
+        }
+        runs = [
+            [Block(address, size, free, address in movable) for address, size, free in run]
+            for run in private.mapped_runs(self._device.torch_device)
+        ]
+        window = find_window(runs, size_bytes)
+        return window is not None and self._clear(window, movable)
+
+    def _clear(self, window: Window, movable: dict[int, Slot]) -> bool:
+        """Move all that stands in ``window``; False if it could not all be done."""
+        fillers: list[torch.Tensor] = []  # of holes inside the window, which the allocator would take first
+        for block in window.moves:
+            target = self._outside(window, movable[block.address].size_bytes, fillers)
+            if target is None:
+                return False
+            movable[block.address].move_to(target)
+            self.moved_bytes += block.size_bytes
+        self.opened += bool(window.moves)
+        return True
+
+    def _outside(self, window: Window, size_bytes: int, fillers: list[torch.Tensor]) -> torch.Tensor | None:
+        for _ in range(_MOST_TRIES):
+            try:
+                target = self._empty(size_bytes)
+            except torch.OutOfMemoryError:
+                return None
+            if not window.contains(target.data_ptr()):
+                return target
+            fillers.append(target)
+        return None
+
+    def _empty(self, size_bytes: int) -> torch.Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self._device.torch_device)
