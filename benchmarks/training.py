@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Emit = Callable[[dict[str, Any]], None]
 
-_MOST_EXTRA_WARMUP = 12  # steps, while LMS still plans anew
+_MOST_EXTRA_WARMUP = 26  # steps, while LMS still plans anew or learns where memory is tight
 _CALM_STEPS = 2  # steps without a new plan before timing begins
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
 _ASIDE_ROUNDS = 4
@@ -251,7 +251,7 @@ def lms_around(trainer: Trainer) -> Iterator[Any]:
 
 
 def warm_up(trainer: Trainer, lms: Any, least: int) -> None:
-    """At least so many steps, and more while LMS still plans anew."""
+    """At least so many steps, and more while LMS still plans anew or learns."""
     calm, before = 0, (0, 0)
     while len(trainer.seconds) < least or (
         calm < _CALM_STEPS and len(trainer.seconds) < least + _MOST_EXTRA_WARMUP
@@ -260,7 +260,7 @@ def warm_up(trainer: Trainer, lms: Any, least: int) -> None:
         stats = lms.stats()
         trainer.ledger_bytes = max(trainer.ledger_bytes, stats.get("peak_device_bytes", 0))
         now = (stats.get("replans", 0), stats.get("record_steps", 0))
-        calm = calm + 1 if now == before else 0
+        calm = calm + 1 if now == before and not stats.get("lessons") else 0
         before = now
 
 

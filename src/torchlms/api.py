@@ -197,7 +197,7 @@ class LMS:
         input_bytes = _bytes_in(args, kwargs)
         if not installation.on:
             grew = input_bytes > _GREW * self._largest_input_bytes
-            if grew or engine.outgrown():
+            if grew or engine.failed_alone() or engine.outgrown():
                 log.info(
                     "%s: LMS is back", "larger inputs than before" if grew else "memory has become tight"
                 )
@@ -209,11 +209,14 @@ class LMS:
             self._largest_input_bytes = max(self._largest_input_bytes, input_bytes)
             engine.settle()
             # Inputs whose size cannot be seen could grow unnoticed.
-            if input_bytes and engine.everything_fits() and not engine.outgrown() and installation.on_top():
+            if input_bytes and self._may_step_aside(engine) and installation.on_top():
                 self._step_aside(engine, installation)
 
+    def _may_step_aside(self, engine: Engine) -> bool:
+        return engine.everything_fits() and not engine.starved_aside and not engine.outgrown()
+
     def _step_aside(self, engine: Engine, installation: Installation) -> None:
-        engine.end_microstep()
+        engine.leave_alone()
         installation.take_off()
         self._aside = True
 

@@ -60,7 +60,9 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Samples per step. 0: the network's own.")] = 0,
     image_size: Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")] = 0,
     num_batches: Annotated[int, typer.Option(help="Timed steps.")] = 100,
-    warmup: Annotated[int, typer.Option(help="Steps before timing. -1: 5 with LMS, 3 without.")] = -1,
+    warmup: Annotated[
+        int, typer.Option(help="Steps before timing. -1: 20 with LMS (CPU: 5), 3 without.")
+    ] = -1,
     display_every: Annotated[int, typer.Option(help="Steps between two lines of output.")] = 10,
     device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")] = "float32",

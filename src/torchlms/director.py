@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("torchlms")
 
 # The allocator cannot use every byte it has reserved: holes between blocks do not add up to a
-# large one, and closing them makes it wait for the device. A plan leaves this share of the budget to
-# them, more if that proves too little, and more from the start where it costs next to nothing.
-_FIRST_HEADROOM = 0.05
+# large one. Values at rest are moved to close them; what cannot be moved is given elbow room, and the
+# whole this share of the budget, more if that proves too little.
+_FIRST_HEADROOM = 0.02
 _MORE_HEADROOM = 0.025
 _ELBOW = Elbow(flying=0.2, new=0.15)
-_CHEAP_HEADROOM = 0.10  # up to here
-_CHEAP = 1.03  # times the predicted step
-_QUICK_S = 0.5  # a plan that took longer is not made several times
 _MOST_REPLANS = 4
-_SETTLING_STEPS = 2  # the allocator's pools find their sizes in these
+_SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
 
 class Director:
@@ -67,16 +64,19 @@ class Director:
     def _plan(self, engine: Engine, routine: Routine, tape: Tape) -> None:
         """Plan, or go on without a plan: the step was recorded within the budget, so it can be run so."""
         try:
-            first = self._make(tape, self.headroom)
-        except BudgetTooSmall:
-            first = None
-        try:
-            plan = self._make(tape, 0.0) if first is None else self._with_cheap_headroom(tape, first)
+            plan = self._make_roomy(tape)
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
             log.warning("going on without a plan, slowly: values leave as memory runs out. %s", refusal)
             return
         self._adopt(engine, routine, tape, plan)
+
+    def _make_roomy(self, tape: Tape) -> Plan:
+        """A plan with headroom, or without where there is none to have."""
+        try:
+            return self._make(tape, self.headroom)
+        except BudgetTooSmall:
+            return self._make(tape, 0.0)
 
     def _make(self, tape: Tape, headroom: float) -> Plan:
         headroom_bytes = int(headroom * self.budget.device_bytes)
@@ -88,21 +88,6 @@ class Director:
             headroom_bytes=headroom_bytes,
             elbow=_ELBOW if self.machine.link else NO_ELBOW,
         )
-
-    def _with_cheap_headroom(self, tape: Tape, first: Plan) -> Plan:
-        """The plan with the most headroom that is predicted to be hardly slower than ``first``."""
-        best, headroom = first, self.headroom + _MORE_HEADROOM
-        while self.machine.link and best.predicted.stall_s > 0 and best.plan_s <= _QUICK_S:
-            if headroom > _CHEAP_HEADROOM:
-                break
-            try:
-                roomier = self._make(tape, headroom)
-            except LMSError:
-                break
-            if roomier.predicted.step_s > _CHEAP * first.predicted.step_s:
-                break
-            best, headroom = roomier, headroom + _MORE_HEADROOM
-        return best
 
     def _settle(self, engine: Engine, routine: Routine) -> None:
         """Plan once more with the times that ops take when nobody watches them."""
@@ -157,7 +142,7 @@ class Director:
         )
         tape = routine.program.tape
         try:
-            plan = self._with_cheap_headroom(tape, self._make(tape, self.headroom))
+            plan = self._make(tape, self.headroom)
         except LMSError:
             routine.replans = _MOST_REPLANS  # no room for more headroom: go on with what there is
             self.headroom -= _MORE_HEADROOM

@@ -40,6 +40,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "reclaims": engine.ladder.reclaims,
         "reclaimed_bytes": engine.ladder.reclaimed_bytes,
         "retries": engine.ladder.retries,
+        "lessons": max((plan.lessons for plan in engine.programs()), default=0),
         "holes_opened": engine.holes.opened,
         "moved_bytes": engine.holes.moved_bytes,
         "late_fetches": engine.late_fetches,

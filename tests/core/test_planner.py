@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tapes import GIB, MIB, chain, cpu, gpu, resnet, transformer, unet
 
 from torchlms.core.plan import Budget, Choice
-from torchlms.core.planner import lower_bound, plan
+from torchlms.core.planner import NO_ELBOW, Elbow, lower_bound, plan
 from torchlms.core.rules import Rules
-from torchlms.core.simulate import baseline_curve, simulate, smallest_budget
+from torchlms.core.simulate import baseline_curve, floor_curve, memory_curve, simulate, smallest_budget
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.core.validate import validate
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
@@ -96,7 +96,8 @@ def test_random_tapes(data: st.DataObject) -> None:
     headroom_bytes = data.draw(st.integers(0, 10)) * 1000
     spare = data.draw(st.integers(0, int(baseline_curve(tape).max()) - least))
     budget = Budget(least + headroom_bytes + spare, LOTS if machine.link else 0, LOTS)
-    made = plan(tape, machine, budget, headroom_bytes=headroom_bytes)
+    elbow = data.draw(st.sampled_from([NO_ELBOW, Elbow(flying=0.5), Elbow(new=0.5), Elbow(2.0, 2.0)]))
+    made = plan(tape, machine, budget, headroom_bytes=headroom_bytes, elbow=elbow)
     assert validate(tape, made, machine) == []
     assert made.predicted.peak_device_bytes <= budget.device_bytes - headroom_bytes
     assert made.smallest_bytes == least + headroom_bytes
@@ -174,6 +175,33 @@ def test_the_lower_bound_is_one(tape: Tape, machine: Machine, share: float) -> N
     best_s = brute.best_step_s(tape, machine, budget.device_bytes)
     assert best_s is not None
     assert lower_bound(tape, machine, budget) <= best_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_elbow_room_is_left_beside_what_flies_and_what_is_new(name: str, share: float) -> None:
+    tape, machine = NETWORKS[name], gpu()
+    budget = _budget(tape, share)
+    elbow = Elbow(flying=0.2, new=0.15)
+    made = plan(tape, machine, budget, elbow=elbow)
+    floor = floor_curve(tape)
+    flying = np.zeros(len(tape.ops))
+    for decision in made.moves:
+        value = tape.values[decision.value]
+        stretch = value.idle[decision.stretch]
+        flying[stretch.start : decision.release_op] += value.size_bytes
+        flying[decision.reload_op : stretch.stop] += value.size_bytes
+    new = np.array([float(op.scratch_bytes) for op in tape.ops])
+    for value in tape.values:
+        if value.birth >= 0:
+            new[value.birth] += value.size_bytes
+    room = budget.device_bytes - memory_curve(tape, made.decisions)
+    wanted = elbow.flying * flying + np.minimum(elbow.new * new, budget.device_bytes - floor)
+    short = room < wanted - 1
+    # Only a copy back that is needed at once may be short of room: there is nothing to wait for.
+    needed = {tape.values[move.value].idle[move.stretch].stop - 1 for move in made.moves}
+    assert set(np.flatnonzero(short).tolist()) <= needed
+    assert (memory_curve(tape, plan(tape, machine, budget).decisions) > budget.device_bytes - wanted).any()
 
 
 def test_below_the_floor() -> None:

@@ -14,7 +14,8 @@ from torchlms.memory.limits import parse_bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _PLAIN_WARMUP_STEPS = 3
-_LMS_WARMUP_STEPS = 5  # two are recorded, one tries the plan, two settle
+# One step is recorded, two are timed, two settle; on a device the allocator's habits are then learned.
+_LMS_WARMUP_STEPS = {"cpu": 5, "cuda": 20}
 
 
 class Way(str, Enum):
@@ -87,7 +88,11 @@ class BenchOptions:
         self._check_sizes()
         warmup = self.warmup
         if warmup < 0:
-            warmup = _LMS_WARMUP_STEPS if self.way is Way.LMS else _PLAIN_WARMUP_STEPS
+            warmup = (
+                _LMS_WARMUP_STEPS["cpu" if device == "cpu" else "cuda"]
+                if self.way is Way.LMS
+                else _PLAIN_WARMUP_STEPS
+            )
         return replace(
             self,
             batch_size=self.batch_size or network.default_batch_size,

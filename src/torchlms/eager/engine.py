@@ -11,7 +11,6 @@ pass has run since the last beginning or nothing saved since then is alive any m
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -22,20 +21,21 @@ from typing import Any
 
 import torch
 
-from torchlms.core.plan import Choice, Plan
+from torchlms.core.plan import Plan
 from torchlms.core.tape import Kind, Phase, Tape
 from torchlms.eager import private
 from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
-from torchlms.eager.program import Deed, Program
+from torchlms.eager.program import Program
 from torchlms.eager.recorder import Recorder, is_plain, tensors_in
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where, find
 from torchlms.eager.timer import OpTimer
-from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
+from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -47,7 +47,6 @@ _MOST_ROUTINES = 32
 _KEPT_TIMES = 1000
 _FITTING_SHARE = 0.97  # of the budget; the rest is for holes
 _LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
-_DONE = 1 << 62  # no action is due before this op
 
 
 class Engine(SlotOwner):
@@ -79,7 +78,7 @@ class Engine(SlotOwner):
         self.routines: dict[Signature, Routine] = {}
         self.routine: Routine | None = None
         self.recorder: Recorder | None = None
-        self.program: Program | None = None
+        self.follower: Follower | None = None
         self.timer: OpTimer | None = None
         self.orphans: deque[Orphan] = deque()  # died with a copy in flight
         self.steps = 0  # micro-steps begun
@@ -90,12 +89,12 @@ class Engine(SlotOwner):
         self._live: dict[int, weakref.ref[Slot]] = {}
         self._by_ordinal: dict[int, weakref.ref[Slot]] = {}
         self._ooms = 0
+        self._ooms_aside = 0
+        self.starved_aside = False  # left alone, it did not fit: not again
         self._ordinal = 0
         self._clock = 0
         self._plainly = False  # ops only need an eye on running out of memory
-        self._careful = _Careful(self.rooms)
-        self._cursor = 0
-        self._due = _DONE
+        self._careful = Careful(self.rooms)
         self._backward_seen = False
         self._strayed = False
         self._began_s = 0.0
@@ -110,8 +109,8 @@ class Engine(SlotOwner):
             return func(*args, **kwargs)
         if self.orphans:
             self._bury()
-        if self._clock >= self._due:
-            self._follow()
+        if self.follower is not None and self._clock >= self.follower.due:
+            self.follower.catch_up(self._clock)
         if self._plainly and func not in self._careful:
             self._clock += 1
             try:
@@ -145,29 +144,29 @@ class Engine(SlotOwner):
     def _where(self) -> str:
         """The module whose op runs now, by the stack, else by what is being recorded, or by the tape."""
         module = self.module_here()
-        if module or (self.recorder is None and self.program is None):
+        if module or (self.recorder is None and self.follower is None):
             return module
-        if self.program is None:
+        if self.follower is None:
             return self.recorder.module if self.recorder is not None else ""
-        ops = self.program.tape.ops
+        ops = self.follower.program.tape.ops
         return ops[min(self._clock, len(ops) - 1)].module if ops else ""
 
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.device.is_cuda:
             for tensor in tensors_in(args, kwargs):
                 self._ledger_add(tensor)
-            if _makes_cpu_tensors(args, kwargs):
+            if makes_cpu_tensors(args, kwargs):
                 self.ladder.enter_in_ledger(func, args, kwargs, self._where)
         elif self.rooms.concerns(func):
             self.ladder.reserve(self.rooms.need(func, args, kwargs))
 
     def _attempt(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rewind = _rewind(self.device, func, kwargs)
+        rewind = rewind_of(self.device, func, kwargs)
         try:
             return func(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             want_bytes = self._heard(error)
-            if _writes_list(func):
+            if writes_list(func):
                 raise  # it may have changed some of its list already
         except RuntimeError as error:
             if not (self.rooms.concerns(func) and starved_engine(error)):
@@ -212,55 +211,6 @@ class Engine(SlotOwner):
         device = self.device
         if isinstance(device, CpuDevice) and tensor.device.type == "cpu":
             device.ledger.add(tensor.untyped_storage())
-
-    # -- following a plan --------------------------------------------------------------------
-
-    def _follow(self) -> None:
-        """Carry out every action that is due."""
-        program = self.program
-        if program is None:
-            self._due = _DONE
-            return
-        actions = program.actions
-        while self._cursor < len(actions) and actions[self._cursor].op <= self._clock:
-            action = actions[self._cursor]
-            self._cursor += 1
-            if action.deed is Deed.OPEN:
-                self.holes.open(program.blocks_bytes(action.op))
-                continue
-            reference = self._by_ordinal.get(action.ordinal)
-            slot = reference() if reference is not None else None
-            if slot is None:
-                continue
-            if action.deed is Deed.FETCH and action.op in program.pinches and slot.where is Where.AWAY:
-                self.holes.open((slot.size_bytes,))
-            # A plan is advice: what has no room now stays where it is, and whoever needs it asks again.
-            with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall):
-                self._carry_out(program, action.deed, slot)
-            if action.deed is Deed.FETCH and self.holes.learning:
-                self.holes.note(action.op)
-        self._due = actions[self._cursor].op if self._cursor < len(actions) else _DONE
-
-    def _carry_out(self, program: Program, deed: Deed, slot: Slot) -> None:
-        if deed is Deed.SEND:
-            self._send(program, slot)
-        elif deed is Deed.RELEASE:
-            self._send(program, slot)  # if it could not go earlier
-            if slot.place is not None and slot.where is Where.HELD:
-                slot.release()
-        elif slot.where is Where.AWAY and slot.first_use:
-            slot.fetch()
-
-    def _send(self, program: Program, slot: Slot) -> None:
-        decision = program.expected[slot.ordinal].decision
-        if decision is None or slot.place is not None or not slot.first_use or not slot.alone():
-            return
-        place: Place | None = None
-        if decision.choice is Choice.HOST:
-            place = self.store.place_planned(decision.offset_bytes, slot.size_bytes)
-        elif decision.choice is Choice.DISK:
-            place = self.store.place_on_disk(slot.size_bytes)
-        slot.send(place if place is not None else self.store.place(slot.size_bytes))
 
     # -- saved tensors -----------------------------------------------------------------------
 
@@ -315,8 +265,8 @@ class Engine(SlotOwner):
         self._ordinal += 1
         if self.recorder is not None:
             self.recorder.saved(slot)
-        if self.program is not None:
-            self._check_against(self.program, slot)
+        if self.follower is not None:
+            self._check_against(self.follower.program, slot)
         return slot
 
     def _check_against(self, program: Program, slot: Slot) -> None:
@@ -326,8 +276,7 @@ class Engine(SlotOwner):
                 self._clock = expected.saved_at
                 return
         self._strayed = True
-        self.program = None
-        self._due = _DONE
+        self.follower = None
 
     def _note_use(self, slot: Slot) -> None:
         self._backward_seen = True
@@ -336,15 +285,19 @@ class Engine(SlotOwner):
                 self.recorder.phase = Phase.BACKWARD
                 private.at_end_of_backward(self._backward_ended)
             self.recorder.needed(slot)
-        elif self.program is not None and slot.first_use and 0 <= slot.ordinal < len(self.program.expected):
-            needed_at = self.program.expected[slot.ordinal].needed_at
-            if needed_at >= 0:
-                self._clock = max(self._clock, needed_at)
-                if self._clock >= self._due:
-                    self._follow()
-            if slot.where is Where.AWAY:
-                self.late_fetches += 1
+        elif self.follower is not None and slot.first_use:
+            self._note_first_use(self.follower, slot)
         slot.first_use = False
+
+    def _note_first_use(self, follower: Follower, slot: Slot) -> None:
+        expected = follower.program.expected
+        if not 0 <= slot.ordinal < len(expected):
+            return
+        self._clock = max(self._clock, expected[slot.ordinal].needed_at)
+        if self._clock >= follower.due:
+            follower.catch_up(self._clock)
+        if slot.where is Where.AWAY:
+            self.late_fetches += 1
 
     def _backward_ended(self) -> None:
         if self.recorder is not None:
@@ -371,7 +324,8 @@ class Engine(SlotOwner):
         self.end_microstep()
         for slot in self.living():  # of a graph that outlives its micro-step: strange to the next tape
             slot.value = slot.ordinal = -1
-        self._ordinal = self._clock = self._cursor = 0
+        program: Program | None = None
+        self._ordinal = self._clock = 0
         self._by_ordinal = {}
         self._backward_seen = self._strayed = False
         signature = (tuple(first.shape), first.dtype)
@@ -385,16 +339,16 @@ class Engine(SlotOwner):
             self.recorder = Recorder(self.device, self.kinds)
             self.recorder.module = self.module_here()
         elif routine.verdict is Verdict.FOLLOW:
-            self.program = routine.program
+            program = routine.program
             if len(routine.timings) < TIMINGS:
                 self.timer = OpTimer(self.device)
-        self.holes.begin_step(self.program)
+        self.holes.begin_step(program)
         watching = self.recorder is not None or self.timer is not None or self.holes.learning
         self._plainly = self.device.is_cuda and not watching
         self.rooms.begin_step()
         self._ooms = self._allocator_ooms() - self.ladder.ooms
-        if self.program is not None and self.program.actions:
-            self._due = self.program.actions[0].op
+        if program is not None:
+            self.follower = Follower(program, self._by_ordinal, self.store, self.holes)
 
     def settle(self) -> None:
         """Between two forward passes: plan what is ready, without waiting for the next saved tensor."""
@@ -425,9 +379,8 @@ class Engine(SlotOwner):
         """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""
         routine, self.routine = self.routine, None
         recorder, self.recorder = self.recorder, None
-        followed, self.program = self.program, None
+        followed, self.follower = self.follower, None
         timer, self.timer = self.timer, None
-        self._due = _DONE
         self._plainly = False
         self.holes.end_step()
         if routine is None:
@@ -526,6 +479,16 @@ class Engine(SlotOwner):
         known = [routine for routine in self.routines.values() if routine.recordings]
         return bool(known) and all(routine.verdict is Verdict.FITS for routine in known)
 
+    def leave_alone(self) -> None:
+        """The program is going to run without us."""
+        self.end_microstep()
+        self._ooms_aside = self._allocator_ooms()
+
+    def failed_alone(self) -> bool:
+        """Whether an allocation has failed since ``leave_alone``: it did not fit after all."""
+        self.starved_aside = self._allocator_ooms() > self._ooms_aside
+        return self.starved_aside
+
     def outgrown(self) -> bool:
         """Whether what fitted may fit no more, because more memory is in use before a step than was."""
         rise_bytes = max((routine.rise_bytes for routine in self.routines.values()), default=0)
@@ -545,7 +508,10 @@ class Engine(SlotOwner):
         return last is not None and last.verdict is Verdict.IMPROVISE
 
     def plans(self) -> list[Plan]:
-        return [routine.program.plan for routine in self.routines.values() if routine.program is not None]
+        return [program.plan for program in self.programs()]
+
+    def programs(self) -> list[Program]:
+        return [routine.program for routine in self.routines.values() if routine.program is not None]
 
     def last_tape(self) -> Tape | None:
         for routine in reversed(self.routines.values()):
@@ -566,81 +532,5 @@ def _drop_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_in_child)
 
 
-def _makes_cpu_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether what an op returns takes memory of the CPU, and not of the meta device or of nothing."""
-    if private.faking():
-        return False
-    device = kwargs.get("device")
-    if device is not None:
-        return torch.device(device).type == "cpu"
-    first = _first_tensor((*args, *kwargs.values()))
-    return first is None or (first.device.type == "cpu" and is_plain(first))
-
-
-def _first_tensor(items: Iterable[Any]) -> torch.Tensor | None:
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            return item
-        if isinstance(item, (list, tuple)):
-            inner = _first_tensor(item)
-            if inner is not None:
-                return inner
-    return None
-
-
 def _rounded(size_bytes: int) -> int:
     return -(-size_bytes // 512)
-
-
-class _Careful(dict[Any, bool]):
-    """Whether an op needs more than an eye on running out of memory; worked out once per op."""
-
-    def __init__(self, rooms: ConvolutionRoom) -> None:
-        super().__init__()
-        self._rooms = rooms
-
-    def __contains__(self, func: object) -> bool:
-        careful = self.get(func)
-        if careful is None:
-            careful = self[func] = self._rooms.concerns(func) or _seeded(func) or _writes_list(func)
-        return careful
-
-
-_SEEDED: dict[Any, bool] = {}
-_LISTS: dict[Any, bool] = {}
-
-
-def _seeded(func: Any) -> bool:
-    """Whether ``func`` draws random numbers from a generator."""
-    known = _SEEDED.get(func)
-    if known is None:
-        known = _SEEDED[func] = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-    return known
-
-
-def _rewind(device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]) -> Callable[[], None] | None:
-    """What gives a random op's generator back, if it is one on a device that can run out inside it."""
-    if not device.is_cuda or not _seeded(func):
-        return None
-    given = kwargs.get("generator")
-    if isinstance(given, torch.Generator) and given.device.type != "cuda":
-        return None
-    generator = given if given is not None else torch.cuda.default_generators[device.torch_device.index or 0]
-    offset = generator.get_offset()
-
-    def rewind() -> None:
-        generator.set_offset(offset)
-
-    return rewind
-
-
-def _writes_list(func: Any) -> bool:
-    """Whether ``func`` writes a list of tensors, so that a failure may leave it half done."""
-    known = _LISTS.get(func)
-    if known is None:
-        schema = getattr(func, "_schema", None)
-        known = _LISTS[func] = schema is not None and any(
-            argument.alias_info is not None and argument.alias_info.is_write and "[]" in str(argument.type)
-            for argument in schema.arguments
-        )
-    return known

@@ -1,0 +1,84 @@
+"""Follower: carries out a program's actions as the clock of ops passes them."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torchlms.core.plan import Choice
+from torchlms.eager.program import Action, Deed, Program
+from torchlms.eager.slot import Slot, Where
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
+
+if TYPE_CHECKING:
+    from torchlms.eager.holes import Holes
+    from torchlms.memory.store import Place, Store
+
+NEVER = 1 << 62  # no action is due before this op
+
+
+class Follower:
+    """One micro-step under one program. ``due`` is the op before which there is something to do.
+
+    A plan is advice: what has no room now stays where it is, and whoever needs it asks again.
+    """
+
+    __slots__ = ("_cursor", "_holes", "_slots", "_store", "due", "program")
+
+    def __init__(
+        self, program: Program, slots: Mapping[int, weakref.ref[Slot]], store: Store, holes: Holes
+    ) -> None:
+        self.program = program
+        self._slots = slots  # by ordinal, filled as the step goes
+        self._store = store
+        self._holes = holes
+        self._cursor = 0
+        self.due = program.actions[0].op if program.actions else NEVER
+
+    def catch_up(self, clock: int) -> None:
+        """Carry out every action that is due before op ``clock``."""
+        actions = self.program.actions
+        while self._cursor < len(actions) and actions[self._cursor].op <= clock:
+            action = actions[self._cursor]
+            self._cursor += 1
+            if action.deed is Deed.OPEN:
+                self._holes.open(self.program.blocks_bytes(action.op))
+                continue
+            reference = self._slots.get(action.ordinal)
+            slot = reference() if reference is not None else None
+            if slot is not None:
+                with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall):
+                    self._carry_out(action, slot)
+        self.due = actions[self._cursor].op if self._cursor < len(actions) else NEVER
+
+    def _carry_out(self, action: Action, slot: Slot) -> None:
+        if action.deed is Deed.SEND:
+            self._send(slot)
+        elif action.deed is Deed.RELEASE:
+            self._send(slot)  # if it could not go earlier
+            if slot.place is not None and slot.where is Where.HELD:
+                slot.release()
+        elif slot.where is Where.AWAY and slot.first_use:
+            self._fetch(action, slot)
+
+    def _send(self, slot: Slot) -> None:
+        decision = self.program.expected[slot.ordinal].decision
+        if decision is None or slot.place is not None or not slot.first_use or not slot.alone():
+            return
+        place: Place | None = None
+        if decision.choice is Choice.HOST:
+            place = self._store.place_planned(decision.offset_bytes, slot.size_bytes)
+        elif decision.choice is Choice.DISK:
+            place = self._store.place_on_disk(slot.size_bytes)
+        slot.send(place if place is not None else self._store.place(slot.size_bytes))
+
+    def _fetch(self, action: Action, slot: Slot) -> None:
+        if action.op in self.program.pinches:
+            self._holes.open((slot.size_bytes,))
+        try:
+            slot.fetch()
+        finally:
+            if self._holes.learning:
+                self._holes.note(action.op)

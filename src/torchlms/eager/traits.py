@@ -1,0 +1,91 @@
+"""Traits: what an op is like, as far as running out of memory and running again are concerned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlms.eager import private
+from torchlms.eager.recorder import is_plain
+
+if TYPE_CHECKING:
+    from torchlms.eager.convolution import ConvolutionRoom
+    from torchlms.memory.device import CpuDevice, CudaDevice
+
+
+def makes_cpu_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what an op returns takes memory of the CPU, and not of the meta device or of nothing."""
+    if private.faking():
+        return False
+    device = kwargs.get("device")
+    if device is not None:
+        return torch.device(device).type == "cpu"
+    first = _first_tensor((*args, *kwargs.values()))
+    return first is None or (first.device.type == "cpu" and is_plain(first))
+
+
+def _first_tensor(items: Iterable[Any]) -> torch.Tensor | None:
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            return item
+        if isinstance(item, (list, tuple)):
+            inner = _first_tensor(item)
+            if inner is not None:
+                return inner
+    return None
+
+
+class Careful(dict[Any, bool]):
+    """Whether an op needs more than an eye on running out of memory; worked out once per op."""
+
+    def __init__(self, rooms: ConvolutionRoom) -> None:
+        super().__init__()
+        self._rooms = rooms
+
+    def __contains__(self, func: object) -> bool:
+        careful = self.get(func)
+        if careful is None:
+            careful = self[func] = self._rooms.concerns(func) or _seeded(func) or writes_list(func)
+        return careful
+
+
+_SEEDED: dict[Any, bool] = {}
+_LISTS: dict[Any, bool] = {}
+
+
+def _seeded(func: Any) -> bool:
+    """Whether ``func`` draws random numbers from a generator."""
+    known = _SEEDED.get(func)
+    if known is None:
+        known = _SEEDED[func] = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    return known
+
+
+def rewind_of(device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]) -> Callable[[], None] | None:
+    """What gives a random op's generator back, if it is one on a device that can run out inside it."""
+    if not device.is_cuda or not _seeded(func):
+        return None
+    given = kwargs.get("generator")
+    if isinstance(given, torch.Generator) and given.device.type != "cuda":
+        return None
+    generator = given if given is not None else torch.cuda.default_generators[device.torch_device.index or 0]
+    offset = generator.get_offset()
+
+    def rewind() -> None:
+        generator.set_offset(offset)
+
+    return rewind
+
+
+def writes_list(func: Any) -> bool:
+    """Whether ``func`` writes a list of tensors, so that a failure may leave it half done."""
+    known = _LISTS.get(func)
+    if known is None:
+        schema = getattr(func, "_schema", None)
+        known = _LISTS[func] = schema is not None and any(
+            argument.alias_info is not None and argument.alias_info.is_write and "[]" in str(argument.type)
+            for argument in schema.arguments
+        )
+    return known
