@@ -28,7 +28,7 @@ log = logging.getLogger("torchlms")
 # whole this share of the budget, more if that proves too little.
 _FIRST_HEADROOM = 0.02
 _MORE_HEADROOM = 0.025
-_ELBOW = Elbow(flying=0.2, new=0.15)
+_ELBOW = Elbow(flying=0.2, new=0.0)
 _MOST_REPLANS = 4
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 

@@ -234,3 +234,35 @@ def test_nothing_is_watched_where_nothing_moves(line: Line) -> None:
     assert not watcher.learning
     watcher.begin_step(None)
     assert not watcher.learning
+
+
+def test_what_stood_in_the_way_is_put_elsewhere_the_next_time(line: Line) -> None:
+    tape = Tape(
+        OPS,
+        (
+            Value(0, Kind.ACTIVATION, UNIT, 0, 5, idle=(Stretch(1, 5),), saved=0, saved_at=1, movable=True),
+            Value(1, Kind.GRADIENT, UNIT, birth=1, death=4),
+            Value(2, Kind.GRADIENT, UNIT, birth=1, death=2),  # gone by then
+        ),
+        0,
+        "cuda",
+        "2.13",
+    )
+    plan = program().plan
+    made = Program(tape, plan)
+    for _ in range(2):
+        made.learn({3}, disturbed=True)
+    assert made.tucked == {1}
+    assert (1, Deed.TUCK) in [(action.op, action.deed) for action in made.actions]
+    assert (2, Deed.UNTUCK) in [(action.op, action.deed) for action in made.actions]
+
+
+def test_a_tucked_block_goes_to_the_far_end(line: Line) -> None:
+    kept = line.take(4)
+    opener = Holes(cuda_device(), Slots())
+    opener.tuck([2 * UNIT])
+    block = line.take(2)
+    assert block.start == 18
+    opener.untuck()
+    assert max(size for _, size in line.holes()) == 14
+    assert kept.start == 0

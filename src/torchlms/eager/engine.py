@@ -139,6 +139,7 @@ class Engine(SlotOwner):
 
     def _heard(self, error: BaseException) -> int:
         self.ladder.ooms += 1
+        self.holes.untuck()
         return asked_bytes(error)
 
     def _where(self) -> str:

@@ -43,15 +43,24 @@ class Follower:
         while self._cursor < len(actions) and actions[self._cursor].op <= clock:
             action = actions[self._cursor]
             self._cursor += 1
-            if action.deed is Deed.OPEN:
-                self._holes.open(self.program.blocks_bytes(action.op))
-                continue
             reference = self._slots.get(action.ordinal)
             slot = reference() if reference is not None else None
             if slot is not None:
                 with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall):
                     self._carry_out(action, slot)
+            elif action.ordinal < 0:
+                self._make_place(action)
         self.due = actions[self._cursor].op if self._cursor < len(actions) else NEVER
+
+    def _make_place(self, action: Action) -> None:
+        if action.deed is Deed.UNTUCK:
+            self._holes.untuck()
+            return
+        blocks_bytes = self.program.blocks_bytes(action.op)
+        if action.deed is Deed.OPEN:
+            self._holes.open(blocks_bytes)
+        else:
+            self._holes.tuck(blocks_bytes)
 
     def _carry_out(self, action: Action, slot: Slot) -> None:
         if action.deed is Deed.SEND:

@@ -6,7 +6,8 @@ the allocator wait for the device, unmap every free page and map as many again e
 milliseconds, during which neither ops nor, often, copies run. But values that stay are ours to move:
 a copy within the device takes half a millisecond a gigabyte and waits for nothing. The pinches of a
 program are the ops before which that happened. They are learned in the first steps under a plan,
-since steps repeat, and from then on a hole is opened there by moving what stands around it.
+since steps repeat, and from then on a hole is opened there by moving what stands around it. Where that
+does not help, what stood in the way (results in use just then) is put elsewhere when it is made.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Holes:
         self._remaps = 0
         self._began = 0
         self._pinched: set[int] = set()
+        self._filler: torch.Tensor | None = None
         self.opened = 0  # holes opened by moving values
         self.moved_bytes = 0
 
@@ -71,6 +73,7 @@ class Holes:
 
     def end_step(self) -> None:
         """The micro-step is over: what was learned counts from the next one on."""
+        self.untuck()
         program, self._program = self._program, None
         if program is not None:
             program.learn(self._pinched, disturbed=self._count() != self._began)
@@ -111,6 +114,25 @@ class Holes:
         for _ in range(_MOST_ROUNDS):  # a hole made for one block may change where another goes
             if not self._rehearse(large):
                 return
+
+    def tuck(self, sizes_bytes: Sequence[int]) -> None:
+        """Have the allocations that follow go to the far end of the largest hole, until ``untuck``.
+
+        New blocks go to the near end of a hole, next to what stays long: there they would later stand
+        in the middle of the room that opens as that leaves.
+        """
+        self.untuck()
+        if not isinstance(self._device, CudaDevice):
+            return
+        wanted_bytes = sum(size for size in sizes_bytes if size >= _LEAST_BYTES)
+        runs = private.mapped_runs(self._device.torch_device)
+        hole_bytes = max((size for run in runs for _, size, free in run if free), default=0)
+        if wanted_bytes and hole_bytes - wanted_bytes >= _LEAST_BYTES:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._filler = self._empty(hole_bytes - wanted_bytes)
+
+    def untuck(self) -> None:
+        self._filler = None
 
     def _rehearse(self, sizes_bytes: Sequence[int]) -> bool:
         """Allocate them as the op will, making room where there is none; True if anything was moved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -12,15 +13,17 @@ from torchlms.core.tape import Tape
 class Deed(IntEnum):
     """What to do with a slot; at one op, in this order."""
 
+    UNTUCK = -1  # the op before has its results: give back what made it put them elsewhere
     SEND = 0
     RELEASE = 1
     FETCH = 2
-    OPEN = 3  # a hole for the op itself; no slot has a part in it
+    OPEN = 3  # a hole for the op itself
+    TUCK = 4  # have the op put its results where they will not be in the way later
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Before op ``op``, do ``deed`` with the slot of ordinal ``ordinal``."""
+    """Before op ``op``, do ``deed`` with the slot of ordinal ``ordinal``, if a slot has a part in it."""
 
     op: int
     deed: Deed
@@ -41,6 +44,8 @@ _LESSONS = 16
 _MORE_LESSONS = 2
 _CALM_LESSON = 3  # a step without pinches counts for as many
 _NO_SLOT = -1
+_OBSTACLE_BYTES = 20 << 20  # smaller blocks find a place anywhere
+_OBSTACLE_OPS = 64  # how long before a pinch its obstacles may have been made
 
 
 class Program:
@@ -74,8 +79,9 @@ class Program:
             actions.append(Action(decision.release_op, Deed.RELEASE, value.saved))
             actions.append(Action(decision.reload_op, Deed.FETCH, value.saved))
         self.actions = sorted(actions, key=self._order)
-        self.pinches: set[int] = set()
-        self.lessons = _LESSONS if actions else 0  # steps left in which pinches are learned
+        self.pinches: set[int] = set()  # ops before which the allocator remapped
+        self.tucked: set[int] = set()  # ops whose results stood in the way of opening a hole at a pinch
+        self.lessons = _LESSONS if actions else 0  # steps left in which both are learned
         self.scattered = True  # free memory may be mapped in pieces
         self._calm = False  # a step has passed without a pinch
         self._births: dict[int, list[int]] | None = None
@@ -84,16 +90,34 @@ class Program:
         """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""
         if disturbed and self._calm and not self.lessons:
             self.lessons = _MORE_LESSONS  # something else has scattered the memory
-        self.scattered = disturbed and (
-            self._calm or bool(pinched - self.pinches)
-        )  # levelling takes as long as 10 pinches
+        stuck = pinched & self.pinches
+        opened = pinched - self.pinches
+        tucked = {op for pinch in stuck for op in self._obstacles(pinch)} - self.tucked
+        # Levelling takes as long as ten pinches: only where something has changed for the better.
+        self.scattered = disturbed and (self._calm or bool(opened or tucked))
         self.lessons = max(0, self.lessons - (1 if disturbed else _CALM_LESSON))
         self._calm = not disturbed
-        new = pinched - self.pinches
-        if new:
-            self.pinches |= new
-            opening = (Action(op, Deed.OPEN, _NO_SLOT) for op in new)
-            self.actions = sorted([*self.actions, *opening], key=self._order)
+        self.pinches |= opened
+        self.tucked |= tucked
+        self._add(Action(op, Deed.OPEN, _NO_SLOT) for op in opened)
+        self._add(
+            action
+            for op in tucked
+            for action in (Action(op, Deed.TUCK, _NO_SLOT), Action(op + 1, Deed.UNTUCK, _NO_SLOT))
+        )
+
+    def _add(self, actions: Iterable[Action]) -> None:
+        self.actions = sorted([*self.actions, *actions], key=self._order)
+
+    def _obstacles(self, pinch: int) -> list[int]:
+        """The ops that made, not long before, what is in use or in flight at ``pinch``."""
+        return [
+            value.birth
+            for value in self.tape.values
+            if pinch - _OBSTACLE_OPS <= value.birth < pinch <= value.death
+            and value.size_bytes >= _OBSTACLE_BYTES
+            and not any(stretch.start <= pinch < stretch.stop for stretch in value.idle)
+        ]
 
     def blocks_bytes(self, op: int) -> list[int]:
         """What op ``op`` allocates, as far as the tape knows: its results and its workspace."""
@@ -107,7 +131,7 @@ class Program:
 
     def _order(self, action: Action) -> tuple[int, int, int]:
         """By op and deed; sends in order of value id, fetches in order of need."""
-        if action.deed is Deed.OPEN:
+        if action.ordinal == _NO_SLOT:
             return action.op, action.deed, 0
         expected = self.expected[action.ordinal]
         if action.deed is Deed.FETCH:
