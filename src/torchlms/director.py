@@ -26,9 +26,9 @@ log = logging.getLogger("torchlms")
 # The allocator cannot use every byte it has reserved: holes between blocks do not add up to a
 # large one. Values at rest are moved to close them; what cannot be moved is given elbow room, and the
 # whole this share of the budget, more if that proves too little.
-_FIRST_HEADROOM = 0.02
-_MORE_HEADROOM = 0.025
-_ELBOW = Elbow(flying=0.2, new=0.0)
+_FIRST_HEADROOM = 0.01
+_MORE_HEADROOM = 0.015
+_ELBOW = Elbow(flying=0.2)
 _MOST_REPLANS = 4
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 

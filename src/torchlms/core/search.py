@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,9 @@ COPY_WEIGHT = 0.002
 
 # Stalls below this share of the compute time are as good as none.
 ENOUGH = 0.001
+
+# How long before its queue gets to it a copy back is issued.
+QUEUED_S = 5e-3
 
 # How many ops earlier than scheduled a value is tried to be let go.
 HASTEN_OPS = 8
@@ -229,7 +232,25 @@ class _Search:
         slots = self._best.slots
         if places.on_disk != {slot.move for slot in slots if slot.on_disk}:
             slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead, self._best.due))
-        return Found(slots, places)
+        return Found(self._unhurried(slots), places)
+
+    def _unhurried(self, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+        """The same with no copy back issued long before its queue gets to it: the step takes as long, and
+        the memory is not held meanwhile."""
+        timeline = self._simulator.run(decision_of(slot) for slot in slots)
+        begins_s = {
+            (transfer.value, transfer.stretch): transfer.start_s
+            for transfer in timeline.transfers
+            if transfer.direction == "in"
+        }
+        later = []
+        for slot in slots:
+            move = slot.move
+            early_s = begins_s[move.value, move.stretch] - QUEUED_S
+            op = int(np.searchsorted(timeline.start_s, early_s, side="right")) - 1
+            later.append(replace(slot, reload_op=min(max(slot.reload_op, op), move.stop)))
+        stall_s = self._simulator.stall_s(decision_of(slot) for slot in later)
+        return tuple(later) if stall_s <= timeline.stall_s + ENOUGH * timeline.compute_s else slots
 
 
 def decision_of(slot: Slot, *, offset_bytes: int = 0, reason: str = "") -> Decision:

@@ -13,13 +13,13 @@ does not help, what stood in the way (results in use just then) is put elsewhere
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from torchlms.eager import private
-from torchlms.memory.compaction import Block, Window, find_window
+from torchlms.memory.compaction import Block, Window, find_window, first_misfit
 from torchlms.memory.device import CudaDevice
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torchlms.memory.device import CpuDevice
 
 _LEAST_BYTES = 20 << 20  # smaller allocations hardly ever fail for want of a hole
+_GRAIN_BYTES = 2 << 20  # what the allocator rounds to is less
 _MOST_ROUNDS = 3
 _MOST_TRIES = 8
 _SPARE_BYTES = 32 << 20  # left unmapped for pools that may still grow a little
@@ -112,8 +113,19 @@ class Holes:
             return
         large = [size for size in sizes_bytes if size >= _LEAST_BYTES]
         for _ in range(_MOST_ROUNDS):  # a hole made for one block may change where another goes
-            if not self._rehearse(large):
+            misfit = first_misfit(self._runs({}), large) if large else None
+            if misfit is None or not self._open_for(large, misfit):
                 return
+
+    def _open_for(self, sizes_bytes: Sequence[int], misfit: int) -> bool:
+        """Make a hole for the block that found none; False if that cannot be done."""
+        if self._open_one(sizes_bytes[misfit]):
+            return True
+        # There was a hole, but one of the blocks before it takes that: let them have it.
+        held = [self._empty(size_bytes) for size_bytes in sizes_bytes[:misfit]]
+        opened = self._open_one(sizes_bytes[misfit])
+        del held
+        return opened
 
     def tuck(self, sizes_bytes: Sequence[int]) -> None:
         """Have the allocations that follow go to the far end of the largest hole, until ``untuck``.
@@ -124,7 +136,9 @@ class Holes:
         self.untuck()
         if not isinstance(self._device, CudaDevice):
             return
-        wanted_bytes = sum(size for size in sizes_bytes if size >= _LEAST_BYTES)
+        wanted_bytes = sum(
+            -(-size // _GRAIN_BYTES) * _GRAIN_BYTES for size in sizes_bytes if size >= _LEAST_BYTES
+        )
         runs = private.mapped_runs(self._device.torch_device)
         hole_bytes = max((size for run in runs for _, size, free in run if free), default=0)
         if wanted_bytes and hole_bytes - wanted_bytes >= _LEAST_BYTES:
@@ -134,32 +148,21 @@ class Holes:
     def untuck(self) -> None:
         self._filler = None
 
-    def _rehearse(self, sizes_bytes: Sequence[int]) -> bool:
-        """Allocate them as the op will, making room where there is none; True if anything was moved."""
-        held, opened = [], self.opened
-        for size_bytes in sizes_bytes:
-            if not self._open_one(size_bytes):
-                break
-            try:
-                held.append(self._empty(size_bytes))
-            except torch.OutOfMemoryError:
-                break
-        del held
-        return self.opened > opened
-
     def _open_one(self, size_bytes: int) -> bool:
-        """Whether there is a hole of ``size_bytes``, made now if need be."""
+        """Whether a hole of ``size_bytes`` has been made by moving something."""
         movable = {
             slot.bytes.data_ptr(): slot
             for slot in self._slots.living()
             if slot.bytes is not None and slot.at_rest()
         }
-        runs = [
+        window = find_window(self._runs(movable), size_bytes)
+        return window is not None and bool(window.moves) and self._clear(window, movable)
+
+    def _runs(self, movable: Container[int]) -> list[list[Block]]:
+        return [
             [Block(address, size, free, address in movable) for address, size, free in run]
             for run in private.mapped_runs(self._device.torch_device)
         ]
-        window = find_window(runs, size_bytes)
-        return window is not None and self._clear(window, movable)
 
     def _clear(self, window: Window, movable: dict[int, Slot]) -> bool:
         """Move all that stands in ``window``; False if it could not all be done."""
@@ -170,7 +173,7 @@ class Holes:
                 return False
             movable[block.address].move_to(target)
             self.moved_bytes += block.size_bytes
-        self.opened += bool(window.moves)
+        self.opened += 1
         return True
 
     def _outside(self, window: Window, size_bytes: int, fillers: list[torch.Tensor]) -> torch.Tensor | None:

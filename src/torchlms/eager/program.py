@@ -93,9 +93,8 @@ class Program:
         stuck = pinched & self.pinches
         opened = pinched - self.pinches
         tucked = {op for pinch in stuck for op in self._obstacles(pinch)} - self.tucked
-        # Levelling takes as long as ten pinches: only where something has changed for the better.
-        self.scattered = disturbed and (self._calm or bool(opened or tucked))
         self.lessons = max(0, self.lessons - (1 if disturbed else _CALM_LESSON))
+        self.scattered = disturbed and self.lessons > 0
         self._calm = not disturbed
         self.pinches |= opened
         self.tucked |= tucked

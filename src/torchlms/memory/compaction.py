@@ -42,6 +42,15 @@ class Window:
         return self.start <= address < self.stop
 
 
+def first_misfit(runs: Sequence[Run], sizes_bytes: Sequence[int]) -> int | None:
+    """The first of the blocks that finds no hole, if each in turn goes to the smallest that takes it."""
+    holes = sorted(block.size_bytes for run in runs for block in run if block.free)
+    for index, size_bytes in enumerate(sizes_bytes):
+        if not _fill(holes, size_bytes):
+            return index
+    return None
+
+
 def find_window(runs: Sequence[Run], size_bytes: int) -> Window | None:
     """The window of at least ``size_bytes`` with the fewest bytes to move, or None if there is none.
 
@@ -80,9 +89,13 @@ def _fits_elsewhere(window: Window, runs: Sequence[Run]) -> bool:
     holes = sorted(
         block.size_bytes for run in runs for block in run if block.free and not window.contains(block.address)
     )
-    for block in window.moves:
-        place = bisect_left(holes, block.size_bytes)
-        if place == len(holes):
-            return False
-        insort(holes, holes.pop(place) - block.size_bytes)
+    return all(_fill(holes, block.size_bytes) for block in window.moves)
+
+
+def _fill(holes: list[int], size_bytes: int) -> bool:
+    """Put a block into the smallest of the sorted ``holes`` that takes it, if there is one."""
+    place = bisect_left(holes, size_bytes)
+    if place == len(holes):
+        return False
+    insort(holes, holes.pop(place) - size_bytes)
     return True

@@ -1,0 +1,59 @@
+"""Whole programs on a model of the allocator: steps end up without remapping, and not by chance."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from pages import MIB, Run
+
+from torchlms.core.plan import Budget
+from torchlms.core.planner import Elbow, plan
+from torchlms.core.simulate import baseline_curve
+from torchlms.core.tape import Tape
+from torchlms.eager.holes import Holes
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))
+from tapes import gpu, resnet, transformer, unet
+
+LOTS = 1 << 50
+STEPS = 20
+CASES = {
+    "resnet": (resnet(12, scale=4.0), 0.5),
+    "unet": (unet(), 0.7),
+    "transformer": (transformer(12, unit_bytes=128 * MIB), 0.5),
+}
+
+
+def run_of(tape: Tape, share: float, monkeypatch: pytest.MonkeyPatch, *, headroom: float = 0.02) -> Run:
+    budget_bytes = int(share * int(baseline_curve(tape).max()))
+    made = plan(
+        tape,
+        gpu(),
+        Budget(budget_bytes, LOTS, 0),
+        headroom_bytes=int(headroom * budget_bytes),
+        elbow=Elbow(flying=0.2),
+    )
+    assert made.moves
+    return Run(tape, made, budget_bytes // MIB, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_become_calm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(*CASES[name], monkeypatch)
+    remaps = [run.step() for _ in range(STEPS)]
+    assert remaps[-3:] == [0, 0, 0], remaps
+    failures = run.pages.failures
+    run.step()
+    assert run.pages.failures == failures
+
+
+def test_without_opening_holes_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Holes, "open", lambda self, sizes: None)
+    monkeypatch.setattr(Holes, "tuck", lambda self, sizes: None)
+    disturbed = 0
+    for tape, share in CASES.values():
+        run = run_of(tape, share, monkeypatch)
+        disturbed += [run.step() for _ in range(STEPS)][-1] > 0
+    assert disturbed
