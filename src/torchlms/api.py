@@ -159,6 +159,7 @@ class LMS:
             prepare=self._director.prepare,
             begin_recording=self._begin_recording,
             module_here=ModuleLabels(self._model).here,
+            recompute=options.rules.recompute,
         )
         # After the cap is lifted: values that come home may need more than the budget.
         undo.callback(engine.close)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.planner import NO_ELBOW, Elbow
-from torchlms.core.planner import plan as make_plan
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.eager.timer import retimed
@@ -56,6 +57,8 @@ class Director:
                 self._plan(engine, routine, routine.tape)
         elif routine.verdict is Verdict.FOLLOW and not routine.settled and len(routine.timings) >= TIMINGS:
             self._settle(engine, routine)
+        elif routine.verdict is Verdict.FOLLOW and routine.trust.refuted:
+            self._distrust(engine, routine)
         elif routine.verdict is Verdict.FOLLOW:
             self._watch(engine, routine)
 
@@ -80,6 +83,7 @@ class Director:
 
     def _make(self, tape: Tape, headroom: float) -> Plan:
         headroom_bytes = int(headroom * self.budget.device_bytes)
+        make_plan = joint.plan if self.rules.recompute else planner.plan
         return make_plan(
             tape,
             self.machine,
@@ -109,7 +113,7 @@ class Director:
 
     def _adopt(self, engine: Engine, routine: Routine, tape: Tape, plan: Plan) -> None:
         routine.steps = 0
-        routine.program = Program(tape, plan)
+        routine.program = Program(tape, plan, routine.trust)
         fits = not plan.moves
         known = routine.settled or self.given is not None
         routine.verdict = Verdict.FITS if fits and known and engine.device.is_cuda else Verdict.FOLLOW
@@ -122,6 +126,19 @@ class Director:
             log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
         else:
             log.info("a first plan is made; timing each op under it for %d steps", TIMINGS)
+
+    def _distrust(self, engine: Engine, routine: Routine) -> None:
+        """Plan again without the recipes that gave other bytes."""
+        assert routine.tape is not None
+        refuted, routine.trust.refuted = routine.trust.refuted, set()
+        values = tuple(
+            replace(value, recipe=()) if value.saved in refuted else value for value in routine.tape.values
+        )
+        wrong = ", ".join(sorted({value.op for value in values if value.saved in refuted}))
+        log.info("%d values made again had other bytes (%s): they are moved instead", len(refuted), wrong)
+        routine.tape = replace(routine.tape, values=values)
+        if self.given is None:
+            self._plan(engine, routine, routine.tape)
 
     # -- watching ----------------------------------------------------------------------------
 
@@ -173,9 +190,11 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
         op = tape.ops[largest]
         where = f" in {op.module}" if op.module else ""
         widest = f"; largest single op {op.name}{where}: {format_bytes(operands[largest])}"
+    dropped = sum(decision.choice is Choice.RECOMPUTE for decision in plan.moves)
+    again = f"{dropped} are dropped and made again, " if dropped else ""
     return (
-        f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {format_bytes(predicted.bytes_out)} out "
-        f"and {format_bytes(predicted.bytes_in)} in per step; predicted peak "
+        f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {again}"
+        f"{format_bytes(predicted.bytes_out)} out and {format_bytes(predicted.bytes_in)} in per step; predicted peak "
         f"{format_bytes(predicted.peak_device_bytes)} of {format_bytes(plan.budget.device_bytes)}, step "
         f"{predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting)" + widest
     )

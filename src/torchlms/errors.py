@@ -6,6 +6,7 @@ LMSError                  anything this package refuses or could not do
 ├── BadOption             an option that cannot be read, or that contradicts another
 ├── PlanMismatch          a plan or tape file made for something else
 ├── NotSupported          a device, nesting or transform this package does not handle
+├── ReplayFailed          a dropped tensor cannot be made again (also a RuntimeError)
 └── SpillError            the spill file could not be made, written or read (also an OSError)
 """
 
@@ -18,6 +19,7 @@ __all__ = [
     "LMSError",
     "NotSupported",
     "PlanMismatch",
+    "ReplayFailed",
     "SpillError",
 ]
 
@@ -56,6 +58,10 @@ class PlanMismatch(LMSError):
 
 class NotSupported(LMSError):
     """Something this package does not handle, said before anything was changed."""
+
+
+class ReplayFailed(LMSError, RuntimeError):
+    """What a dropped tensor is made from was written in a way that nothing reports."""
 
 
 class SpillError(LMSError, OSError):

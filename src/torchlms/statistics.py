@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchlms.core.drops import replay_s
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Tape
 
@@ -36,7 +37,8 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "bytes_out_per_step": (engine.store.bytes_out - from_out) // steps,
         "bytes_in_per_step": (engine.store.bytes_in - from_in) // steps,
         "disk_bytes_per_step": (engine.store.disk_bytes - from_disk) // steps,
-        "recompute_s_per_step": 0.0,
+        "recompute_s_per_step": _recompute_s(engine.last_tape(), plan),
+        "replayed_ops": engine.replays,
         "reclaims": engine.ladder.reclaims,
         "reclaimed_bytes": engine.ladder.reclaimed_bytes,
         "retries": engine.ladder.retries,
@@ -66,6 +68,14 @@ def choice_totals(tape: Tape | None, plan: Plan | None) -> dict[str, dict[str, i
             entry["values"] += 1
             entry["bytes"] += value.size_bytes
     return totals
+
+
+def _recompute_s(tape: Tape | None, plan: Plan | None) -> float:
+    """Seconds of a step that go into making values again, by the plan."""
+    if tape is None or plan is None:
+        return 0.0
+    dropped = (tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE)
+    return sum(replay_s(tape, value) for value in dropped)
 
 
 def _predicted(plan: Plan | None) -> dict[str, float]:

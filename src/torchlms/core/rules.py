@@ -32,7 +32,8 @@ class Rules:
     A module pattern matches a module and everything inside it: ``layer1`` covers ``layer1.0.conv1``.
     An op pattern matches the name of the op that made the value: ``aten.relu*``. Where both kinds
     match, keep wins. Values below ``min_bytes`` stay unless nothing else can make the step fit, or
-    a move rule names them.
+    a move rule names them. With ``recompute`` values that nobody's rule names may also be dropped and made
+    again by the ops that made them.
     """
 
     keep_modules: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class Rules:
     move_modules: tuple[str, ...] = ()
     move_ops: tuple[str, ...] = ()
     min_bytes: int = MIB
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in _PATTERN_FIELDS:
@@ -51,6 +53,8 @@ class Rules:
             if not all(patterns):
                 raise BadOption(f"{name} holds an empty pattern; use '*' to match everything")
             object.__setattr__(self, name, tuple(patterns))
+        if not isinstance(self.recompute, bool):
+            raise BadOption(f"recompute must be true or false; got {self.recompute!r}")
         if isinstance(self.min_bytes, bool) or not isinstance(self.min_bytes, int) or self.min_bytes < 0:
             raise BadOption(f"min_bytes must be a number of bytes, 0 or more; got {self.min_bytes!r}")
 

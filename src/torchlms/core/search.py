@@ -198,7 +198,7 @@ class _Search:
             on_disk = choose_disk(moves, self._room)
         except HostBudgetTooSmall as refusal:
             if self._refusal is None or refusal.missing_bytes < self._refusal.missing_bytes:
-                self._refusal = refusal
+                self._refusal = refusal.with_traceback(None)
             return False
         slots = tuple(schedule(self._course, moves, on_disk, lead, due))
         trial = self._trial(moves, slots, lead, due)

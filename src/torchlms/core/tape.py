@@ -60,6 +60,8 @@ class Value:
     storages that autograd saved in this step, -1 if it was never saved, and ``saved_at`` the op
     before which it was first saved. ``movable`` says that the executor is able to move it during
     its idle stretches; ``why_not`` says why it is not.
+    ``recipe`` are the ops that would make it again, empty if it cannot be, and ``sources`` the saved
+    values that these read.
     """
 
     id: int
@@ -74,6 +76,8 @@ class Value:
     why_not: str = ""
     op: str = ""
     module: str = ""
+    recipe: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

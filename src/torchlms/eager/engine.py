@@ -29,13 +29,18 @@ from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
 from torchlms.eager.program import Program
-from torchlms.eager.recorder import Recorder, is_plain, tensors_in
+from torchlms.eager.provenance import Provenance, Recipe, readers_of, writes_anything
+from torchlms.eager.recorder import Recorder
+from torchlms.eager.replay import replay
+from torchlms.eager.replayable import may_replay
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where, find
+from torchlms.eager.tensors import is_plain, tensors_in
 from torchlms.eager.timer import OpTimer
 from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
+from torchlms.errors import LMSError
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -63,7 +68,9 @@ class Engine(SlotOwner):
         prepare: Callable[[Engine, Routine], None],
         begin_recording: Callable[[int], None],
         module_here: Callable[[], str],
+        recompute: bool = False,
     ) -> None:
+        self.recompute = recompute
         self.device = device
         self.store = store
         self.sizes = ResultSizes()
@@ -84,10 +91,13 @@ class Engine(SlotOwner):
         self.steps = 0  # micro-steps begun
         self.step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)  # of micro-steps that followed a plan
         self.late_fetches = 0
+        self.replays = 0  # ops that ran again
+        self.provenance: Provenance | None = None
         self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
         self.dead = False  # closed, or inherited through a fork
         self._live: dict[int, weakref.ref[Slot]] = {}
         self._by_ordinal: dict[int, weakref.ref[Slot]] = {}
+        self._dropped: set[int] = set()  # by identity
         self._ooms = 0
         self._ooms_aside = 0
         self.starved_aside = False  # left alone, it did not fit: not again
@@ -111,6 +121,17 @@ class Engine(SlotOwner):
             self._bury()
         if self.follower is not None and self._clock >= self.follower.due:
             self.follower.catch_up(self._clock)
+        if self._dropped and writes_anything(func):
+            self._make_readers_real(func, args, kwargs)
+        provenance = self.provenance
+        if provenance is None or (self._backward_seen and not writes_anything(func)):
+            return self._run(func, args, kwargs)
+        call = provenance.before(func, args, kwargs, self._clock, forward=not self._backward_seen)
+        result = self._run(func, args, kwargs)
+        provenance.after(call, args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._plainly and func not in self._careful:
             self._clock += 1
             try:
@@ -135,6 +156,23 @@ class Engine(SlotOwner):
         elif self.holes.learning:
             self.holes.note(self._clock)
         self._clock += 1
+        return result
+
+    def _make_readers_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before ``func`` writes: make again what would later be made from what it overwrites."""
+        for slot in readers_of(func, args, kwargs):
+            if slot.where is Where.DROPPED:
+                slot.take()
+
+    def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One op of a recipe: within the budget like any other, but no part of the program."""
+        if self.dead:
+            return func(*args, **kwargs)
+        self._make_room(func, args, kwargs)
+        result = self._attempt(func, args, kwargs)
+        self.replays += 1
+        if not self.device.is_cuda:
+            self._count(result)
         return result
 
     def _heard(self, error: BaseException) -> int:
@@ -264,6 +302,8 @@ class Engine(SlotOwner):
         slot = Slot(self, whole, self._ordinal)
         self._live[id(slot)] = self._by_ordinal[self._ordinal] = weakref.ref(slot)
         self._ordinal += 1
+        if self.provenance is not None:
+            self.provenance.saved(storage, slot)
         if self.recorder is not None:
             self.recorder.saved(slot)
         if self.follower is not None:
@@ -299,6 +339,20 @@ class Engine(SlotOwner):
             follower.catch_up(self._clock)
         if slot.where is Where.AWAY:
             self.late_fetches += 1
+        if slot.suspect is not None:
+            self._prove(follower.program, slot)
+
+    def _prove(self, program: Program, slot: Slot) -> None:
+        """Make bytes again that are still there, and compare: a recipe is trusted only after that."""
+        recipe, slot.suspect = slot.suspect, None
+        assert recipe is not None
+        storage = slot.take()
+        try:
+            again = self.replay(recipe)
+        except LMSError as error:
+            log.debug("a recipe could not be tried: %s", error)
+            return
+        program.judge(slot.ordinal, same=_same_bytes(storage, again))
 
     def _backward_ended(self) -> None:
         if self.recorder is not None:
@@ -335,9 +389,10 @@ class Engine(SlotOwner):
         self.steps += 1
         self.routine = routine
         self._began_s = time.perf_counter()
+        self.provenance = self._new_provenance(routine)
         if routine.verdict is Verdict.RECORD:
             self.begin_recording(self.steps)
-            self.recorder = Recorder(self.device, self.kinds)
+            self.recorder = Recorder(self.device, self.kinds, self.provenance)
             self.recorder.module = self.module_here()
         elif routine.verdict is Verdict.FOLLOW:
             program = routine.program
@@ -349,7 +404,21 @@ class Engine(SlotOwner):
         self.rooms.begin_step()
         self._ooms = self._allocator_ooms() - self.ladder.ooms
         if program is not None:
-            self.follower = Follower(program, self._by_ordinal, self.store, self.holes)
+            self.follower = Follower(program, self._by_ordinal, self.store, self.holes, self.provenance)
+
+    def _new_provenance(self, routine: Routine) -> Provenance | None:
+        """Provenance is kept while recording, and where the program drops something."""
+        drops = routine.program is not None and routine.program.drops
+        recording = routine.verdict is Verdict.RECORD
+        if not self.recompute or not (recording or (drops and routine.verdict is Verdict.FOLLOW)):
+            return None
+        kind = self.device.torch_device.type
+        return Provenance(
+            self.steps,
+            device=self.device.torch_device,
+            lasts=lambda storage: self.kinds(storage) in (Kind.PARAMETER, Kind.BUFFER),
+            may_replay=lambda func: may_replay(func, kind),
+        )
 
     def settle(self) -> None:
         """Between two forward passes: plan what is ready, without waiting for the next saved tensor."""
@@ -380,6 +449,7 @@ class Engine(SlotOwner):
         """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""
         routine, self.routine = self.routine, None
         recorder, self.recorder = self.recorder, None
+        self.provenance = None
         followed, self.follower = self.follower, None
         timer, self.timer = self.timer, None
         self._plainly = False
@@ -438,16 +508,24 @@ class Engine(SlotOwner):
         while self.orphans:
             self.orphans.popleft().bury()
 
+    def replay(self, recipe: Recipe) -> torch.UntypedStorage:
+        return replay(recipe, self._run_again)
+
     def leaving(self, slot: Slot) -> None:
         if self.recorder is not None:
             self.recorder.leaving(slot)
 
     def moved(self, slot: Slot) -> None:
+        if slot.where is Where.DROPPED:
+            self._dropped.add(id(slot))
+        else:
+            self._dropped.discard(id(slot))
         if self.recorder is not None:
             self.recorder.moved(slot)
 
     def forget(self, slot: Slot) -> None:
         self._live.pop(id(slot), None)
+        self._dropped.discard(id(slot))
         if self.recorder is not None:
             self.recorder.forgotten(slot)
 
@@ -531,6 +609,16 @@ def _drop_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def _same_bytes(left: torch.UntypedStorage, right: torch.UntypedStorage) -> bool:
+    if left.nbytes() != right.nbytes():
+        return False
+    views = [
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+        for storage in (left, right)
+    ]
+    return bool(torch.equal(*views))
 
 
 def _rounded(size_bytes: int) -> int:

@@ -14,6 +14,7 @@ from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
     from torchlms.eager.holes import Holes
+    from torchlms.eager.provenance import Provenance
     from torchlms.memory.store import Place, Store
 
 NEVER = 1 << 62  # no action is due before this op
@@ -25,11 +26,17 @@ class Follower:
     A plan is advice: what has no room now stays where it is, and whoever needs it asks again.
     """
 
-    __slots__ = ("_cursor", "_holes", "_slots", "_store", "due", "program")
+    __slots__ = ("_cursor", "_holes", "_provenance", "_slots", "_store", "due", "program")
 
     def __init__(
-        self, program: Program, slots: Mapping[int, weakref.ref[Slot]], store: Store, holes: Holes
+        self,
+        program: Program,
+        slots: Mapping[int, weakref.ref[Slot]],
+        store: Store,
+        holes: Holes,
+        provenance: Provenance | None = None,
     ) -> None:
+        self._provenance = provenance
         self.program = program
         self._slots = slots  # by ordinal, filled as the step goes
         self._store = store
@@ -65,12 +72,26 @@ class Follower:
     def _carry_out(self, action: Action, slot: Slot) -> None:
         if action.deed is Deed.SEND:
             self._send(slot)
+        elif action.deed is Deed.DROP:
+            self._drop(slot)
         elif action.deed is Deed.RELEASE:
             self._send(slot)  # if it could not go earlier
             if slot.place is not None and slot.where is Where.HELD:
                 slot.release()
         elif slot.where is Where.AWAY and slot.first_use:
             self._fetch(action, slot)
+
+    def _drop(self, slot: Slot) -> None:
+        """Let go of what can be made again. What cannot, or was not yet shown to, is moved instead."""
+        if self._provenance is None or not slot.first_use or slot.place is not None or not slot.alone():
+            return
+        recipe = self._provenance.recipe(slot)
+        if recipe is not None and slot.ordinal in self.program.trust.proven:
+            slot.drop(recipe)
+            return
+        slot.suspect = recipe
+        slot.send(self._store.place(slot.size_bytes))
+        slot.release()
 
     def _send(self, slot: Slot) -> None:
         decision = self.program.expected[slot.ordinal].decision

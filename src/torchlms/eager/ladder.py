@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from torchlms.eager.recorder import tensors_in
 from torchlms.eager.slot import Slot, Where
+from torchlms.eager.tensors import tensors_in
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError
 from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
@@ -68,7 +68,7 @@ class Ladder:
             try:
                 freed += self._evict(slot)
             except HostBudgetTooSmall as error:
-                full = error  # a smaller one may still find a place
+                full = error.with_traceback(None)  # a smaller one may still find a place
         if not freed and full is not None:
             raise full
         if freed:

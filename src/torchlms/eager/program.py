@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from torchlms.core.plan import Choice, Decision, Plan
@@ -15,10 +15,11 @@ class Deed(IntEnum):
 
     UNTUCK = -1  # the op before has its results: give back what made it put them elsewhere
     SEND = 0
-    RELEASE = 1
-    FETCH = 2
-    OPEN = 3  # a hole for the op itself
-    TUCK = 4  # have the op put its results where they will not be in the way later
+    DROP = 1
+    RELEASE = 2
+    FETCH = 3
+    OPEN = 4  # a hole for the op itself
+    TUCK = 5  # have the op put its results where they will not be in the way later
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,14 @@ _OBSTACLE_BYTES = 20 << 20  # smaller blocks find a place anywhere
 _OBSTACLE_OPS = 64  # how long before a pinch its obstacles may have been made
 
 
+@dataclass(slots=True)
+class Trust:
+    """What trying the recipes of a routine has shown, by the ordinal of the storage they make."""
+
+    proven: set[int] = field(default_factory=set)
+    refuted: set[int] = field(default_factory=set)
+
+
 class Program:
     """Actions in the order of the ops that trigger them.
 
@@ -55,7 +64,8 @@ class Program:
     that autograd saves or asks for, so a few more or fewer ops than on the tape do no harm.
     """
 
-    def __init__(self, tape: Tape, plan: Plan) -> None:
+    def __init__(self, tape: Tape, plan: Plan, trust: Trust | None = None) -> None:
+        self.trust = trust if trust is not None else Trust()
         self.tape = tape
         self.plan = plan
         decisions = {decision.value: decision for decision in plan.moves}
@@ -72,12 +82,15 @@ class Program:
         actions = []
         for value in saved:
             decision = decisions.get(value.id)
+            if decision is not None and decision.choice is Choice.RECOMPUTE:
+                actions.append(Action(decision.release_op, Deed.DROP, value.saved))
             if decision is None or decision.choice not in (Choice.HOST, Choice.DISK):
                 continue
             start = value.idle[decision.stretch].start
             actions.append(Action(start, Deed.SEND, value.saved))
             actions.append(Action(decision.release_op, Deed.RELEASE, value.saved))
             actions.append(Action(decision.reload_op, Deed.FETCH, value.saved))
+        self.drops = any(action.deed is Deed.DROP for action in actions)
         self.actions = sorted(actions, key=self._order)
         self.pinches: set[int] = set()  # ops before which the allocator remapped
         self.tucked: set[int] = set()  # ops whose results stood in the way of opening a hole at a pinch
@@ -85,6 +98,10 @@ class Program:
         self.scattered = True  # free memory may be mapped in pieces
         self._calm = False  # a step has passed without a pinch
         self._births: dict[int, list[int]] | None = None
+
+    def judge(self, ordinal: int, *, same: bool) -> None:
+        """A recipe has been tried."""
+        (self.trust.proven if same else self.trust.refuted).add(ordinal)
 
     def learn(self, pinched: set[int], *, disturbed: bool) -> None:
         """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""

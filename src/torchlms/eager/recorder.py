@@ -12,9 +12,11 @@ import torch
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager import private
 from torchlms.eager.slot import Slot, Where
+from torchlms.eager.tensors import tensors_in
 from torchlms.memory.device import CudaDevice
 
 if TYPE_CHECKING:
+    from torchlms.eager.provenance import Provenance
     from torchlms.memory.device import CpuDevice, Mark
 
 _MARK = "_torchlms_value"
@@ -53,6 +55,8 @@ class _Draft:
     saved_at: int = -1
     idle_from: int | None = None
     needed_at: int | None = None
+    recipe: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -87,7 +91,9 @@ class Recorder:
         self,
         device: CudaDevice | CpuDevice,
         kinds: Callable[[torch.UntypedStorage], Kind | None],
+        provenance: Provenance | None = None,
     ) -> None:
+        self._provenance = provenance
         self.device = device
         self.kinds = kinds
         self.phase = Phase.FORWARD
@@ -189,7 +195,7 @@ class Recorder:
         self._find_idle()
         draft = self._values[slot.value]
         if draft.idle_from is None:
-            draft.idle_from = len(self._ops)
+            self._idle_now(slot, draft)
         mark = getattr(slot.bytes.untyped_storage(), _MARK, None)
         if mark is not None and mark.recorder is self:
             mark.moved = True
@@ -211,8 +217,15 @@ class Recorder:
         waiting = [(value, reference()) for value, reference in self._waiting.items()]
         for value, slot in waiting:
             if slot is not None and slot.alone():
-                self._values[value].idle_from = len(self._ops)
+                self._idle_now(slot, self._values[value])
                 del self._waiting[value]
+
+    def _idle_now(self, slot: Slot, draft: _Draft) -> None:
+        draft.idle_from = len(self._ops)
+        recipe = self._provenance.recipe(slot) if self._provenance is not None else None
+        if recipe is not None:
+            draft.recipe = recipe.ops
+            draft.sources = tuple(sorted(source.value for _, source in recipe.slots.values()))
 
     def _here(self, args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         device = self.device.torch_device
@@ -298,6 +311,8 @@ def _finished(index: int, draft: _Draft, count: int) -> Value:
         why_not=why_not,
         op=draft.op,
         module=draft.module,
+        recipe=draft.recipe if idle and min(draft.sources, default=0) >= 0 else (),
+        sources=draft.sources,
     )
 
 
@@ -309,25 +324,6 @@ def _idle(draft: _Draft, count: int) -> tuple[tuple[Stretch, ...], str]:
     if draft.idle_from is None or draft.idle_from >= draft.needed_at:
         return (), "somebody else holds it until it is needed"
     return (Stretch(draft.idle_from, min(draft.needed_at, count)),), ""
-
-
-def tensors_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Plain tensors among arguments or results, lists included."""
-    found = []
-    for item in (*args, *kwargs.values()):
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            found.extend(tensors_in(item, {}))
-    return [tensor for tensor in found if is_plain(tensor)]
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is bytes in a storage: not sparse, nested, fake, nor made of other tensors."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return False
-    kind = type(tensor)
-    return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def device_name(device: torch.device) -> str:

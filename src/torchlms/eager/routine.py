@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 
 from torchlms.core.tape import Tape
-from torchlms.eager.program import Program
+from torchlms.eager.program import Program, Trust
 
 Signature = tuple[tuple[int, ...], torch.dtype]
 
@@ -40,6 +40,7 @@ class Routine:
     program: Program | None = None
     timings: list[list[tuple[str, float]]] = field(default_factory=list)
     settled: bool = False  # the program was made from those timings
+    trust: Trust = field(default_factory=Trust)
     rise_bytes: int = 0  # memory at the peak beyond that before the step
     recordings: int = 0
     strayed: int = 0  # micro-steps that did not match the program
@@ -48,6 +49,7 @@ class Routine:
 
     def recorded(self, tape: Tape) -> None:
         self.tape = tape
+        self.trust = Trust()
         self.timings.clear()
         self.settled = False
         self.recordings += 1

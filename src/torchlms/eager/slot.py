@@ -11,6 +11,7 @@ States, and what is held in each:
 
     HELD      device bytes; once sent also ``place`` and the copy out
     AWAY      ``place`` only
+    DROPPED   ``recipe`` only
     COMING    device bytes with a copy in in flight, and ``place``
 """
 
@@ -25,9 +26,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchlms.eager.private import hide_from_compiler, others_hold
-from torchlms.errors import SpillError
+from torchlms.eager.provenance import mark
+from torchlms.errors import ReplayFailed, SpillError
 
 if TYPE_CHECKING:
+    from torchlms.eager.provenance import Cell, Recipe
     from torchlms.memory.device import Copy
     from torchlms.memory.store import Place
 
@@ -38,6 +41,7 @@ class Where(Enum):
     HELD = "held"
     AWAY = "away"
     COMING = "coming"
+    DROPPED = "dropped"
 
 
 class SlotOwner:
@@ -50,6 +54,10 @@ class SlotOwner:
         raise NotImplementedError
 
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
+        raise NotImplementedError
+
+    def replay(self, recipe: Recipe) -> torch.UntypedStorage:
+        """Make the bytes again."""
         raise NotImplementedError
 
     def leaving(self, slot: Slot) -> None:
@@ -74,6 +82,7 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "bytes",
+        "cell",
         "copy_in",
         "copy_out",
         "first_use",
@@ -81,7 +90,9 @@ class Slot:
         "owner",
         "pid",
         "place",
+        "recipe",
         "size_bytes",
+        "suspect",
         "value",
         "where",
     )
@@ -96,6 +107,9 @@ class Slot:
         self.copy_out: Copy | None = None
         self.copy_in: Copy | None = None
         self.value = -1  # the tape's id, while recording
+        self.cell: Cell | None = None  # where its provenance is told, if anybody keeps it
+        self.recipe: Recipe | None = None
+        self.suspect: Recipe | None = None  # not shown yet to give these bytes
         self.first_use = True  # not unpacked yet
         self.pid = os.getpid()
         link(storage_bytes.untyped_storage(), self)
@@ -155,6 +169,28 @@ class Slot:
         link(target.untyped_storage(), self)
         self.owner.moved(self)
 
+    def drop(self, recipe: Recipe) -> None:
+        """Let the device bytes go: ``recipe`` makes them again."""
+        assert self.bytes is not None
+        self.owner.leaving(self)
+        self.recipe = recipe
+        recipe.read_by(self)
+        self.bytes = None
+        self.where = Where.DROPPED
+        self.owner.moved(self)
+
+    def _remake(self) -> None:
+        assert self.recipe is not None
+        storage = self.owner.replay(self.recipe)
+        if storage.nbytes() != self.size_bytes:
+            raise ReplayFailed(f"{storage.nbytes()} bytes came back for a tensor of {self.size_bytes}")
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        self.bytes = whole.set_(storage, 0, (self.size_bytes,), (1,))  # type: ignore[call-overload]
+        self.where = Where.HELD
+        self.recipe = None
+        link(storage, self)
+        self.owner.moved(self)
+
     def turn_back(self) -> None:
         """Give the device bytes of a value that is coming back up again: its copy is still in place."""
         assert self.where is Where.COMING
@@ -166,6 +202,8 @@ class Slot:
 
     def take(self) -> torch.UntypedStorage:
         """The storage with the bytes in it, usable by the compute queue from here on."""
+        if self.where is Where.DROPPED:
+            self._remake()
         if self.where is Where.AWAY:
             self.fetch()
         if self.where is Where.COMING:
@@ -232,6 +270,8 @@ class Orphan:
 def link(storage: torch.UntypedStorage, slot: Slot) -> None:
     """Let later savers of ``storage`` find ``slot``. The link holds no reference."""
     setattr(storage, _MARK, weakref.ref(slot))
+    if slot.cell is not None:
+        mark(storage, slot.cell)
 
 
 def find(storage: torch.UntypedStorage, owner: SlotOwner) -> Slot | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.eager import private
-from torchlms.eager.recorder import is_plain
+from torchlms.eager.tensors import is_plain
 
 if TYPE_CHECKING:
     from torchlms.eager.convolution import ConvolutionRoom

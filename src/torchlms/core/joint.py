@@ -1,0 +1,123 @@
+"""Joint: one plan over keep, host, disk and recompute.
+
+What to drop is decided first and what to move second, over and over: for each of several sets of drops,
+cheapest first, the planner of moves plans the tape as it would be with them, and the simulator's word on
+the whole step decides. Dropping nothing is one of the sets, so that the result is never predicted to be
+slower than moving alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torchlms.core.drops import droppable, independent, replay_s, with_drops
+from torchlms.core.plan import Choice, Decision, Plan
+from torchlms.core.planner import NO_ELBOW, Elbow
+from torchlms.core.planner import plan as plan_moves
+from torchlms.core.rules import Rules, Verdict
+from torchlms.core.units import seconds_text
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torchlms.core.machine import Machine
+    from torchlms.core.plan import Budget
+    from torchlms.core.tape import Tape, Value
+
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
+HALVINGS = 3  # then the interval around the best is halved as often
+WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
+
+
+def plan(
+    tape: Tape,
+    machine: Machine,
+    budget: Budget,
+    rules: Rules,
+    *,
+    headroom_bytes: int = 0,
+    elbow: Elbow = NO_ELBOW,
+) -> Plan:
+    """The plan with the shortest predicted step over all that were tried.
+
+    Raises as the planner of moves does, when not even with drops there is a plan.
+    """
+    started_s = time.perf_counter()
+    ranked = _ranked(tape, rules)
+    tried: dict[int, Plan] = {}
+    refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
+
+    def attempt(count: int) -> None:
+        nonlocal refusal
+        if count in tried:
+            return
+        drops = ranked[:count]
+        try:
+            moves = plan_moves(
+                with_drops(tape, drops), machine, budget, rules, headroom_bytes=headroom_bytes, elbow=elbow
+            )
+        except (BudgetTooSmall, HostBudgetTooSmall) as error:
+            refusal = refusal or error.with_traceback(None)  # or its frames would keep tensors alive
+            return
+        tried[count] = _joined(tape, drops, moves)
+
+    attempt(0)
+    if ranked and not (0 in tried and _free_of_stalls(tried[0])):
+        for share in SHARES:
+            attempt(max(1, round(share * len(ranked))))
+        for _ in range(HALVINGS):
+            for count in _between(tried, len(ranked)):
+                attempt(count)
+    if not tried:
+        assert refusal is not None
+        raise refusal
+    best = min(tried.values(), key=lambda made: made.predicted.step_s)
+    smallest_bytes = min(made.smallest_bytes for made in tried.values())
+    return replace(best, smallest_bytes=smallest_bytes, plan_s=time.perf_counter() - started_s)
+
+
+def _ranked(tape: Tape, rules: Rules) -> list[Value]:
+    """What may be dropped together, the fewest seconds a byte first."""
+    free = [
+        value
+        for value in tape.values
+        if droppable(tape, value)
+        and value.size_bytes >= rules.min_bytes
+        and rules.judge(value)[0] is Verdict.FREE
+    ]
+    return independent(tape, sorted(free, key=lambda value: replay_s(tape, value) / value.size_bytes))
+
+
+def _free_of_stalls(made: Plan) -> bool:
+    return made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
+
+
+def _between(tried: dict[int, Plan], most: int) -> list[int]:
+    """Counts half-way from the best to its neighbours."""
+    if not tried:
+        return []
+    best = min(tried, key=lambda count: tried[count].predicted.step_s)
+    below = max((count for count in tried if count < best), default=0)
+    above = min((count for count in tried if count > best), default=most)
+    return [(below + best) // 2, (best + above) // 2]
+
+
+def _joined(tape: Tape, drops: Sequence[Value], moves: Plan) -> Plan:
+    """The moves' plan with the drops among its decisions, for the tape as it was."""
+    dropped = tuple(
+        Decision(
+            value=value.id,
+            stretch=0,
+            choice=Choice.RECOMPUTE,
+            release_op=value.idle[0].start,
+            reload_op=value.idle[0].stop,
+            reason=f"made again by {len(value.recipe)} ops in {seconds_text(replay_s(tape, value))}",
+        )
+        for value in drops
+    )
+    kept = tuple(decision for decision in moves.decisions if decision.value < len(tape.values))
+    decisions = sorted((*kept, *dropped), key=lambda decision: decision.value)
+    return replace(moves, fingerprint=tape.fingerprint, decisions=tuple(decisions))

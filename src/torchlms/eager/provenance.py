@@ -1,0 +1,307 @@
+"""Provenance: which ops made what is in each storage, in this very step.
+
+[Note: Cells and calls]
+A storage has a cell: the history of the calls that wrote it, first the one that made it, then those
+that changed it in place. A call remembers its arguments, with each tensor replaced by where it lay:
+in which cell, after how many writes, and as which view. Cells hold no device memory. A storage holds
+its cell, a cell its calls, a call the cells it read: what nobody can ask for any more goes by itself.
+
+A recipe is such a history followed back to sources: storages that autograd saved and that are whole
+(slots), and tensors that outlast the step (parameters, buffers). Only ops that a sweep has shown to
+give the same bits again are followed (``may_replay``); at any other op the history just begins anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlms.eager.tensors import is_plain
+
+if TYPE_CHECKING:
+    from torchlms.eager.slot import Slot
+
+_MARK = "_torchlms_cell"
+_MOST_CALLS = 32  # a longer recipe is not worth following
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """One storage's history in one lap of the program."""
+
+    lap: int
+    place: int = 0  # among the results of the call that made it
+    history: list[Call] = field(default_factory=list)
+    slot: weakref.ref[Slot] | None = None
+    readers: weakref.WeakSet[Slot] = field(default_factory=weakref.WeakSet)  # dropped, and made from this
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ref:
+    """A tensor argument: the view ``shape, strides, offset`` of a cell after ``writes`` writes."""
+
+    cell: Cell
+    writes: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    version: int
+    lasting: torch.Tensor | None  # a parameter or buffer: here to stay
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One op that ran."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    op: int  # its place on the tape
+    replayable: bool
+
+
+class _Foreign(Exception):
+    """An argument that cannot be told of."""
+
+
+class Provenance:
+    """Watches the ops of one lap, outside backward passes."""
+
+    def __init__(
+        self,
+        lap: int,
+        *,
+        device: torch.device,
+        lasts: Callable[[torch.UntypedStorage], bool],
+        may_replay: Callable[[Any], bool],
+    ) -> None:
+        self._lap = lap
+        self._device = device
+        self._lasts = lasts
+        self._may_replay = may_replay
+
+    # -- capture -----------------------------------------------------------------------------
+
+    def before(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int, *, forward: bool = True
+    ) -> Call:
+        """What is about to be called, with its arguments as they are now."""
+        if not forward or not self._may_replay(func):
+            return Call(func, (), {}, op, False)
+        try:
+            return Call(func, self._refs(without_statistics(func, args)), self._refs(kwargs), op, True)
+        except _Foreign:
+            return Call(func, (), {}, op, False)
+
+    def after(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """The call ended: its results have a history, and what it wrote has one more entry."""
+        written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._ours(tensor)]
+        for place, tensor in enumerate(results_of(result)):
+            # What is known already is a view, or was written.
+            if tensor is not None and self._ours(tensor) and not self._known(tensor):
+                mark(tensor.untyped_storage(), Cell(self._lap, place, [call]))
+        for storage in {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in written
+        }.values():
+            # What lasts must not hold, through its cell, a call that holds it.
+            told = Call(call.func, (), {}, call.op, False) if self._lasts(storage) else call
+            self._cell(storage).history.append(told)
+
+    def saved(self, storage: torch.UntypedStorage, slot: Slot) -> None:
+        """Autograd saved ``storage``: from now on its bytes can be had from ``slot``."""
+        slot.cell = self._cell(storage)
+        slot.cell.slot = weakref.ref(slot)
+
+    def _refs(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            if self._ours(item):
+                return self._ref(item)
+            if item.device == self._device or item.numel() > 1:
+                raise _Foreign
+            return item.clone()  # a number
+        if type(item) in (list, tuple):
+            return type(item)(self._refs(part) for part in item)
+        if type(item) is dict:
+            return {name: self._refs(part) for name, part in item.items()}
+        return item
+
+    def _ours(self, tensor: torch.Tensor) -> bool:
+        if tensor.device != self._device or not is_plain(tensor):
+            return False
+        return not (tensor.is_conj() or tensor.is_neg())
+
+    def _ref(self, tensor: torch.Tensor) -> Ref:
+        storage = tensor.untyped_storage()
+        cell = self._cell(storage)
+        return Ref(
+            cell,
+            len(cell.history),
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor._version,
+            tensor.detach() if self._lasts(storage) else None,
+        )
+
+    def _cell(self, storage: torch.UntypedStorage) -> Cell:
+        """The storage's cell; a new one, without a history, for what is older than this lap."""
+        cell: Cell | None = getattr(storage, _MARK, None)
+        if cell is None or cell.lap != self._lap:
+            cell = Cell(self._lap)
+            setattr(storage, _MARK, cell)
+        return cell
+
+    def _known(self, tensor: torch.Tensor) -> bool:
+        cell: Cell | None = getattr(tensor.untyped_storage(), _MARK, None)
+        return cell is not None and cell.lap == self._lap
+
+    # -- recipes -----------------------------------------------------------------------------
+
+    def recipe(self, slot: Slot) -> Recipe | None:
+        """How to make the slot's bytes again, or None if that cannot be done from what there is."""
+        cell = slot.cell
+        if cell is None or cell.lap != self._lap or not cell.history:
+            return None
+        recipe = Recipe(cell, len(cell.history), self._device.type)
+        return recipe if recipe.follow(cell, len(cell.history), target=slot) else None
+
+
+@dataclass(slots=True, eq=False)
+class Recipe:
+    """A history and its sources, which it keeps alive."""
+
+    cell: Cell
+    writes: int
+    device_type: str
+    calls: dict[int, Call] = field(default_factory=dict)  # by identity, in the order they were followed
+    slots: dict[int, tuple[Cell, Slot]] = field(default_factory=dict)  # by the cell's identity
+    lasting: dict[int, Ref] = field(default_factory=dict)
+
+    def follow(self, cell: Cell, writes: int, *, target: Slot) -> bool:
+        """Note all that is needed for ``cell`` after ``writes`` writes; False where the way is barred."""
+        if not writes:
+            return False
+        for call in cell.history[:writes]:
+            if id(call) in self.calls:
+                continue
+            if not call.replayable or len(self.calls) >= _MOST_CALLS:
+                return False
+            self.calls[id(call)] = call
+            for ref in refs_in((call.args, call.kwargs)):
+                if not self._find(ref, cell, target):
+                    return False
+        return True
+
+    def _find(self, ref: Ref, reader: Cell, target: Slot) -> bool:
+        """Whether ``ref`` can be had when the recipe is carried out."""
+        if ref.cell is reader:
+            return True  # what an in-place op goes on from
+        if ref.lasting is not None:
+            self.lasting[id(ref.cell)] = ref
+            return True
+        slot = ref.cell.slot() if ref.cell.slot is not None else None
+        if slot is not None and slot is not target and ref.writes == len(ref.cell.history):
+            self.slots[id(ref.cell)] = (ref.cell, slot)
+            return True
+        return self.follow(ref.cell, ref.writes, target=target)
+
+    @property
+    def ops(self) -> tuple[int, ...]:
+        """The places on the tape of the calls that would run again."""
+        return tuple(sorted({call.op for call in self.calls.values()}))
+
+    def read_by(self, slot: Slot) -> None:
+        """Have writes to any source heard of by ``slot``, which is dropped and will need it."""
+        for cell, _ in self.slots.values():
+            cell.readers.add(slot)
+        for ref in self.lasting.values():
+            ref.cell.readers.add(slot)
+
+
+def mark(storage: torch.UntypedStorage, cell: Cell) -> None:
+    """The bytes that ``cell`` tells of now lie in ``storage``."""
+    setattr(storage, _MARK, cell)
+
+
+def refs_in(item: Any) -> Iterator[Ref]:
+    if isinstance(item, Ref):
+        yield item
+    elif isinstance(item, (list, tuple)):
+        for part in item:
+            yield from refs_in(part)
+    elif isinstance(item, dict):
+        yield from refs_in(tuple(item.values()))
+
+
+def results_of(result: Any) -> list[torch.Tensor | None]:
+    """What an op returned, flat; None for what is no tensor."""
+    if isinstance(result, (list, tuple)):
+        return [found for part in result for found in results_of(part)]
+    return [result if isinstance(result, torch.Tensor) else None]
+
+
+# Their running statistics, by position, and where they say that they are training. They update the
+# statistics although no schema says so, and in training do not read them: left out, nothing else changes.
+_STATISTICS = {
+    "native_batch_norm": ((3, 4), 5),
+    "cudnn_batch_norm": ((3, 4), 5),
+    "miopen_batch_norm": ((3, 4), 5),
+}
+
+
+def without_statistics(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with which a batch normalisation gives the same result and changes nothing."""
+    places, training = _STATISTICS.get(getattr(func, "_opname", ""), ((), 0))
+    if not places or not args[training]:
+        return args
+    return tuple(None if index in places else item for index, item in enumerate(args))
+
+
+_WRITES: dict[Any, tuple[tuple[int, str], ...]] = {}
+
+
+def writes_anything(func: Any) -> bool:
+    """Whether the schema of ``func`` declares a write."""
+    return bool(_written(func))
+
+
+def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The arguments that ``func`` says it writes."""
+    for position, name in _written(func):
+        item = args[position] if position < len(args) else kwargs.get(name)
+        for part in item if isinstance(item, (list, tuple)) else (item,):
+            if isinstance(part, torch.Tensor):
+                yield part
+
+
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    known = _WRITES.get(func)
+    if known is None:
+        schema = getattr(func, "_schema", None)
+        known = _WRITES[func] = (
+            ()
+            if schema is None
+            else tuple(
+                (position, argument.name)
+                for position, argument in enumerate(schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            )
+        )
+    return known
+
+
+def readers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Slot]:
+    """The dropped slots whose recipe reads something that ``func`` is about to write."""
+    found: list[Slot] = []
+    for tensor in written_tensors(func, args, kwargs):
+        if is_plain(tensor):
+            cell: Cell | None = getattr(tensor.untyped_storage(), _MARK, None)
+            if cell is not None and cell.readers:
+                found += list(cell.readers)
+    return found

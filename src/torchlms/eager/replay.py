@@ -1,0 +1,95 @@
+"""Replay: carries a recipe out.
+
+Runs without gradients and with autocast off: what was captured below autograd had no part in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlms.eager.provenance import Call, Cell, Recipe, Ref, results_of
+from torchlms.errors import ReplayFailed
+
+if TYPE_CHECKING:
+    from torchlms.eager.slot import Slot
+
+    Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
+    """The storage again, bit for bit; ``run`` runs one op.
+
+    Raises ReplayFailed if a source has been written since, which a write that torch does not count
+    can bring about and nothing else.
+    """
+    with torch.no_grad(), torch.autocast(recipe.device_type, enabled=False):
+        return _Replay(recipe, run).storage(recipe.cell, recipe.writes)
+
+
+class _Replay:
+    """One evaluation. Shared work is done once; what an in-place op has changed is not shared."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        self._recipe = recipe
+        self._run_op = run
+        self._results: dict[int, list[torch.Tensor | None]] = {}
+        self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+
+    def storage(self, cell: Cell, writes: int) -> torch.UntypedStorage:
+        """What lay in ``cell`` after ``writes`` writes."""
+        known = self._storages.get((id(cell), writes))
+        if known is not None:
+            return known
+        first, *rest = cell.history[:writes]
+        storage = self._made(first, cell)
+        for call in rest:
+            self._call(call, {id(cell): storage})
+        self._storages[id(cell), writes] = storage
+        return storage
+
+    def _made(self, call: Call, cell: Cell) -> torch.UntypedStorage:
+        results = self._results.get(id(call))
+        place = cell.place
+        if results is None or results[place] is None:
+            results = self._results[id(call)] = self._call(call, {})
+        made, results[place] = results[place], None  # whoever comes next gets it from ``_storages``
+        assert made is not None
+        return made.untyped_storage()
+
+    def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
+        args = tuple(self._item(item, here) for item in call.args)
+        kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
+        return results_of(self._run_op(call.func, args, kwargs))
+
+    def _item(self, item: Any, here: dict[int, torch.UntypedStorage]) -> Any:
+        if isinstance(item, Ref):
+            return self._tensor(item, here)
+        if type(item) in (list, tuple):
+            return type(item)(self._item(part, here) for part in item)
+        return item
+
+    def _tensor(self, ref: Ref, here: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+        lasting = ref.lasting
+        if lasting is not None:
+            if lasting._version != ref.version:
+                raise ReplayFailed(
+                    f"a parameter or buffer of shape {list(ref.shape)} was changed between forward and "
+                    f"backward (version {lasting._version}, {ref.version} when it was read), unseen by LMS"
+                )
+            storage = lasting.untyped_storage()
+        elif id(ref.cell) in here:
+            storage = here[id(ref.cell)]
+        elif id(ref.cell) in self._recipe.slots:
+            storage = self._slot(ref).take()
+        else:
+            storage = self.storage(ref.cell, ref.writes)
+        empty = torch.empty(0, dtype=ref.dtype, device=storage.device)
+        return empty.set_(storage, ref.offset, ref.shape, ref.strides)  # type: ignore[call-overload]
+
+    def _slot(self, ref: Ref) -> Slot:
+        if len(ref.cell.history) != ref.writes:
+            raise ReplayFailed(f"a saved tensor of shape {list(ref.shape)} was written after it was read")
+        return self._recipe.slots[id(ref.cell)][1]

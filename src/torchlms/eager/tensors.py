@@ -1,0 +1,27 @@
+"""Tensors: which arguments are plain bytes in a storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def tensors_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Plain tensors among arguments or results, lists included."""
+    found = []
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            found.extend(tensors_in(item, {}))
+    return [tensor for tensor in found if is_plain(tensor)]
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is bytes in a storage: not sparse, nested, fake, nor made of other tensors."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    kind = type(tensor)
+    return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
