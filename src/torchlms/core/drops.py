@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torchlms.core.curve import wraps
+from torchlms.core.curve import floor_curve, wraps
 from torchlms.core.tape import Stretch, Tape, Value
 
 if TYPE_CHECKING:
@@ -45,6 +45,32 @@ def independent(tape: Tape, ranked: Iterable[Value]) -> list[Value]:
             dropped.add(value.id)
             sources.update(value.sources)
     return chosen
+
+
+def feasible(tape: Tape, ranked: Sequence[Value], limit_bytes: int) -> list[Value]:
+    """Of ``ranked``, those that can all be dropped and leave no op above ``limit_bytes`` for certain.
+
+    What is made again needs its sources and intermediate results at one moment, which a tight op may
+    have no room for: whatever is made again about there is not dropped.
+    """
+    chosen = list(ranked)
+    while chosen:
+        floor = floor_curve(with_drops(tape, chosen))
+        worst = int(floor.argmax())
+        if floor[worst] <= limit_bytes:
+            return chosen
+        rest = [value for value in chosen if not _present(tape, value, worst)]
+        if len(rest) == len(chosen):
+            return []  # it is too much without any drops
+        chosen = rest
+    return chosen
+
+
+def _present(tape: Tape, dropped: Value, op: int) -> bool:
+    """Whether making ``dropped`` again has something on the device during ``op`` that need not be there."""
+    stop = dropped.idle[0].stop
+    needs = (stretch.stop for source in dropped.sources for stretch in tape.values[source].idle)
+    return stop <= op <= max((stop, *needs))
 
 
 def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:

@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torchlms.core.drops import droppable, independent, replay_s, with_drops
+from torchlms.core.drops import droppable, feasible, independent, replay_s, with_drops
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import NO_ELBOW, Elbow
 from torchlms.core.planner import plan as plan_moves
@@ -46,7 +46,7 @@ def plan(
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
     started_s = time.perf_counter()
-    ranked = _ranked(tape, rules)
+    ranked = feasible(tape, _ranked(tape, rules), budget.device_bytes - headroom_bytes)
     tried: dict[int, Plan] = {}
     refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
 

@@ -146,7 +146,7 @@ class Provenance:
             tensor.stride(),
             int(tensor.storage_offset()),
             tensor._version,
-            tensor.detach() if self._lasts(storage) else None,
+            tensor if self._lasts(storage) else None,
         )
 
     def _cell(self, storage: torch.UntypedStorage) -> Cell:
