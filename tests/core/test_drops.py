@@ -1,0 +1,167 @@
+"""Drops: the tape as it would be with some values made again, and the plan that chooses among all four."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tapes import MIB, gpu
+
+from torchlms.core import joint, planner
+from torchlms.core.curve import baseline_curve, floor_curve
+from torchlms.core.drops import droppable, feasible, independent, replay_s, with_drops
+from torchlms.core.plan import Budget, Choice
+from torchlms.core.rules import Rules
+from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.errors import BudgetTooSmall
+
+LOTS = 1 << 50
+RULES = Rules(recompute=True)
+
+
+def blocks(count: int, *, cheap_s: float = 1e-3, size_bytes: int = 256 * MIB) -> Tape:
+    """``count`` times a dear op (``source``) and a cheap one (``made``), both saved, and backward over them.
+
+    Backward of a block needs ``made`` first and ``source`` next, as a norm after a convolution does.
+    """
+    ops, values = [], []
+    last = 4 * count - 1
+    for block in range(count):
+        source, made = 2 * block, 2 * block + 1
+        needs_made, needs_source = last - 2 * block - 1, last - 2 * block
+        ops += [
+            Op("dear", f"block{block}", Phase.FORWARD, 10e-3, (made - 2,) if block else (), (source,)),
+            Op("cheap", f"block{block}", Phase.FORWARD, cheap_s, (source,), (made,)),
+        ]
+        source_idle = Stretch(made + 1, needs_source)
+        made_idle = (Stretch(made + 2, needs_made),) if made + 2 < needs_made else ()
+        born = {"kind": Kind.ACTIVATION, "size_bytes": size_bytes}
+        values += [
+            Value(
+                id=source, birth=source, death=needs_source, idle=(source_idle,), saved=source,
+                saved_at=source + 1, movable=True, op="dear", **born,
+            ),
+            Value(
+                id=made, birth=made, death=needs_made, idle=made_idle, saved=made, saved_at=made + 1,
+                movable=bool(made_idle), op="cheap", recipe=(made,), sources=(source,), **born,
+            ),
+        ]  # fmt: skip
+    for block in reversed(range(count)):
+        ops += [
+            Op("cheap_backward", f"block{block}", Phase.BACKWARD, cheap_s, (2 * block + 1,), ()),
+            Op("dear_backward", f"block{block}", Phase.BACKWARD, 20e-3, (2 * block,), ()),
+        ]
+    return Tape(tuple(ops), tuple(values), 0, "cuda", "2.13")
+
+
+def candidates(tape: Tape) -> list[Value]:
+    return [value for value in tape.values if droppable(tape, value)]
+
+
+def test_a_dropped_value_is_absent_in_its_stretch_and_nowhere_else() -> None:
+    tape = blocks(4)
+    value = candidates(tape)[0]
+    before, after = baseline_curve(tape), baseline_curve(with_drops(tape, [value]))
+    absent = np.zeros(len(tape.ops), dtype=bool)
+    absent[value.idle[0].start : value.idle[0].stop] = True
+    assert (before - after == np.where(absent, value.size_bytes, 0)).all()
+
+
+def test_making_again_takes_time_and_keeps_the_source_there() -> None:
+    tape = blocks(4)
+    value = candidates(tape)[0]
+    stop = value.idle[0].stop
+    changed = with_drops(tape, [value])
+    assert changed.ops[stop].time_s == pytest.approx(tape.ops[stop].time_s + replay_s(tape, value))
+    assert sum(op.time_s for op in changed.ops) == pytest.approx(
+        sum(op.time_s for op in tape.ops) + replay_s(tape, value)
+    )
+    source = changed.values[value.sources[0]]
+    assert all(stretch.stop <= stop for stretch in source.idle)
+    assert source.death >= stop
+
+
+def test_a_source_that_would_be_gone_lives_on() -> None:
+    tape = blocks(3)
+    value = candidates(tape)[0]
+    source = replace(tape.values[value.sources[0]], death=value.idle[0].stop - 1, idle=())
+    tape = replace(tape, values=tuple(source if other.id == source.id else other for other in tape.values))
+    assert with_drops(tape, [value]).values[source.id].death == value.idle[0].stop
+
+
+def test_none_is_made_from_another() -> None:
+    tape = blocks(6)
+    chained = tuple(
+        replace(value, sources=(value.id - 1, value.id - 2)) if value.recipe and value.id > 2 else value
+        for value in tape.values
+    )
+    tape = replace(tape, values=chained)
+    chosen = {value.id for value in independent(tape, candidates(tape))}
+    assert chosen
+    assert all(chosen.isdisjoint(tape.values[value].sources) for value in chosen)
+
+
+def test_what_has_no_room_to_be_made_again_is_not_dropped() -> None:
+    tape = blocks(6)
+    limit_bytes = int(floor_curve(tape).max())
+    chosen = feasible(tape, candidates(tape), limit_bytes)
+    assert floor_curve(with_drops(tape, chosen)).max() <= limit_bytes
+    tight = int(floor_curve(with_drops(tape, candidates(tape))).max())
+    assert feasible(tape, candidates(tape), tight) == candidates(tape)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("link", [5e9, 50e9])
+def test_never_predicted_slower_than_moving_alone(share: float, link: float) -> None:
+    tape, machine = blocks(10), gpu(link=link)
+    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
+    budget = Budget(least + int(share * (most - least)), LOTS, 0)
+    moves = planner.plan(tape, machine, budget, RULES)
+    both = joint.plan(tape, machine, budget, RULES)
+    assert both.predicted.step_s <= moves.predicted.step_s
+    assert both.predicted.peak_device_bytes <= budget.device_bytes
+    if link == 5e9:  # where moving is dear, dropping pays
+        assert any(decision.choice is Choice.RECOMPUTE for decision in both.moves)
+        assert both.predicted.step_s < 0.9 * moves.predicted.step_s
+
+
+def test_close_to_the_best_subset() -> None:
+    tape, machine = blocks(6), gpu(link=5e9)
+    budget = Budget(int(0.5 * baseline_curve(tape).max()), LOTS, 0)
+    found = joint.plan(tape, machine, budget, RULES).predicted.step_s
+    best = float("inf")
+    for count in range(len(candidates(tape)) + 1):
+        for drops in itertools.combinations(candidates(tape), count):
+            try:
+                made = planner.plan(with_drops(tape, list(drops)), machine, budget, RULES)
+            except BudgetTooSmall:
+                continue
+            best = min(best, made.predicted.step_s)
+    assert found <= 1.05 * best
+
+
+def test_nothing_is_dropped_where_moving_is_free() -> None:
+    tape = blocks(10)
+    budget = Budget(int(0.9 * baseline_curve(tape).max()), LOTS, 0)
+    made = joint.plan(tape, gpu(link=500e9), budget, RULES)
+    assert not any(decision.choice is Choice.RECOMPUTE for decision in made.moves)
+
+
+def test_the_plan_is_for_the_tape_as_it_was() -> None:
+    tape = blocks(8)
+    made = joint.plan(tape, gpu(link=5e9), Budget(int(0.5 * baseline_curve(tape).max()), LOTS, 0), RULES)
+    assert made.fingerprint == tape.fingerprint
+    assert all(decision.value < len(tape.values) for decision in made.decisions)
+    dropped = [decision for decision in made.moves if decision.choice is Choice.RECOMPUTE]
+    for decision in dropped:
+        stretch = tape.values[decision.value].idle[0]
+        assert (decision.release_op, decision.reload_op) == (stretch.start, stretch.stop)
+        assert "made again" in decision.reason
+
+
+def test_below_what_any_choice_could_do() -> None:
+    tape = blocks(4)
+    with pytest.raises(BudgetTooSmall, match="smallest budget"):
+        joint.plan(tape, gpu(), Budget(100 * MIB, LOTS, 0), RULES)

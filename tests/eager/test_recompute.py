@@ -1,0 +1,267 @@
+"""Values that are dropped and made again: same bits, within the budget, and never from something changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sessions import Session, new_session, open_lms, outcome, plain_peak, plain_step, run_lms, run_plain
+from small_networks import NETWORKS, Network
+from torch import Tensor, nn
+
+import torchlms
+from torchlms import api
+from torchlms.core.machine import Machine
+from torchlms.eager.provenance import Call, Cell
+
+RULES = {"min_bytes": 1024, "recompute": True}
+STEPS = 8
+DROPPING = ["resnet", "unet3d", "transformer", "mlp"]
+
+
+@pytest.fixture(autouse=True)
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which moving costs so much that whatever can be made again is."""
+    measured = api.measured_machine
+
+    def slow(*args: object, **options: object) -> Machine:
+        found = measured(*args, **options)  # type: ignore[arg-type]
+        return dataclasses.replace(found, disk_write_bytes_per_s=1e6, disk_read_bytes_per_s=1e6)
+
+    monkeypatch.setattr(api, "measured_machine", slow)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5])
+@pytest.mark.parametrize("name", DROPPING)
+def test_same_bits_within_the_budget(name: str, share: float, spill_dir: Path) -> None:
+    network = NETWORKS[name]
+    budget_bytes = int(share * plain_peak(network))
+    watched = run_lms(network, budget_bytes, spill_dir, steps=STEPS, rules=RULES)
+    assert watched.outcome.differences(run_plain(network, steps=STEPS)) == []
+    assert watched.stats["plan"]["recompute"]["values"] > 0
+    assert watched.stats["replayed_ops"] > 0
+    assert watched.stats["recompute_s_per_step"] > 0
+    assert watched.peak_bytes <= budget_bytes
+    assert watched.stats["peak_device_bytes"] == watched.stats["predicted"]["peak_device_bytes"]
+
+
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(DROPPING)))
+def test_networks_with_little_to_drop(name: str, spill_dir: Path) -> None:
+    network = NETWORKS[name]
+    watched = run_lms(network, int(0.7 * plain_peak(network)), spill_dir, steps=STEPS, rules=RULES)
+    assert watched.outcome.differences(run_plain(network, steps=STEPS)) == []
+
+
+def test_nothing_is_dropped_unless_asked_for(spill_dir: Path) -> None:
+    network = NETWORKS["mlp"]
+    watched = run_lms(network, int(0.6 * plain_peak(network)), spill_dir, steps=STEPS)
+    assert watched.stats["plan"]["recompute"]["values"] == 0
+    assert watched.stats["replayed_ops"] == 0
+
+
+# -- networks made for one trap each -------------------------------------------------------------
+
+
+class Trap(nn.Module):
+    """``middle`` between two layers wide enough to be worth dropping."""
+
+    def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.enter = nn.Linear(16, 64)
+        self.inner = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.leave = nn.Linear(64, 4)
+        self.register_buffer("shift", torch.linspace(-1, 1, 64))
+        self.scale = nn.Parameter(torch.ones(64))
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for layer in self.inner:
+            x = layer(self.middle(self, x))
+        return self.leave(x)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(512, 16, generator=generator), torch.randint(0, 4, (512,), generator=generator)
+
+
+Loop = Callable[[Trap, torch.optim.Optimizer, int], str]
+
+
+def usual(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+    x, y = batch(step)
+    loss = F.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach()).hex()
+
+
+def train(
+    middle: Callable[[nn.Module, Tensor], Tensor],
+    spill_dir: Path | None,
+    loop: Loop = usual,
+    budget_bytes: int = 1_500_000,
+) -> tuple[list[str], list[Tensor], dict[str, object]]:
+    torch.manual_seed(3)
+    model = Trap(middle)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    if spill_dir is None:
+        losses = [loop(model, optimizer, step) for step in range(STEPS)]
+        stats: dict[str, object] = {}
+    else:
+        with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=RULES) as lms:
+            losses = [loop(model, optimizer, step) for step in range(STEPS)]
+            stats = lms.stats()
+    return losses, [item.detach().clone() for item in model.state_dict().values()], stats
+
+
+def assert_same(
+    middle: Callable[[nn.Module, Tensor], Tensor],
+    spill_dir: Path,
+    loop: Loop = usual,
+    budget_bytes: int = 1_500_000,
+) -> dict[str, object]:
+    plain_losses, plain_state, _ = train(middle, None, loop)
+    losses, state, stats = train(middle, spill_dir, loop, budget_bytes)
+    assert losses == plain_losses
+    assert all(torch.equal(left, right) for left, right in zip(state, plain_state, strict=True))
+    return stats
+
+
+def test_chains_views_and_in_place_ops(spill_dir: Path) -> None:
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        wide = (x * model.scale + model.shift).view(256, 2, 64)
+        wide = F.silu(wide).mul_(0.5).add_(0.1)
+        return F.relu(wide.transpose(0, 1).reshape(512, 64), inplace=True)
+
+    stats = assert_same(middle, spill_dir)
+    assert stats["replayed_ops"]
+
+
+def test_dropout_is_not_made_again_with_other_numbers(spill_dir: Path) -> None:
+    assert_same(lambda model, x: F.relu(F.dropout(F.gelu(x), 0.3)), spill_dir)
+
+
+def test_a_source_that_is_written_before_backward(spill_dir: Path) -> None:
+    """relu does not save what it read: plain PyTorch does not mind that the buffer changes meanwhile."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        with torch.no_grad():
+            model.shift.add_(0.25)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    stats = assert_same(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop)
+    assert stats["plan"]["recompute"]["values"]  # type: ignore[index]
+
+
+def test_a_write_that_nobody_sees_is_found_out(spill_dir: Path) -> None:
+    """As a kernel of somebody's own writes into what ``zeros`` made: the recipe is tried, and refuted."""
+
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        table = torch.zeros(512, 64)
+        table.numpy()[:] = 0.5
+        return F.relu(F.silu(x) + table)
+
+    assert_same(middle, spill_dir)
+
+
+def test_several_backwards_over_one_graph(spill_dir: Path) -> None:
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 1), spill_dir, loop)
+
+
+def test_double_backward(spill_dir: Path) -> None:
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x.requires_grad_()), y)
+        optimizer.zero_grad()
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + slope.square().sum()).backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    assert_same(lambda model, x: F.silu(x * 2 + 1), spill_dir, loop, 2_500_000)
+
+
+def test_saved_and_then_modified_raises_as_plain_pytorch_does(spill_dir: Path) -> None:
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        kept: list[Tensor] = []
+        handle = model.inner[2].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        loss = F.cross_entropy(model(x), y)
+        handle.remove()
+        if step == STEPS - 1:
+            with torch.no_grad():
+                kept[0].add_(1)
+            kept.clear()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            return "raised"
+        kept.clear()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 1), spill_dir, loop)
+
+
+def test_a_graph_that_outlives_lms(spill_dir: Path) -> None:
+    def run(spill: Path | None) -> list[Tensor]:
+        torch.manual_seed(3)
+        model = Trap(lambda model, x: F.relu(F.silu(x) * 2 + model.shift))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        if spill is None:
+            for step in range(5):
+                usual(model, optimizer, step)
+            x, y = batch(9)
+            loss = F.cross_entropy(model(x), y)
+        else:
+            with torchlms.LMS(model, optimizer, budget=1_500_000, disk_dir=spill, rules=RULES):
+                for step in range(5):
+                    usual(model, optimizer, step)
+                x, y = batch(9)
+                loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    assert all(torch.equal(left, right) for left, right in zip(run(spill_dir), run(None), strict=True))
+
+
+def test_provenance_leaves_nothing_behind(spill_dir: Path) -> None:
+    def told() -> int:
+        return sum(isinstance(item, (Call, Cell)) for item in gc.get_objects())
+
+    network: Network = NETWORKS["mlp"]
+    session: Session = new_session(network)
+    with open_lms(session, int(0.6 * plain_peak(network)), spill_dir, rules=RULES):
+        for step in range(STEPS):
+            plain_step(session, step)
+        gc.collect()
+        once = told()
+        for step in range(STEPS):
+            plain_step(session, step)
+        gc.collect()
+        assert told() <= once + 2
+    assert outcome(session).parameters
