@@ -473,3 +473,22 @@ def test_measuring_the_machine_draws_no_random_numbers(spill_dir: Path) -> None:
     assert found.disk_write_bytes_per_s > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert not _get_current_dispatch_mode_stack()
+
+
+def test_a_directory_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    with pytest.raises(torchlms.BadOption, match="is not a directory"):
+        torchlms.LMS(torch.nn.Linear(2, 2), budget=BUDGET, disk_dir=occupied / "deeper")
+
+
+def test_a_rule_that_matches_nothing_is_said(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    rules = {"keep_modules": ["no.such.layer"], "keep_ops": ["aten.relu*"]}
+    caplog.set_level("WARNING", logger="torchlms")
+    with torchlms.LMS(model, budget="1GiB", disk_dir=spill_dir, rules=rules):
+        for _ in range(5):
+            model(torch.randn(8, 64)).sum().backward()
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("keep_modules 'no.such.layer'" in line for line in said) == 1
+    assert not any("aten.relu" in line for line in said)

@@ -15,6 +15,7 @@ from torchlms.errors import (
     LMSError,
     NotSupported,
     PlanMismatch,
+    ReplayFailed,
     SpillError,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "LMSError",
     "NotSupported",
     "PlanMismatch",
+    "ReplayFailed",
     "Rules",
     "SpillError",
     "__version__",

@@ -10,6 +10,7 @@ from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.planner import NO_ELBOW, Elbow
+from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.eager.timer import retimed
@@ -47,6 +48,7 @@ class Director:
         self.model = model
         self.headroom = _FIRST_HEADROOM if machine.link else 0.0
         self._reclaims_seen = 0
+        self._checked_rules = False
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
@@ -66,6 +68,9 @@ class Director:
 
     def _plan(self, engine: Engine, routine: Routine, tape: Tape) -> None:
         """Plan, or go on without a plan: the step was recorded within the budget, so it can be run so."""
+        for pattern in () if self._checked_rules else unmatched(self.rules, tape):
+            log.warning("the rule %s matches nothing in this step: perhaps it is misspelt", pattern)
+        self._checked_rules = True
         try:
             plan = self._make_roomy(tape)
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
@@ -194,7 +199,8 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
     again = f"{dropped} are dropped and made again, " if dropped else ""
     return (
         f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {again}"
-        f"{format_bytes(predicted.bytes_out)} out and {format_bytes(predicted.bytes_in)} in per step; predicted peak "
-        f"{format_bytes(predicted.peak_device_bytes)} of {format_bytes(plan.budget.device_bytes)}, step "
-        f"{predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting)" + widest
+        f"{format_bytes(predicted.bytes_out)} out and {format_bytes(predicted.bytes_in)} in per step; "
+        f"predicted peak {format_bytes(predicted.peak_device_bytes)} of "
+        f"{format_bytes(plan.budget.device_bytes)}, step {predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting)"
+        + widest
     )

@@ -58,6 +58,8 @@ class Options:
         for size in (budget, host_budget, disk_budget):
             if size is not None:
                 parse_bytes(size, whole_bytes=_SOME_WHOLE)
+        if disk_dir is not None:
+            _check_directory(Path(disk_dir))
         return Options(
             torch_device=_choose_device(model, device),
             budget=budget,
@@ -89,6 +91,17 @@ class Options:
             host_bytes=_or_share(self.host_budget, host_available_bytes(), _HOST_SHARE),
             disk_bytes=_or_share(self.disk_budget, disk_free_bytes(self.disk_dir), _DISK_SHARE),
         )
+
+
+def _check_directory(path: Path) -> None:
+    """BadOption if no file could be made in ``path``, which need not be there yet."""
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise BadOption(f"disk_dir={str(path)!r}: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadOption(f"disk_dir={str(path)!r}: no permission to write in {there}")
 
 
 def _or_share(size: Size, available_bytes: int, share: float) -> int:

@@ -380,3 +380,12 @@ def test_expandable_segments_can_be_switched() -> None:
             assert private.expandable_segments() is on
     finally:
         private.set_expandable_segments(before)
+
+
+def test_the_allocators_other_settings_are_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    text = "max_split_size_mb:64, roundup_power2_divisions:[256:1,512:2],expandable_segments:False"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", text)
+    assert private._allocator_settings() == ["max_split_size_mb:64", "roundup_power2_divisions:[256:1,512:2]"]
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    assert private._allocator_settings() == []

@@ -2,12 +2,12 @@
 
 [Note: Pinches]
 Under a cap, free memory lies in holes between blocks. An allocation that fits into none of them makes
-the allocator wait for the device, unmap every free page and map as many again elsewhere: about five
-milliseconds, during which neither ops nor, often, copies run. But values that stay are ours to move:
-a copy within the device takes half a millisecond a gigabyte and waits for nothing. The pinches of a
-program are the ops before which that happened. They are learned in the first steps under a plan,
-since steps repeat, and from then on a hole is opened there by moving what stands around it. Where that
-does not help, what stood in the way (results in use just then) is put elsewhere when it is made.
+the allocator wait for the device, unmap every free page and map as many again elsewhere: milliseconds
+during which neither ops nor, often, copies run. But values that stay are ours to move, and a copy
+within the device is quick and waits for nothing. The pinches of a program are the ops before which that
+happened. They are learned in the first steps under a plan, since steps repeat, and from then on a hole
+is opened there by moving what stands around it. Where that does not help, what stood in the way (results
+in use just then) is put elsewhere when it is made.
 """
 
 from __future__ import annotations

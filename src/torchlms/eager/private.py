@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +94,11 @@ def mapped_runs(device: torch.device) -> list[list[tuple[int, int, bool]]]:
 
 
 def set_expandable_segments(on: bool) -> bool:
-    """Ask the caching allocator to back new segments by remappable pages; False where it cannot."""
+    """Ask the caching allocator to back new segments by remappable pages; False where it cannot.
+
+    The allocator reads its settings as a whole, so those of the environment are said again with it.
+    Settings that the program made while it ran are not known here, and are lost.
+    """
     setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(
         torch.cuda.memory, "_set_allocator_settings", None
     )
@@ -101,9 +107,17 @@ def set_expandable_segments(on: bool) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.suppress(RuntimeError, ValueError):
-            setter(f"expandable_segments:{on}")
+            setter(",".join((*_allocator_settings(), f"expandable_segments:{on}")))
             return True
     return False
+
+
+def _allocator_settings() -> list[str]:
+    """What the environment asks of the allocator, but for expandable segments."""
+    text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    # Commas stand within brackets, too.
+    settings = [item.strip() for item in re.split(r",(?![^\[]*\])", text) if item.strip()]
+    return [item for item in settings if not item.startswith("expandable_segments")]
 
 
 def expandable_segments() -> bool:
