@@ -19,6 +19,7 @@ NAMES = [
     "LMSError",
     "NotSupported",
     "PlanMismatch",
+    "ReplayFailed",
     "Rules",
     "SpillError",
     "__version__",

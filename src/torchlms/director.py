@@ -197,10 +197,10 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
         widest = f"; largest single op {op.name}{where}: {format_bytes(operands[largest])}"
     dropped = sum(decision.choice is Choice.RECOMPUTE for decision in plan.moves)
     again = f"{dropped} are dropped and made again, " if dropped else ""
+    budget_bytes = plan.budget.device_bytes
     return (
         f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {again}"
         f"{format_bytes(predicted.bytes_out)} out and {format_bytes(predicted.bytes_in)} in per step; "
-        f"predicted peak {format_bytes(predicted.peak_device_bytes)} of "
-        f"{format_bytes(plan.budget.device_bytes)}, step {predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting)"
-        + widest
+        f"predicted peak {format_bytes(predicted.peak_device_bytes)} of {format_bytes(budget_bytes)}, "
+        f"step {predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting){widest}"
     )
