@@ -28,7 +28,7 @@ _NOT_MEASURED = {
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",
 }
-_PRESENTATION = ("report",)  # folders
+_PRESENTATION = ("report", "sweep")  # folders
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)

@@ -1,20 +1,43 @@
-"""Replayable: which ops may run a second time in place of keeping their results."""
+"""Replayable: which ops may run a second time in place of keeping their results.
+
+The table beside this file comes from a sweep over operator samples, op by op, for each kind of device
+(``python -m torchlms.sweep.command``). Schemas and tags alone do not say it. An op that the sweep has not
+seen, or not on this kind of device, may not. A version of torch other than the one that was swept is
+taken at the sweep's word: each recipe is tried on the user's own values before it is trusted.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
 from typing import Any
 
-_PURE = frozenset(
-    (
-        *("relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardtanh", "hardtanh_", "leaky_relu"),
-        *("add", "add_", "sub", "mul", "mul_", "div", "neg", "exp", "rsqrt", "pow", "clone", "_to_copy"),
-        *("_softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "cat", "elu"),
-        *("native_batch_norm", "cudnn_batch_norm", "avg_pool2d", "max_pool2d_with_indices"),
-    )
-)
+TABLE = Path(__file__).with_name("replayable.json")
+
+_GOOD = ("pure", "in place")
+# Same bits on the same device, but made by libraries that choose their algorithm by what is free, or
+# so dear that moving is always the better choice.
+_NEVER = (
+    "convolution", "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "attention", "rnn", "lstm", "gru",
+)  # fmt: skip
+# Write running statistics that no schema names, and are not given any (provenance.without_statistics).
+_WITHOUT_STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 
 
 def may_replay(func: Any, device_type: str) -> bool:
     """Whether ``func`` has been shown to give the same bits again on such a device."""
-    del device_type
-    return getattr(func, "_opname", "") in _PURE
+    return str(func) in _good(device_type)
+
+
+@functools.cache
+def _good(device_type: str) -> frozenset[str]:
+    ops = json.loads(TABLE.read_text()).get(device_type, {}).get("ops", {})
+    return frozenset(op for op, found in ops.items() if _is_good(op, found["verdict"]))
+
+
+def _is_good(op: str, verdict: str) -> bool:
+    name = op.split(".")[1]
+    if any(part in name.strip("_").split("_") or part == name for part in _NEVER):
+        return False
+    return verdict in _GOOD or (verdict == "writes" and name in _WITHOUT_STATISTICS)
