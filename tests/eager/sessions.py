@@ -6,22 +6,26 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import Network
 from torch import Tensor, nn
 
 import torchlms
+from torchlms import api
 from torchlms.bench.peak import LedgerMode
+from torchlms.core.machine import Machine
 from torchlms.memory.ledger import Ledger
 
 STEPS = 6
 SMALL = {"min_bytes": 1024}  # rules under which values as small as those of these networks move
+DROPPING = {**SMALL, "recompute": True}
 
 
 @dataclass
@@ -172,6 +176,17 @@ def open_lms(session: Session, budget: int | str, disk_dir: Path, **options: Any
     with torchlms.LMS(session.model, session.optimizer, budget=budget, disk_dir=disk_dir, **options) as lms:
         lms._engine.device.ledger.__class__ = WholePeak  # type: ignore[union-attr]
         yield lms
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which moving costs so much that whatever can be made again is."""
+    measured = api.measured_machine
+
+    def slow(*args: Any, **options: Any) -> Machine:
+        found = measured(*args, **options)
+        return replace(found, disk_write_bytes_per_s=1e6, disk_read_bytes_per_s=1e6)
+
+    monkeypatch.setattr(api, "measured_machine", slow)
 
 
 def maybe_lms(session: Session, budget: int | None, disk_dir: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sessions import Loop, Session, assert_same_bits, plain_step
+from sessions import DROPPING, Loop, Session, assert_same_bits, plain_step, slow_disk
 from small_networks import NETWORKS
 
 
@@ -192,3 +192,13 @@ def test_same_bits_when_a_graph_is_used_again(name: str, loop: Loop, spill_dir: 
 @pytest.mark.parametrize(("name", "loop"), MORE_THAN_ONCE[:-1], ids=_named)
 def test_a_budget_that_the_recorded_step_kept(name: str, loop: Loop, spill_dir: Path) -> None:
     assert_same_bits(NETWORKS[name], loop, spill_dir, share=SHARES.get(name, 0.7))
+
+
+@pytest.mark.parametrize(("name", "loop"), CASES, ids=_named)
+def test_same_bits_when_values_are_made_again(
+    name: str, loop: Loop, spill_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_disk(monkeypatch)
+    share = SHARES.get(name, 0.7)
+    watched = assert_same_bits(NETWORKS[name], loop, spill_dir, share=share, steps=8, rules=DROPPING)
+    assert any(value.recipe for value in watched.tape.values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,38 +9,39 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sessions import Session, new_session, open_lms, outcome, plain_peak, plain_step, run_lms, run_plain
+from sessions import (
+    DROPPING,
+    Session,
+    new_session,
+    open_lms,
+    outcome,
+    plain_peak,
+    plain_step,
+    run_lms,
+    run_plain,
+    slow_disk,
+)
 from small_networks import NETWORKS, Network
 from torch import Tensor, nn
 
 import torchlms
-from torchlms import api
-from torchlms.core.machine import Machine
 from torchlms.eager.provenance import Call, Cell
 
-RULES = {"min_bytes": 1024, "recompute": True}
 STEPS = 8
-DROPPING = ["resnet", "unet3d", "transformer", "mlp"]
+DROPPERS = ["resnet", "unet3d", "transformer", "mlp"]
 
 
 @pytest.fixture(autouse=True)
-def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which moving costs so much that whatever can be made again is."""
-    measured = api.measured_machine
-
-    def slow(*args: object, **options: object) -> Machine:
-        found = measured(*args, **options)  # type: ignore[arg-type]
-        return dataclasses.replace(found, disk_write_bytes_per_s=1e6, disk_read_bytes_per_s=1e6)
-
-    monkeypatch.setattr(api, "measured_machine", slow)
+def moving_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_disk(monkeypatch)
 
 
 @pytest.mark.parametrize("share", [0.7, 0.5])
-@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("name", DROPPERS)
 def test_same_bits_within_the_budget(name: str, share: float, spill_dir: Path) -> None:
     network = NETWORKS[name]
     budget_bytes = int(share * plain_peak(network))
-    watched = run_lms(network, budget_bytes, spill_dir, steps=STEPS, rules=RULES)
+    watched = run_lms(network, budget_bytes, spill_dir, steps=STEPS, rules=DROPPING)
     assert watched.outcome.differences(run_plain(network, steps=STEPS)) == []
     assert watched.stats["plan"]["recompute"]["values"] > 0
     assert watched.stats["replayed_ops"] > 0
@@ -50,10 +50,10 @@ def test_same_bits_within_the_budget(name: str, share: float, spill_dir: Path) -
     assert watched.stats["peak_device_bytes"] == watched.stats["predicted"]["peak_device_bytes"]
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(DROPPING)))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(DROPPERS)))
 def test_networks_with_little_to_drop(name: str, spill_dir: Path) -> None:
     network = NETWORKS[name]
-    watched = run_lms(network, int(0.7 * plain_peak(network)), spill_dir, steps=STEPS, rules=RULES)
+    watched = run_lms(network, int(0.7 * plain_peak(network)), spill_dir, steps=STEPS, rules=DROPPING)
     assert watched.outcome.differences(run_plain(network, steps=STEPS)) == []
 
 
@@ -116,7 +116,7 @@ def train(
         losses = [loop(model, optimizer, step) for step in range(STEPS)]
         stats: dict[str, object] = {}
     else:
-        with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=RULES) as lms:
+        with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=DROPPING) as lms:
             losses = [loop(model, optimizer, step) for step in range(STEPS)]
             stats = lms.stats()
     return losses, [item.detach().clone() for item in model.state_dict().values()], stats
@@ -237,7 +237,7 @@ def test_a_graph_that_outlives_lms(spill_dir: Path) -> None:
             x, y = batch(9)
             loss = F.cross_entropy(model(x), y)
         else:
-            with torchlms.LMS(model, optimizer, budget=1_500_000, disk_dir=spill, rules=RULES):
+            with torchlms.LMS(model, optimizer, budget=1_500_000, disk_dir=spill, rules=DROPPING):
                 for step in range(5):
                     usual(model, optimizer, step)
                 x, y = batch(9)
@@ -255,7 +255,7 @@ def test_provenance_leaves_nothing_behind(spill_dir: Path) -> None:
 
     network: Network = NETWORKS["mlp"]
     session: Session = new_session(network)
-    with open_lms(session, int(0.6 * plain_peak(network)), spill_dir, rules=RULES):
+    with open_lms(session, int(0.6 * plain_peak(network)), spill_dir, rules=DROPPING):
         for step in range(STEPS):
             plain_step(session, step)
         gc.collect()

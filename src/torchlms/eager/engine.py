@@ -32,7 +32,6 @@ from torchlms.eager.program import Program
 from torchlms.eager.provenance import Provenance, Recipe, readers_of, writes_anything
 from torchlms.eager.recorder import Recorder
 from torchlms.eager.replay import replay
-from torchlms.eager.replayable import may_replay
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
@@ -92,6 +91,7 @@ class Engine(SlotOwner):
         self.step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)  # of micro-steps that followed a plan
         self.late_fetches = 0
         self.replays = 0  # ops that ran again
+        self._proving = False  # recipes have been tried in this micro-step, which took moves
         self.provenance: Provenance | None = None
         self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
         self.dead = False  # closed, or inherited through a fork
@@ -353,6 +353,7 @@ class Engine(SlotOwner):
             log.debug("a recipe could not be tried: %s", error)
             return
         program.judge(slot.ordinal, same=_same_bytes(storage, again))
+        self._proving = True
 
     def _backward_ended(self) -> None:
         if self.recorder is not None:
@@ -412,12 +413,10 @@ class Engine(SlotOwner):
         recording = routine.verdict is Verdict.RECORD
         if not self.recompute or not (recording or (drops and routine.verdict is Verdict.FOLLOW)):
             return None
-        kind = self.device.torch_device.type
         return Provenance(
             self.steps,
             device=self.device.torch_device,
-            lasts=lambda storage: self.kinds(storage) in (Kind.PARAMETER, Kind.BUFFER),
-            may_replay=lambda func: may_replay(func, kind),
+            kinds=self.kinds,
         )
 
     def settle(self) -> None:
@@ -476,6 +475,9 @@ class Engine(SlotOwner):
             routine.stray()
         elif followed is not None:
             routine.followed()
+            if self._proving:
+                self.restart_measuring()
+                self._proving = False
             if timer is not None:
                 routine.timings.append(timer.times())
             self.step_times_s.append(time.perf_counter() - self._began_s)

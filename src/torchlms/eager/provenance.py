@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchlms.core.tape import Kind
+from torchlms.eager.replayable import may_replay
 from torchlms.eager.tensors import is_plain
 
 if TYPE_CHECKING:
@@ -77,13 +79,11 @@ class Provenance:
         lap: int,
         *,
         device: torch.device,
-        lasts: Callable[[torch.UntypedStorage], bool],
-        may_replay: Callable[[Any], bool],
+        kinds: Callable[[torch.UntypedStorage], Kind | None],
     ) -> None:
         self._lap = lap
         self._device = device
-        self._lasts = lasts
-        self._may_replay = may_replay
+        self._kinds = kinds
 
     # -- capture -----------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class Provenance:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int, *, forward: bool = True
     ) -> Call:
         """What is about to be called, with its arguments as they are now."""
-        if not forward or not self._may_replay(func):
+        if not forward or not may_replay(func, self._device.type):
             return Call(func, (), {}, op, False)
         try:
             return Call(func, self._refs(without_statistics(func, args)), self._refs(kwargs), op, True)
@@ -156,6 +156,9 @@ class Provenance:
             cell = Cell(self._lap)
             setattr(storage, _MARK, cell)
         return cell
+
+    def _lasts(self, storage: torch.UntypedStorage) -> bool:
+        return self._kinds(storage) in (Kind.PARAMETER, Kind.BUFFER)
 
     def _known(self, tensor: torch.Tensor) -> bool:
         cell: Cell | None = getattr(tensor.untyped_storage(), _MARK, None)

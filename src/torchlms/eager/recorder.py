@@ -263,6 +263,7 @@ class Recorder:
     def finish(self, *, model: str = "") -> Tape:
         """The tape of what was seen; the recorder is closed afterwards."""
         self.closed = True
+        self._provenance = None
         self.device.synchronize()
         count = len(self._ops)
         return Tape(
