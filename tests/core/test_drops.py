@@ -158,7 +158,12 @@ def test_the_plan_is_for_the_tape_as_it_was() -> None:
     for decision in dropped:
         stretch = tape.values[decision.value].idle[0]
         assert (decision.release_op, decision.reload_op) == (stretch.start, stretch.stop)
-        assert "made again" in decision.reason
+        assert "made again by 1 ops" in decision.reason
+        assert "copies would take" in decision.reason
+    moved = [decision for decision in made.moves if decision.choice is Choice.HOST]
+    for decision in moved:
+        possible = droppable(tape, tape.values[decision.value])
+        assert ("making it again would take" in decision.reason) is possible
 
 
 def test_below_what_any_choice_could_do() -> None:

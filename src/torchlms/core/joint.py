@@ -62,7 +62,7 @@ def plan(
         except (BudgetTooSmall, HostBudgetTooSmall) as error:
             refusal = refusal or error.with_traceback(None)  # or its frames would keep tensors alive
             return
-        tried[count] = _joined(tape, drops, moves)
+        tried[count] = _joined(tape, machine, drops, moves)
 
     attempt(0)
     if ranked and not (0 in tried and _free_of_stalls(tried[0])):
@@ -105,8 +105,9 @@ def _between(tried: dict[int, Plan], most: int) -> list[int]:
     return [(below + best) // 2, (best + above) // 2]
 
 
-def _joined(tape: Tape, drops: Sequence[Value], moves: Plan) -> Plan:
-    """The moves' plan with the drops among its decisions, for the tape as it was."""
+def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -> Plan:
+    """The moves' plan with the drops among its decisions, for the tape as it was. Each reason says what
+    the other choice would have cost."""
     dropped = tuple(
         Decision(
             value=value.id,
@@ -114,10 +115,29 @@ def _joined(tape: Tape, drops: Sequence[Value], moves: Plan) -> Plan:
             choice=Choice.RECOMPUTE,
             release_op=value.idle[0].start,
             reload_op=value.idle[0].stop,
-            reason=f"made again by {len(value.recipe)} ops in {seconds_text(replay_s(tape, value))}",
+            reason=f"made again by {len(value.recipe)} ops in {seconds_text(replay_s(tape, value))}; "
+            f"copies would take {seconds_text(_copies_s(machine, value.size_bytes))}",
         )
         for value in drops
     )
-    kept = tuple(decision for decision in moves.decisions if decision.value < len(tape.values))
+    kept = tuple(
+        replace(decision, reason=decision.reason + _instead(tape, tape.values[decision.value]))
+        for decision in moves.decisions
+        if decision.value < len(tape.values)
+    )
     decisions = sorted((*kept, *dropped), key=lambda decision: decision.value)
     return replace(moves, fingerprint=tape.fingerprint, decisions=tuple(decisions))
+
+
+def _instead(tape: Tape, value: Value) -> str:
+    if not droppable(tape, value):
+        return ""
+    return f"; making it again would take {seconds_text(replay_s(tape, value))}"
+
+
+def _copies_s(machine: Machine, size_bytes: int) -> float:
+    if machine.link:
+        return machine.out_s(size_bytes) + machine.in_s(size_bytes)
+    if not machine.disk_write_bytes_per_s or not machine.disk_read_bytes_per_s:
+        return float("inf")
+    return machine.disk_write_s(size_bytes) + machine.disk_read_s(size_bytes)
