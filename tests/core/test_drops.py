@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -170,3 +171,12 @@ def test_below_what_any_choice_could_do() -> None:
     tape = blocks(4)
     with pytest.raises(BudgetTooSmall, match="smallest budget"):
         joint.plan(tape, gpu(), Budget(100 * MIB, LOTS, 0), RULES)
+
+
+def test_ten_thousand_ops_in_five_seconds() -> None:
+    tape = blocks(2500, size_bytes=64 * MIB)
+    budget = Budget(int(0.2 * baseline_curve(tape).max()), LOTS, 0)
+    began_s = time.process_time()
+    made = joint.plan(tape, gpu(link=1e9), budget, RULES)
+    assert time.process_time() - began_s <= 5
+    assert any(decision.choice is Choice.RECOMPUTE for decision in made.moves)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Tape, Value
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
-HALVINGS = 3  # then the interval around the best is halved as often
+HALVINGS = 2  # then the interval around the best is halved as often
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
