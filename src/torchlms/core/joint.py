@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Tape, Value
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
+LOOK = 0.25  # of the usual effort, for a set that is only looked at
 HALVINGS = 2  # then the interval around the best is halved as often
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
@@ -50,21 +51,27 @@ def plan(
     tried: dict[int, Plan] = {}
     refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
 
-    def attempt(count: int) -> None:
+    def attempt(count: int, effort: float = LOOK) -> None:
         nonlocal refusal
-        if count in tried:
+        if count in tried and effort < 1:
             return
         drops = ranked[:count]
         try:
             moves = plan_moves(
-                with_drops(tape, drops), machine, budget, rules, headroom_bytes=headroom_bytes, elbow=elbow
+                with_drops(tape, drops),
+                machine,
+                budget,
+                rules,
+                headroom_bytes=headroom_bytes,
+                elbow=elbow,
+                effort=effort,
             )
         except (BudgetTooSmall, HostBudgetTooSmall) as error:
             refusal = refusal or error.with_traceback(None)  # or its frames would keep tensors alive
             return
         tried[count] = _joined(tape, machine, drops, moves)
 
-    attempt(0)
+    attempt(0, 1.0)
     if ranked and not (0 in tried and _free_of_stalls(tried[0])):
         for share in SHARES:
             attempt(max(1, round(share * len(ranked))))
@@ -74,7 +81,8 @@ def plan(
     if not tried:
         assert refusal is not None
         raise refusal
-    best = min(tried.values(), key=lambda made: made.predicted.step_s)
+    attempt(_best(tried), 1.0)
+    best = tried[_best(tried)]
     smallest_bytes = min(made.smallest_bytes for made in tried.values())
     return replace(best, smallest_bytes=smallest_bytes, plan_s=time.perf_counter() - started_s)
 
@@ -95,11 +103,15 @@ def _free_of_stalls(made: Plan) -> bool:
     return made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
 
 
+def _best(tried: dict[int, Plan]) -> int:
+    return min(tried, key=lambda count: tried[count].predicted.step_s)
+
+
 def _between(tried: dict[int, Plan], most: int) -> list[int]:
     """Counts half-way from the best to its neighbours."""
     if not tried:
         return []
-    best = min(tried, key=lambda count: tried[count].predicted.step_s)
+    best = _best(tried)
     below = max((count for count in tried if count < best), default=0)
     above = min((count for count in tried if count > best), default=most)
     return [(below + best) // 2, (best + above) // 2]

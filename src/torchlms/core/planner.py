@@ -62,14 +62,15 @@ def plan(
     *,
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
+    effort: float = 1.0,
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``.
 
-    ``elbow`` is free memory that ops and copies are given beyond that where it can be had. Moves
-    nothing when everything fits, unless a rule demands it. The step time is the best found,
-    not a proven optimum; ``lower_bound`` says how far off it can be. Stretches that wrap around the
-    end of the tape stay on the device. Raises BudgetTooSmall or HostBudgetTooSmall when there is no
-    such plan.
+    ``elbow`` is free memory that ops and copies are given beyond that where it can be had; ``effort`` is
+    how long to search, as a share of the usual. Moves nothing when everything fits, unless a rule demands
+    it. The step time is the best found, not a proven optimum; ``lower_bound`` says how far off it can be.
+    Stretches that wrap around the end of the tape stay on the device. Raises BudgetTooSmall or
+    HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
     simulator = Simulator(tape, machine)
@@ -81,7 +82,7 @@ def plan(
     needed = simulator.baseline + np.minimum(_room_for_new(tape, elbow), limit_bytes - floor)
     course = Course(tuple(op.time_s for op in tape.ops), needed, limit_bytes, elbow.flying)
     worthy = _worth_moving(needed, candidates, rules, limit_bytes)
-    found = search(simulator, course, worthy, _room(machine, budget))
+    found = search(simulator, course, worthy, _room(machine, budget), effort=effort)
     decisions = tuple(_decision(slot, found.places) for slot in found.slots)
     timeline = simulator.run(decisions)
     return Plan(

@@ -63,13 +63,24 @@ class _Trial:
     idle: bool  # nothing worth mentioning is left to gain
 
 
-def search(simulator: Simulator, course: Course, candidates: Sequence[Move], room: Room) -> Found:
-    """The best set of moves found within the effort. The candidates together must cover the excess."""
-    return _Search(simulator, course, candidates, room).run()
+def search(
+    simulator: Simulator, course: Course, candidates: Sequence[Move], room: Room, *, effort: float = 1.0
+) -> Found:
+    """The best set of moves found within ``effort`` times the usual. The candidates together must cover
+    the excess."""
+    return _Search(simulator, course, candidates, room, effort).run()
 
 
 class _Search:
-    def __init__(self, simulator: Simulator, course: Course, candidates: Sequence[Move], room: Room) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        course: Course,
+        candidates: Sequence[Move],
+        room: Room,
+        effort: float,
+    ) -> None:
+        self._effort = effort * EFFORT
         self._simulator = simulator
         self._course = course
         self._candidates = candidates
@@ -187,7 +198,7 @@ class _Search:
         return cover(self._excess if excess is None else excess, ranked, always=self._forced)
 
     def _done(self, share: float = 1.0) -> bool:
-        return self._work > share * EFFORT or (self._best is not None and self._best.idle)
+        return self._work > share * self._effort or (self._best is not None and self._best.idle)
 
     def _try(
         self, moves: Sequence[Move], lead: Lead = LEADS[0], due: Mapping[Move, int] = NOTHING_DUE
