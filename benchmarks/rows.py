@@ -129,6 +129,22 @@ def _resnet(batch: int, rivals: tuple[Rival, ...], targets: tuple[Target, ...], 
 _SWAP = (Target("of_best", at_least=0.90), Target("over_save_on_cpu", at_least=2.5))
 _SWAP_PROVES = "moving alone: near what the link allows, and far from save_on_cpu"
 
+_JOINT_PROVES = "keep, host, disk and recompute in one plan"
+
+
+def _joint(row: Row, of_plain: float) -> Row:
+    """The same case with recomputing allowed. Its rivals are those of the other row."""
+    return replace(
+        row,
+        name=f"joint-{row.name}",
+        label=f"{row.label}, recomputing allowed",
+        proves=_JOINT_PROVES,
+        options=replace(row.options, recompute=True),
+        rivals=(),
+        targets=(*ALWAYS, Target("of_plain", at_least=of_plain)),
+    )
+
+
 _CPU_TARGETS = tuple(
     Target(figure, at_least=1) for figure in ("same_bits", "within_budget", "fixed_below_half")
 )
@@ -157,6 +173,9 @@ ROWS: dict[str, Row] = {
         _resnet(250, (SAVE_ON_CPU,), _SWAP, _SWAP_PROVES),
         _resnet(300, (SAVE_ON_CPU,), _SWAP, _SWAP_PROVES),
         _resnet(400, (SAVE_ON_CPU, CHECKPOINT, CHECKPOINT_OFFLOAD), _SWAP, _SWAP_PROVES),
+        _joint(_resnet(200, (), (), ""), 0.98),
+        _joint(_resnet(400, (), (), ""), 0.87),
+        _joint(_resnet(800, (), (), ""), 0.60),
         Row(
             name="googlenet-8192",
             label="GoogLeNet, one image of 8192x8192",
@@ -240,7 +259,7 @@ def tiny(row: Row) -> Row:
         options = BenchOptions(model="cifar10_full", batch_size=8, device="cpu", budget="1GiB")
     return replace(
         row,
-        options=options,
+        options=replace(options, recompute=row.options.recompute),
         share=0.6 if row.kind is Kind.TRAINING else 0.0,
         need_over_cap=0.0,
         warmup=5,

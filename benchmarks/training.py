@@ -29,8 +29,10 @@ from torchlms.bench.peak import AllocatorPeak, pinned_peak_bytes, plain_peak_byt
 from torchlms.bench.speed import spread
 from torchlms.bench.ways import apply_way, capped, open_lms
 from torchlms.bench.workload import Workload, make_workload
-from torchlms.core import planner
+from torchlms.core import joint, planner
+from torchlms.core.plan import Choice
 from torchlms.core.record import to_json
+from torchlms.core.rules import Rules
 from torchlms.eager import private
 from torchlms.errors import LMSError
 from torchlms.memory.arena import pinned_bytes_in_use
@@ -289,7 +291,8 @@ def _best(lms: Any) -> dict[str, float]:
     tape, plan = lms.tape, lms.plan
     if tape is None or plan is None or not plan.moves:
         return {}
-    best = planner.plan(tape, lms.machine, plan.budget, headroom_bytes=0)
+    make = joint.plan if any(move.choice is Choice.RECOMPUTE for move in plan.moves) else planner.plan
+    best = make(tape, lms.machine, plan.budget, Rules(recompute=make is joint.plan), headroom_bytes=0)
     return {
         "best_s": best.predicted.step_s,
         "lower_bound_s": planner.lower_bound(tape, lms.machine, plan.budget),

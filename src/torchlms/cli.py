@@ -73,6 +73,9 @@ def bench(
     disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: none.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Let LMS also drop values and make them again.")
+    ] = False,
     no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
     way: Annotated[
         Text,

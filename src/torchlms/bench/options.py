@@ -52,6 +52,7 @@ class BenchOptions:
     disk_dir: str | None = None
     disk_budget: str | None = None
     plan: str | None = None
+    recompute: bool = False
     cap: str | None = None
     seed: int = 1
     cudnn_benchmark: bool = False
@@ -80,6 +81,8 @@ class BenchOptions:
             raise BadOption("--cap is for runs without LMS; with LMS the budget is the cap")
         if self.way is not Way.LMS and self.plan is not None:
             raise BadOption("--plan needs LMS; drop --no-lms or --way")
+        if self.way is not Way.LMS and self.recompute:
+            raise BadOption("--recompute needs LMS; drop --no-lms or --way")
         if self.batch_size < 0 or self.image_size < 0:
             raise BadOption("--batch-size and --image-size must not be negative")
         if 0 < self.image_size < network.least_image_size:
