@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,14 +150,19 @@ def test_dropout_is_not_made_again_with_other_numbers(spill_dir: Path) -> None:
     assert_same(lambda model, x: F.relu(F.dropout(F.gelu(x), 0.3)), spill_dir)
 
 
-def test_a_source_that_is_written_before_backward(spill_dir: Path) -> None:
-    """relu does not save what it read: plain PyTorch does not mind that the buffer changes meanwhile."""
+@pytest.mark.parametrize("since", [0, 5])
+def test_a_source_that_is_written_before_backward(since: int, spill_dir: Path) -> None:
+    """relu does not save what it read: plain PyTorch does not mind that the buffer changes meanwhile.
+
+    From the start, the recipes are never trusted; later, what was dropped is made before the write.
+    """
 
     def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
         x, y = batch(step)
         loss = F.cross_entropy(model(x), y)
-        with torch.no_grad():
-            model.shift.add_(0.25)
+        if step >= since:
+            with torch.no_grad():
+                model.shift.add_(0.25)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,6 +170,7 @@ def test_a_source_that_is_written_before_backward(spill_dir: Path) -> None:
 
     stats = assert_same(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop)
     assert stats["plan"]["recompute"]["values"]  # type: ignore[index]
+    assert stats["replayed_ops"]
 
 
 def test_a_write_that_nobody_sees_is_found_out(spill_dir: Path) -> None:
@@ -265,3 +272,40 @@ def test_provenance_leaves_nothing_behind(spill_dir: Path) -> None:
         gc.collect()
         assert told() <= once + 2
     assert outcome(session).parameters
+
+
+def test_a_write_from_another_thread_in_some_steps_only(spill_dir: Path) -> None:
+    """Trying the recipe once would not find that out: the version of what it reads does."""
+    steps = [0]
+
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        made = F.relu(x * 2 + model.shift)
+        if steps[0] >= 6 * len(model.inner):
+            with ThreadPoolExecutor(1) as pool, torch.no_grad():
+                pool.submit(torch.no_grad()(x.add_), 1).result()
+        steps[0] += 1
+        return made + torch.sin(x)
+
+    def train_from_the_start(spill: Path | None) -> tuple[list[str], list[Tensor], dict[str, object]]:
+        steps[0] = 0
+        return train(middle, spill, budget_bytes=1_500_000)
+
+    plain, ours = train_from_the_start(None), train_from_the_start(spill_dir)
+    assert ours[0] == plain[0]
+    assert all(torch.equal(left, right) for left, right in zip(ours[1], plain[1], strict=True))
+    assert ours[2]["replayed_ops"]
+
+
+def test_evaluation_in_inference_mode_between_forward_and_backward(spill_dir: Path) -> None:
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        with torch.inference_mode():
+            model(batch(step + 100)[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    stats = assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 1), spill_dir, loop)
+    assert stats["replayed_ops"]

@@ -303,7 +303,7 @@ class Engine(SlotOwner):
         self._live[id(slot)] = self._by_ordinal[self._ordinal] = weakref.ref(slot)
         self._ordinal += 1
         if self.provenance is not None:
-            self.provenance.saved(storage, slot)
+            self.provenance.saved(tensor, slot)
         if self.recorder is not None:
             self.recorder.saved(slot)
         if self.follower is not None:

@@ -39,6 +39,7 @@ class Cell:
     place: int = 0  # among the results of the call that made it
     history: list[Call] = field(default_factory=list)
     slot: weakref.ref[Slot] | None = None
+    saved_version: int = -1  # of the tensor that autograd saved last
     readers: weakref.WeakSet[Slot] = field(default_factory=weakref.WeakSet)  # dropped, and made from this
 
 
@@ -112,10 +113,11 @@ class Provenance:
             told = Call(call.func, (), {}, call.op, False) if self._lasts(storage) else call
             self._cell(storage).history.append(told)
 
-    def saved(self, storage: torch.UntypedStorage, slot: Slot) -> None:
-        """Autograd saved ``storage``: from now on its bytes can be had from ``slot``."""
-        slot.cell = self._cell(storage)
-        slot.cell.slot = weakref.ref(slot)
+    def saved(self, tensor: torch.Tensor, slot: Slot) -> None:
+        """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``."""
+        cell = slot.cell = self._cell(tensor.untyped_storage())
+        cell.slot = weakref.ref(slot)
+        cell.saved_version = tensor._version
 
     def _refs(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -131,7 +133,7 @@ class Provenance:
         return item
 
     def _ours(self, tensor: torch.Tensor) -> bool:
-        if tensor.device != self._device or not is_plain(tensor):
+        if tensor.device != self._device or not is_plain(tensor) or tensor.is_inference():
             return False
         return not (tensor.is_conj() or tensor.is_neg())
 
@@ -209,7 +211,9 @@ class Recipe:
             self.lasting[id(ref.cell)] = ref
             return True
         slot = ref.cell.slot() if ref.cell.slot is not None else None
-        if slot is not None and slot is not target and ref.writes == len(ref.cell.history):
+        # A write that the mode did not see, from another thread or a compiled region, still counts.
+        whole = ref.writes == len(ref.cell.history) and ref.version == ref.cell.saved_version
+        if slot is not None and slot is not target and whole:
             self.slots[id(ref.cell)] = (ref.cell, slot)
             return True
         return self.follow(ref.cell, ref.writes, target=target)
