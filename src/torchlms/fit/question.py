@@ -52,6 +52,8 @@ class Question:
             text = getattr(options, name)
             if text is not None:
                 _read_size(name, text, _WHOLE)
+        if options.device.partition(":")[0] not in ("", "cuda", "cpu"):
+            raise BadOption(f"--device {options.device}: choose cuda or cpu")
         if options.batch_size < 0:
             raise BadOption("--batch-size must not be negative")
         for path in filter(None, (self.json_path, self.save_tape)):
