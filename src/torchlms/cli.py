@@ -29,6 +29,8 @@ app = typer.Typer(
 # typer reads annotations while it runs, so these must exist then.
 Text = str | None
 File = Path | None
+Files = list[Path] | None
+Numbers = list[int] | None
 
 
 @dataclasses.dataclass
@@ -174,6 +176,68 @@ def probe(
     if json_path is not None:
         machine.save(json_path)
     _write_table(("what", "figure"), _machine_rows(machine))
+
+
+@app.command(
+    epilog="Example: torchlms fit --model resnet50 --batch-size 200 --budget 16GiB --curve --largest"
+)
+def fit(
+    model: Annotated[str, typer.Option(help="As for bench: a name, or package.module:factory.")] = "resnet50",
+    batch_size: Annotated[int, typer.Option(help="The batch asked about. 0: the network's own.")] = 0,
+    image_size: Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")] = "float32",
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")] = "",
+    budget: Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")] = None,
+    host_budget: Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")] = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is meant. Default: a cache.")] = None,
+    disk_budget: Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB.")] = None,
+    cudnn_benchmark: Annotated[
+        bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")
+    ] = False,
+    hidden: Annotated[int, typer.Option(help="llama: width of the stream.")] = 2048,
+    layers: Annotated[int, typer.Option(help="llama: decoder layers.")] = 24,
+    heads: Annotated[int, typer.Option(help="llama: attention heads. 0: one per 128 of hidden.")] = 0,
+    kv_heads: Annotated[int, typer.Option(help="llama: key and value heads. 0: as many as heads.")] = 0,
+    sequence: Annotated[int, typer.Option(help="llama: tokens per sample.")] = 4096,
+    vocab: Annotated[int, typer.Option(help="llama: size of the vocabulary.")] = 32000,
+    width: Annotated[int, typer.Option(help="unet3d: channels at full resolution.")] = 16,
+    norm: Annotated[str, typer.Option(help="unet3d: instance or batch.")] = "instance",
+    record: Annotated[
+        str, typer.Option(help="Batches to record, such as 50,100. Default: a quarter and a half.")
+    ] = "",
+    save_tape: Annotated[File, typer.Option(help="Keep the recordings: t.json makes t-50.json ...")] = None,
+    tape: Annotated[Files, typer.Option(help="A recording to read instead; twice for two batches.")] = None,
+    batch: Annotated[Numbers, typer.Option(help="The batch of each --tape, in the same order.")] = None,
+    machine: Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Step time against budget.")] = False,
+    largest: Annotated[bool, typer.Option("--largest", help="The largest batch that fits.")] = False,
+    json_path: Annotated[
+        File, typer.Option("--json", help="Write the answer to this file; - prints it.")
+    ] = None,
+) -> None:
+    """Before training: does it fit in a budget, at what speed, and up to which batch."""
+    asked = dict(locals())  # names of parameters are names of options
+    from torchlms.bench.options import BenchOptions
+    from torchlms.fit import command as fit_command
+    from torchlms.fit.question import Question
+
+    names = {field.name for field in dataclasses.fields(BenchOptions)} & asked.keys()
+    question = Question(
+        options=BenchOptions(**{name: asked[name] for name in names}),
+        record=record,
+        tapes=tuple(tape or ()),
+        batches=tuple(batch or ()),
+        machine=machine,
+        save_tape=save_tape,
+        curve=curve,
+        largest=largest,
+        json_path=json_path,
+    )
+    fit_command.fit(question, _write, _write_table)
 
 
 @app.command(epilog="Example: torchlms version")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
-from torchlms.core.planner import NO_ELBOW, Elbow
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
@@ -25,12 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("torchlms")
 
-# The allocator cannot use every byte it has reserved: holes between blocks do not add up to a
-# large one. Values at rest are moved to close them; what cannot be moved is given elbow room, and the
-# whole this share of the budget, more if that proves too little.
-_FIRST_HEADROOM = 0.01
+# Added where the headroom that a plan leaves (core/planner.py) proves too little: a share of the budget.
 _MORE_HEADROOM = 0.015
-_ELBOW = Elbow(flying=0.2)
 _MOST_REPLANS = 4
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
@@ -46,7 +41,7 @@ class Director:
         self.rules = rules
         self.given = given
         self.model = model
-        self.headroom = _FIRST_HEADROOM if machine.link else 0.0
+        self.headroom = planner.HEADROOM if machine.link else 0.0
         self._reclaims_seen = 0
         self._checked_rules = False
 
@@ -95,7 +90,7 @@ class Director:
             self.budget,
             self.rules,
             headroom_bytes=headroom_bytes,
-            elbow=_ELBOW if self.machine.link else NO_ELBOW,
+            elbow=planner.ELBOW if self.machine.link else planner.NO_ELBOW,
         )
 
     def _settle(self, engine: Engine, routine: Routine) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# These show results, read options or explain errors; no figure depends on them.
+# These show results, read options, explain errors or foretell; no figure depends on them.
 _NOT_MEASURED = {
     "__init__.py",
     "__main__.py",
@@ -28,7 +28,7 @@ _NOT_MEASURED = {
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",
 }
-_PRESENTATION = ("report", "sweep")  # folders
+_PRESENTATION = ("report", "sweep", "fit")  # folders
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)

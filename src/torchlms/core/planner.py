@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torchlms.core.machine import Machine
     from torchlms.core.tape import Tape, Value
 
-__all__ = ["NO_ELBOW", "Elbow", "lower_bound", "plan"]
+__all__ = ["ELBOW", "HEADROOM", "NO_ELBOW", "Elbow", "lower_bound", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class Elbow:
 
 
 NO_ELBOW = Elbow()
+
+# What a plan for a device leaves to the allocator, which cannot use every byte it has reserved: holes
+# between blocks do not add up to a large one. A share of the budget, and elbow room.
+HEADROOM = 0.01
+ELBOW = Elbow(flying=0.2)
 
 
 def plan(

@@ -1,0 +1,95 @@
+"""Answer: what ``torchlms fit`` found, as a record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torchlms.errors import BadOption
+from torchlms.fit.curve import CurvePoint, curve
+from torchlms.fit.largest import Batch, Batches
+from torchlms.fit.outlook import Outlook, look
+from torchlms.fit.times import kept_busy
+
+if TYPE_CHECKING:
+    from torchlms.fit.question import Evidence, Question
+
+SHARES = (0.95, 0.80, 0.50)  # of the speed in memory, that a batch is asked to keep
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """Batch sizes under one budget. None: not even one sample. ``keeping`` pairs a share with its batch."""
+
+    fits: Batch | None
+    unmoved: Batch | None
+    keeping: tuple[tuple[float, Batch | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was found, and what it rests on. ``points`` and ``largest`` only where they were asked for."""
+
+    evidence: Evidence
+    outlook: Outlook
+    points: tuple[CurvePoint, ...] | None
+    largest: Largest | None
+    notes: tuple[str, ...]
+
+    @property
+    def samples_per_s(self) -> float:
+        """Predicted speed; 0 where the step does not run or the batch is not known."""
+        predicted = self.outlook.predicted
+        if predicted is None or predicted.step_s <= 0:
+            return 0.0
+        return self.evidence.batch_size / predicted.step_s
+
+
+def answer(question: Question, evidence: Evidence) -> Answer:
+    """Everything that ``question`` asks, from ``evidence`` alone: no device is needed."""
+    if question.largest and evidence.scale is None:
+        raise BadOption(
+            "--largest needs recordings of two batch sizes: --record 50,100, or --tape and --batch twice"
+        )
+    tape, machine, budget = evidence.tape, evidence.machine, evidence.budget
+    return Answer(
+        evidence=evidence,
+        outlook=look(tape, machine, budget),
+        points=curve(tape, machine, budget) if question.curve else None,
+        largest=_largest(evidence) if question.largest else None,
+        notes=_notes(evidence),
+    )
+
+
+def _largest(evidence: Evidence) -> Largest:
+    assert evidence.scale is not None
+    batches = Batches(evidence.scale, evidence.machine, evidence.budget)
+    return Largest(
+        fits=batches.largest(),
+        unmoved=batches.unmoved(),
+        keeping=tuple((share, batches.keeping(share)) for share in SHARES),
+    )
+
+
+def _notes(evidence: Evidence) -> tuple[str, ...]:
+    """What a reader should know before believing the figures."""
+    notes = []
+    tape, machine, scale = evidence.tape, evidence.machine, evidence.scale
+    if tape.device not in ("cpu", machine.device):
+        notes.append(
+            f"op times are those of {tape.device}, where the tape was recorded; copies are those of "
+            f"{machine.device}"
+        )
+    if scale is None:
+        return tuple(notes)
+    if not kept_busy(scale):
+        notes.append(
+            f"the step hardly grew from batch {scale.small_batch} to {scale.large_batch}: the device was not "
+            "kept busy, and times of larger batches are guesses. Record larger ones (--record)"
+        )
+    if evidence.batch_size > 4 * scale.large_batch:
+        notes.append(
+            f"batch {evidence.batch_size} is far from what was recorded ({scale.small_batch} and "
+            f"{scale.large_batch}); nearer recordings predict better"
+        )
+    return tuple(notes)

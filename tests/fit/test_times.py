@@ -1,0 +1,38 @@
+"""Op times without what watching them cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.fit.batches import scale, step
+from torchlms.fit.scale import Scale
+from torchlms.fit.times import eased, kept_busy
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 1.0, 1.7])
+def test_times_add_up_to_the_step(share: float) -> None:
+    tape = step(4)
+    before = [op.time_s for op in tape.ops]
+    made = [op.time_s for op in eased(tape, share * sum(before)).ops]
+    assert sum(made) == pytest.approx(share * sum(before))
+    assert min(made) >= 0
+
+
+def test_the_same_is_taken_from_every_op_that_has_it() -> None:
+    tape = step(4)
+    toll_s = 1e-5
+    marked = replace(tape, ops=tuple(replace(op, time_s=op.time_s + toll_s) for op in tape.ops))
+    made = eased(marked, sum(op.time_s for op in tape.ops))
+    assert [op.time_s for op in made.ops] == pytest.approx([op.time_s for op in tape.ops])
+
+
+def test_an_empty_tape_stays_empty() -> None:
+    assert eased(replace(step(4), ops=()), 1.0).ops == ()
+
+
+def test_a_device_that_waits_is_noticed() -> None:
+    assert kept_busy(scale())
+    waiting = Scale.of(step(2, fixed_s=1.0), step(4, fixed_s=1.0), 2, 4)
+    assert not kept_busy(waiting)
