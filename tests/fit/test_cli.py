@@ -132,6 +132,12 @@ def test_rates_of_another_device_are_pointed_out(files: list[str], tmp_path: Pat
     )
 
 
+def test_a_tape_of_a_cpu_on_a_card_is_pointed_out(files: list[str], tmp_path: Path) -> None:
+    for batch in (2, 4):
+        step(batch, device="cpu").save(tmp_path / f"tape-{batch}.json")
+    assert "op times are those of cpu" in invoke(*files, "--batch-size=4", "--budget=1GiB")
+
+
 def test_figures_far_away_carry_a_note(files: list[str]) -> None:
     notes = answer(*files, "--batch-size=17", "--budget=1GiB")["notes"]
     assert any("far from what was recorded" in note for note in notes)
