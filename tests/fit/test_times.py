@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.fit.batches import scale, step
+from tests.fit.batches import RECORDED, scale, step
+from torchlms.fit import recording
 from torchlms.fit.scale import Scale
 from torchlms.fit.times import eased, kept_busy
 
@@ -36,3 +37,10 @@ def test_a_device_that_waits_is_noticed() -> None:
     assert kept_busy(scale())
     waiting = Scale.of(step(2, fixed_s=1.0), step(4, fixed_s=1.0), 2, 4)
     assert not kept_busy(waiting)
+
+
+def test_without_room_for_plain_steps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "host_available_bytes", lambda: 0)
+    said: list[str] = []
+    assert recording.record(RECORDED["transformer"], 2, said.append).tape.ops
+    assert any("no room for plain steps" in line for line in said)

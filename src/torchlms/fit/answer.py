@@ -75,7 +75,8 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
     """What a reader should know before believing the figures."""
     notes = []
     tape, machine, scale = evidence.tape, evidence.machine, evidence.scale
-    if tape.device not in ("cpu", machine.device):
+    same = not machine.link if tape.device == "cpu" else tape.device == machine.device
+    if not same:
         notes.append(
             f"op times are those of {tape.device}, where the tape was recorded; copies are those of "
             f"{machine.device}"

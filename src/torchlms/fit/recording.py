@@ -76,6 +76,8 @@ def record(options: BenchOptions, batch_size: int, write: Write) -> Recording:
             )
         step_s = _plain_step_s(workload, plain_peak_bytes(tape))
     tape = replace(tape, model=options.model)
+    if step_s is None:
+        write("no room for plain steps: op times include what measuring them took; record smaller batches")
     return Recording(batch_size, tape if step_s is None else eased(tape, step_s))
 
 

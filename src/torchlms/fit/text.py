@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from torchlms.fit.curve import CurvePoint
     from torchlms.fit.largest import Batch
 
-CURVE_COLUMNS = ("budget", "step", "of full speed", "", "waiting", "out per step", "bound")
-LARGEST_COLUMNS = ("largest batch", "is", "step", "samples/s", "of full speed", "out per step")
+CURVE_COLUMNS = ("budget", "step", "speed", "", "waiting", "out", "bound")
+LARGEST_COLUMNS = ("largest batch", "is", "step", "samples/s", "speed", "out")
 
-_BAR_CELLS = 24
+_BAR_CELLS = 12  # with frames the table then fits into 80 columns; a cut bar would mislead
 
 
 def sentence(answer: Answer) -> str:
@@ -29,7 +29,7 @@ def sentence(answer: Answer) -> str:
     predicted = outlook.predicted
     if predicted is None:
         return f"{what} does not fit in {budget}: {_why_not(answer)}"
-    rate = f", {answer.samples_per_s:.4g} samples/s" if evidence.batch_size else ""
+    rate = f", {_rate(answer.samples_per_s)} samples/s" if evidence.batch_size else ""
     step = f"{seconds_text(predicted.step_s)} a step{rate}"
     if outlook.verdict is Verdict.FITS:
         return f"{what} fits in {budget}: it needs {bytes_text(outlook.plain_bytes)} at its peak; {step}"
@@ -80,7 +80,7 @@ def curve_rows(points: Sequence[CurvePoint]) -> list[list[str]]:
 
 
 def bar(share: float) -> str:
-    """``########................`` for a third."""
+    """``####........`` for a third."""
     cells = round(min(1.0, max(0.0, share)) * _BAR_CELLS)
     return "#" * cells + "." * (_BAR_CELLS - cells)
 
@@ -88,7 +88,7 @@ def bar(share: float) -> str:
 def largest_rows(largest: Largest) -> list[list[str]]:
     """From the one that moves nothing to the one that just fits."""
     rows = [_batch_row("with nothing moved", largest.unmoved)]
-    rows += [_batch_row(f"at {share:.0%} of full speed or more", batch) for share, batch in largest.keeping]
+    rows += [_batch_row(f"at {share:.0%} of the speed", batch) for share, batch in largest.keeping]
     return [*rows, _batch_row("that fits at all", largest.fits)]
 
 
@@ -99,7 +99,12 @@ def _batch_row(name: str, batch: Batch | None) -> list[str]:
         name,
         str(batch.batch_size),
         seconds_text(batch.step_s),
-        f"{batch.samples_per_s:.4g}",
+        _rate(batch.samples_per_s),
         f"{batch.speed:.0%}",
         bytes_text(batch.bytes_out) if batch.bytes_out else "-",
     ]
+
+
+def _rate(per_s: float) -> str:
+    """``2150``, ``32.5``, ``0.482``."""
+    return f"{per_s:.0f}" if per_s >= 100 else f"{per_s:.3g}"
