@@ -309,3 +309,23 @@ def test_evaluation_in_inference_mode_between_forward_and_backward(spill_dir: Pa
 
     stats = assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 1), spill_dir, loop)
     assert stats["replayed_ops"]
+
+
+def test_a_graph_of_an_earlier_step_is_made_real_before_its_sources_are_written(spill_dir: Path) -> None:
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        optimizer.zero_grad()
+        if step < 6:
+            return usual(model, optimizer, step)
+        waiting, *others = (F.cross_entropy(model(x), y) for x, y in (batch(step), batch(step + 50)))
+        others[0].backward()
+        x, y = batch(step + 100)
+        later = F.cross_entropy(model(x), y)
+        with torch.no_grad():
+            model.shift.add_(0.25)
+        later.backward()
+        waiting.backward()
+        optimizer.step()
+        return float(waiting.detach()).hex()
+
+    stats = assert_same(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop, 1_800_000)
+    assert stats["replayed_ops"] or stats["strayed"]

@@ -155,7 +155,9 @@ class Provenance:
         """The storage's cell; a new one, without a history, for what is older than this lap."""
         cell: Cell | None = getattr(storage, _MARK, None)
         if cell is None or cell.lap != self._lap:
-            cell = Cell(self._lap)
+            # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
+            readers = cell.readers if cell is not None else weakref.WeakSet()
+            cell = Cell(self._lap, readers=readers)
             setattr(storage, _MARK, cell)
         return cell
 
