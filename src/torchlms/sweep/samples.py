@@ -76,6 +76,18 @@ def _layers(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Sam
     yield "dropout", partial(F.dropout, rows, 0.1)
     yield "attention", partial(F.scaled_dot_product_attention, sequence, sequence, sequence)
     yield "linear", partial(F.linear, rows, make(512, 768))
+    # Many rows added to few places, by several threads at once: small samples do not show the disorder.
+    few, many = make(8, 64), make(4096, 64)
+    places = torch.arange(4096, device=device) % 8
+    for _ in range(4):
+        yield "colliding", partial(torch.index_put, few, (places,), many, accumulate=True)
+        yield "colliding", partial(torch.ops.aten._unsafe_index_put, few, [places], many, True)
+        yield (
+            "colliding",
+            partial(torch.Tensor.index_put_, few.detach().clone(), (places,), many.detach(), True),
+        )
+        yield "colliding", partial(torch.index_add, few, 0, places, many)
+        yield "colliding", partial(F.embedding, places, few)
     yield "convolution", partial(F.conv2d, image, make(64, 64, 3, 3), padding=1)
 
 
