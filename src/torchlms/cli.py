@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchlms import cli_options as opt
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ app = typer.Typer(
 )
 
 # typer reads annotations while it runs, so these must exist then.
-Text = str | None
-File = Path | None
-Files = list[Path] | None
-Numbers = list[int] | None
+Text = opt.Text
+File = opt.File
 
 
 @dataclasses.dataclass
@@ -60,18 +59,18 @@ def options_for_all(
 def bench(
     model: Annotated[str, typer.Option(help="A name from --list, or package.module:factory.")] = "resnet50",
     batch_size: Annotated[int, typer.Option(help="Samples per step. 0: the network's own.")] = 0,
-    image_size: Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")] = 0,
+    image_size: opt.ImageSize = 0,
     num_batches: Annotated[int, typer.Option(help="Timed steps.")] = 100,
     warmup: Annotated[
         int, typer.Option(help="Steps before timing. -1: 20 with LMS (CPU: 5), 3 without.")
     ] = -1,
     display_every: Annotated[int, typer.Option(help="Steps between two lines of output.")] = 10,
-    device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
-    dtype: Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")] = "float32",
-    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")] = "",
+    device: opt.Device = "",
+    dtype: opt.Dtype = "float32",
+    optimizer: opt.Optimizer = "",
     learning_rate: Annotated[float, typer.Option(help="0: 0.01 for sgd, 0.0003 for the others.")] = 0.0,
-    budget: Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")] = None,
-    host_budget: Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")] = None,
+    budget: opt.Budget = None,
+    host_budget: opt.HostBudget = None,
     disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: none.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
@@ -93,20 +92,16 @@ def bench(
         bool, typer.Option("--identity", help="Fail unless losses equal the plain run's, bit for bit.")
     ] = False,
     seed: Annotated[int, typer.Option(help="For weights, data and dropout.")] = 1,
-    cudnn_benchmark: Annotated[
-        bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")
-    ] = False,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")
-    ] = False,
-    hidden: Annotated[int, typer.Option(help="llama: width of the stream.")] = 2048,
-    layers: Annotated[int, typer.Option(help="llama: decoder layers.")] = 24,
-    heads: Annotated[int, typer.Option(help="llama: attention heads. 0: one per 128 of hidden.")] = 0,
-    kv_heads: Annotated[int, typer.Option(help="llama: key and value heads. 0: as many as heads.")] = 0,
-    sequence: Annotated[int, typer.Option(help="llama: tokens per sample.")] = 4096,
-    vocab: Annotated[int, typer.Option(help="llama: size of the vocabulary.")] = 32000,
-    width: Annotated[int, typer.Option(help="unet3d: channels at full resolution.")] = 16,
-    norm: Annotated[str, typer.Option(help="unet3d: instance or batch.")] = "instance",
+    cudnn_benchmark: opt.CudnnBenchmark = False,
+    deterministic: opt.Deterministic = False,
+    hidden: opt.Hidden = 2048,
+    layers: opt.Layers = 24,
+    heads: opt.Heads = 0,
+    kv_heads: opt.KvHeads = 0,
+    sequence: opt.Sequence = 4096,
+    vocab: opt.Vocab = 32000,
+    width: opt.Width = 16,
+    norm: opt.Norm = "instance",
     report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
     json_path: Annotated[File, typer.Option("--json", help="Write the result to this file.")] = None,
     csv_path: Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")] = None,
@@ -157,7 +152,7 @@ def demo() -> None:
 
 @app.command(epilog="Example: torchlms probe --disk-dir /scratch --refresh")
 def probe(
-    device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
+    device: opt.Device = "",
     disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is measured. Default: none.")] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Measure again instead of reading the cache.")
@@ -165,14 +160,10 @@ def probe(
     json_path: Annotated[File, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure what this machine can do: links, host memory, disk. Cached per machine."""
-    import torch
-
     from torchlms import api
+    from torchlms.memory.device import read_device, supported
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    machine = api.measured_machine(chosen, disk_dir, refresh=refresh, progress=_write)
+    machine = api.measured_machine(supported(read_device(device)), disk_dir, refresh=refresh, progress=_write)
     if json_path is not None:
         machine.save(json_path)
     _write_table(("what", "figure"), _machine_rows(machine))
@@ -184,34 +175,32 @@ def probe(
 def fit(
     model: Annotated[str, typer.Option(help="As for bench: a name, or package.module:factory.")] = "resnet50",
     batch_size: Annotated[int, typer.Option(help="The batch asked about. 0: the network's own.")] = 0,
-    image_size: Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")] = 0,
-    device: Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = "",
-    dtype: Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")] = "float32",
-    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")] = "",
-    budget: Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")] = None,
-    host_budget: Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")] = None,
+    image_size: opt.ImageSize = 0,
+    device: opt.Device = "",
+    dtype: opt.Dtype = "float32",
+    optimizer: opt.Optimizer = "",
+    budget: opt.Budget = None,
+    host_budget: opt.HostBudget = None,
     disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is meant. Default: a cache.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB.")] = None,
-    cudnn_benchmark: Annotated[
-        bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")
-    ] = False,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")
-    ] = False,
-    hidden: Annotated[int, typer.Option(help="llama: width of the stream.")] = 2048,
-    layers: Annotated[int, typer.Option(help="llama: decoder layers.")] = 24,
-    heads: Annotated[int, typer.Option(help="llama: attention heads. 0: one per 128 of hidden.")] = 0,
-    kv_heads: Annotated[int, typer.Option(help="llama: key and value heads. 0: as many as heads.")] = 0,
-    sequence: Annotated[int, typer.Option(help="llama: tokens per sample.")] = 4096,
-    vocab: Annotated[int, typer.Option(help="llama: size of the vocabulary.")] = 32000,
-    width: Annotated[int, typer.Option(help="unet3d: channels at full resolution.")] = 16,
-    norm: Annotated[str, typer.Option(help="unet3d: instance or batch.")] = "instance",
+    cudnn_benchmark: opt.CudnnBenchmark = False,
+    deterministic: opt.Deterministic = False,
+    hidden: opt.Hidden = 2048,
+    layers: opt.Layers = 24,
+    heads: opt.Heads = 0,
+    kv_heads: opt.KvHeads = 0,
+    sequence: opt.Sequence = 4096,
+    vocab: opt.Vocab = 32000,
+    width: opt.Width = 16,
+    norm: opt.Norm = "instance",
     record: Annotated[
         str, typer.Option(help="Batches to record, such as 50,100. Default: a quarter and a half.")
     ] = "",
     save_tape: Annotated[File, typer.Option(help="Keep the recordings: t.json makes t-50.json ...")] = None,
-    tape: Annotated[Files, typer.Option(help="A recording to read instead; twice for two batches.")] = None,
-    batch: Annotated[Numbers, typer.Option(help="The batch of each --tape, in the same order.")] = None,
+    tape: Annotated[
+        opt.Files, typer.Option(help="A recording to read instead; twice for two batches.")
+    ] = None,
+    batch: Annotated[opt.Numbers, typer.Option(help="The batch of each --tape, in the same order.")] = None,
     machine: Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Step time against budget.")] = False,
     largest: Annotated[bool, typer.Option("--largest", help="The largest batch that fits.")] = False,

@@ -12,6 +12,7 @@ import torch
 from torchlms.core.plan import Budget, Plan
 from torchlms.core.rules import Rules
 from torchlms.errors import BadOption, NotSupported, PlanMismatch
+from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_bytes
 
@@ -121,7 +122,7 @@ def _read_plan(source: PlanSource) -> Plan | None:
 
 
 def _choose_device(model: torch.nn.Module | None, device: torch.device | str | None) -> torch.device:
-    asked = None if device is None else _read_device(device)
+    asked = None if device is None else read_device(device)
     found = set()
     if model is not None:
         found = {item.device for item in (*model.parameters(), *model.buffers())}
@@ -131,17 +132,4 @@ def _choose_device(model: torch.nn.Module | None, device: torch.device | str | N
     here = found.pop() if found else None
     if asked is not None and here is not None and asked != here:
         raise BadOption(f"device={device} was asked for, but the model is on {here}")
-    chosen = here or asked or _read_device("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type not in ("cuda", "cpu"):
-        raise NotSupported(f"device {chosen} is not supported; cuda and cpu are")
-    return chosen
-
-
-def _read_device(device: torch.device | str) -> torch.device:
-    try:
-        read = torch.device(device)
-    except RuntimeError as error:
-        raise BadOption(f"cannot read device {device!r}: write 'cuda', 'cuda:1' or 'cpu'") from error
-    if read.type == "cuda" and read.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return read
+    return supported(here or asked or read_device(None))

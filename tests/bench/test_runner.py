@@ -229,7 +229,8 @@ def test_deterministic_is_set_recorded_and_undone() -> None:
     [
         ({"dtype": "int8"}, "--dtype int8"),
         ({"device": "cuda"}, "no CUDA device"),
-        ({"device": "meta"}, "choose cuda or cpu"),
+        ({"device": "meta"}, "--device meta is not supported: choose cuda or cpu"),
+        ({"device": "toaster"}, "--device toaster: choose cuda, cuda:1 or cpu"),
         ({"optimizer": "lion"}, "--optimizer lion"),
         ({"num_batches": 0}, "at least 1"),
         ({"way": Way.LMS, "cap": "1GiB"}, "--cap is for runs without LMS"),

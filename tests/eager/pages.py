@@ -66,7 +66,7 @@ class Pages:
 
     def take(self, size_bytes: int) -> Piece:
         if size_bytes <= MIB:
-            return Piece(self, -1)  # of the pool of small blocks
+            return Piece(self.used, -1)  # of the pool of small blocks
         size = -(-size_bytes // MIB)
         fitting = [(stop - start, start) for start, stop in self.free_runs() if stop - start >= size]
         if fitting:
@@ -84,7 +84,7 @@ class Pages:
 
     def _place(self, start: int, size: int) -> Piece:
         self.used[start] = size
-        return Piece(self, start)
+        return Piece(self.used, start)
 
     def _expand(self, size: int, *, cap: int | None = None) -> int | None:
         """The lowest place with unmapped pages in it, and those mapped; None if the cap forbids it."""
@@ -123,14 +123,14 @@ class Pages:
 class Piece:
     """Stands for a tensor: gives its place back when the last reference goes."""
 
-    def __init__(self, pages: Pages, start: int) -> None:
-        self.pages, self.start = pages, start
+    def __init__(self, used: dict[int, int], start: int, unit_bytes: int = MIB) -> None:
+        self.used, self.start, self.unit_bytes = used, start, unit_bytes
 
     def data_ptr(self) -> int:
-        return self.start * MIB
+        return self.start * self.unit_bytes
 
     def __del__(self) -> None:
-        self.pages.used.pop(self.start, None)
+        self.used.pop(self.start, None)
 
 
 class FakeSlot:

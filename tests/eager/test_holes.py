@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import MIB, Piece
 
 from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
@@ -14,7 +15,6 @@ from torchlms.eager.holes import Holes
 from torchlms.eager.program import Deed, Program
 from torchlms.memory.device import CudaDevice
 
-MIB = 1 << 20
 UNIT = 100 * MIB  # sizes below are in these
 
 
@@ -41,26 +41,13 @@ class Line:
             raise torch.OutOfMemoryError("no hole")
         start = min(fitting)[1]
         self.used[start] = units
-        return Piece(self, start)
+        return Piece(self.used, start, UNIT)
 
     def runs(self, device: torch.device) -> list[list[tuple[int, int, bool]]]:
         del device
         pieces = [(start, size, False) for start, size in self.used.items()]
         pieces += [(start, size, True) for start, size in self.holes()]
         return [[(start * UNIT, size * UNIT, free) for start, size, free in sorted(pieces)]]
-
-
-class Piece:
-    """Stands for a tensor: gives its place back when the last reference goes."""
-
-    def __init__(self, line: Line, start: int) -> None:
-        self.line, self.start = line, start
-
-    def data_ptr(self) -> int:
-        return self.start * UNIT
-
-    def __del__(self) -> None:
-        self.line.used.pop(self.start, None)
 
 
 class Resting:

@@ -200,7 +200,7 @@ def test_errors_are_one_line_and_code_2(
         (["--model=nope"], "--model nope: unknown"),
         (["--model=mnist", "--device=cpu", "--record=5,5"], "--record 5,5: both batch sizes are the same"),
         (["--model=mnist", "--device=cpu", "--record=x"], "--record x: write one or two"),
-        (["--model=mnist", "--device=toaster"], "--device toaster: choose cuda or cpu"),
+        (["--model=mnist", "--device=toaster"], "device toaster: choose cuda, cuda:1 or cpu"),
     ],
 )
 def test_errors_without_files(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

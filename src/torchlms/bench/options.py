@@ -8,7 +8,8 @@ from enum import Enum
 import torch
 
 from torchlms.bench.networks import Network, NetworkOptions
-from torchlms.errors import BadOption
+from torchlms.errors import BadOption, LMSError
+from torchlms.memory.device import read_device, supported
 from torchlms.memory.limits import parse_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,11 +69,11 @@ class BenchOptions:
 
     def resolve(self, network: Network) -> BenchOptions:
         """With every default filled in, and checked."""
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise BadOption(f"--device {device}: this torch sees no CUDA device; use --device cpu")
-        if torch.device(device).type not in ("cuda", "cpu"):
-            raise BadOption(f"--device {device}: choose cuda or cpu")
+        device = self.device or read_device(None).type
+        try:
+            supported(read_device(device))
+        except LMSError as error:
+            raise BadOption(f"--{error}") from None
         if self.dtype not in DTYPES:
             raise BadOption(f"--dtype {self.dtype}: choose {' or '.join(DTYPES)}")
         if self.num_batches < 1 or self.display_every < 1:
@@ -117,10 +118,7 @@ class BenchOptions:
 
     def torch_device(self) -> torch.device:
         """The device with its index, which the allocator's cap insists on."""
-        device = torch.device(self.device)
-        if device.type == "cuda" and device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-        return device
+        return read_device(self.device)
 
     def network_options(self) -> NetworkOptions:
         """The part that the network reads."""

@@ -23,6 +23,7 @@ _NOT_MEASURED = {
     "__init__.py",
     "__main__.py",
     "cli.py",
+    "cli_options.py",
     "errors.py",
     "report.py",
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),

@@ -16,6 +16,7 @@ from torchlms.core.plan import Budget
 from torchlms.errors import BadOption
 from torchlms.fit import recording
 from torchlms.fit.scale import Scale
+from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
 from torchlms.memory.limits import disk_free_bytes, host_available_bytes, parse_bytes
 
@@ -52,8 +53,8 @@ class Question:
             text = getattr(options, name)
             if text is not None:
                 _read_size(name, text, _WHOLE)
-        if options.device.partition(":")[0] not in ("", "cuda", "cpu"):
-            raise BadOption(f"--device {options.device}: choose cuda or cpu")
+        if options.device and not self.tapes:
+            supported(read_device(options.device))
         if options.batch_size < 0:
             raise BadOption("--batch-size must not be negative")
         for path in filter(None, (self.json_path, self.save_tape)):
@@ -154,8 +155,8 @@ def _machine(question: Question, tape: Tape, write: Write) -> Machine:
                 "--machine (torchlms probe --json FILE writes it there)"
             )
     on_cpu = tape.device == "cpu"
-    asked = BenchOptions(device="cpu" if on_cpu else question.options.device or "cuda")
-    return api.measured_machine(asked.torch_device(), question.options.disk_dir, progress=write)
+    device = read_device("cpu" if on_cpu else question.options.device or "cuda")
+    return api.measured_machine(device, question.options.disk_dir, progress=write)
 
 
 def _cuda_name() -> str:

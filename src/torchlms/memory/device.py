@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from torchlms.errors import BudgetTooSmall, NotSupported
+from torchlms.errors import BadOption, BudgetTooSmall, NotSupported
 from torchlms.memory.ledger import Ledger
 from torchlms.memory.limits import format_bytes
 
@@ -178,12 +178,37 @@ class CpuDevice:
         pass
 
 
+def read_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, with its index; nothing means a CUDA device where there is one.
+
+    Raises BadOption for what torch cannot read or does not see here.
+    """
+    try:
+        read = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise BadOption(f"device {device}: choose cuda, cuda:1 or cpu") from error
+    if read.type != "cuda":
+        return read
+    if not torch.cuda.is_available():
+        raise BadOption(f"device {device}: this torch sees no CUDA device; use cpu")
+    if read.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if read.index >= torch.cuda.device_count():
+        raise BadOption(
+            f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
+    return read
+
+
+def supported(device: torch.device) -> torch.device:
+    """``device``, or NotSupported if LMS does not know its kind."""
+    if device.type not in ("cuda", "cpu"):
+        raise NotSupported(f"device {device} is not supported: choose cuda or cpu")
+    return device
+
+
 def open_device(
     torch_device: torch.device, make_ledger: Callable[[], Ledger] = Ledger
 ) -> CudaDevice | CpuDevice:
     """The Device for ``torch_device``; NotSupported names what is."""
-    if torch_device.type == "cuda":
-        return CudaDevice(torch_device)
-    if torch_device.type == "cpu":
-        return CpuDevice(make_ledger())
-    raise NotSupported(f"device {torch_device} is not supported; cuda and cpu are")
+    return CudaDevice(torch_device) if supported(torch_device).type == "cuda" else CpuDevice(make_ledger())

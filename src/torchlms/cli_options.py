@@ -1,0 +1,33 @@
+"""cli_options: options that several verbs of the command line share, each with its one line of help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# typer reads annotations while it runs, so these must exist then.
+Text = str | None
+File = Path | None
+Files = list[Path] | None
+Numbers = list[int] | None
+
+ImageSize = Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")]
+Device = Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")]
+Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")]
+Budget = Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")]
+HostBudget = Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")]
+CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]
+
+# The shape of a network, where it is open.
+Hidden = Annotated[int, typer.Option(help="llama: width of the stream.")]
+Layers = Annotated[int, typer.Option(help="llama: decoder layers.")]
+Heads = Annotated[int, typer.Option(help="llama: attention heads. 0: one per 128 of hidden.")]
+KvHeads = Annotated[int, typer.Option(help="llama: key and value heads. 0: as many as heads.")]
+Sequence = Annotated[int, typer.Option(help="llama: tokens per sample.")]
+Vocab = Annotated[int, typer.Option(help="llama: size of the vocabulary.")]
+Width = Annotated[int, typer.Option(help="unet3d: channels at full resolution.")]
+Norm = Annotated[str, typer.Option(help="unet3d: instance or batch.")]
