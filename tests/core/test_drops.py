@@ -12,7 +12,15 @@ from tapes import MIB, gpu
 
 from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve, floor_curve
-from torchlms.core.drops import droppable, feasible, independent, replay_s, with_drops
+from torchlms.core.drops import (
+    droppable,
+    feasible,
+    gain_bytes,
+    replay_s,
+    return_ops,
+    short_chains,
+    with_drops,
+)
 from torchlms.core.plan import Budget, Choice
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
@@ -92,16 +100,73 @@ def test_a_source_that_would_be_gone_lives_on() -> None:
     assert with_drops(tape, [value]).values[source.id].death == value.idle[0].stop
 
 
-def test_none_is_made_from_another() -> None:
-    tape = blocks(6)
-    chained = tuple(
-        replace(value, sources=(value.id - 1, value.id - 2)) if value.recipe and value.id > 2 else value
-        for value in tape.values
+def chained(tape: Tape, *, back: int = 1) -> Tape:
+    """``tape`` with each made value made also from the one ``back`` blocks earlier."""
+    return replace(
+        tape,
+        values=tuple(
+            replace(value, sources=(*value.sources, value.id - 2 * back))
+            if value.recipe and value.id > 2 * back
+            else value
+            for value in tape.values
+        ),
     )
-    tape = replace(tape, values=chained)
-    chosen = {value.id for value in independent(tape, candidates(tape))}
-    assert chosen
-    assert all(chosen.isdisjoint(tape.values[value].sources) for value in chosen)
+
+
+def test_a_chain_comes_back_where_its_first_link_is_needed() -> None:
+    tape = chained(blocks(4))
+    drops = candidates(tape)
+    assert len(drops) == 3  # the last block's value is needed at once
+    needed = [value.idle[0].stop for value in drops]
+    assert return_ops(tape, drops) == {value.id: min(needed) for value in drops}
+    assert return_ops(tape, drops[::-1]) == return_ops(tape, drops)
+    changed = with_drops(tape, drops)
+    assert changed.ops[min(needed)].time_s == pytest.approx(tape.ops[min(needed)].time_s + 3e-3)
+    again = changed.values[len(tape.values) :]
+    assert {value.birth for value in again} == {min(needed)}
+    assert sorted(value.death for value in again) == sorted(value.death for value in drops)
+
+
+def test_what_is_held_longer_is_not_dropped_for_another() -> None:
+    tape = chained(blocks(3))
+    first, second = candidates(tape)
+    held = replace(first, idle=(Stretch(second.idle[0].stop + 1, first.idle[0].stop + 2),))
+    tape = replace(tape, values=tuple(held if value.id == held.id else value for value in tape.values))
+    assert return_ops(tape, [held, second])[held.id] == held.idle[0].stop
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("turn", [1, -1, 3])
+def test_no_chain_is_longer_than_allowed(most: int, turn: int) -> None:
+    tape = chained(blocks(9))
+    ranked = candidates(tape)
+    if turn == 3:
+        ranked = ranked[::2] + ranked[1::2]
+    chosen = {value.id for value in short_chains(ranked[:: 1 if turn == 3 else turn], most)}
+
+    def links(value: int) -> int:
+        return 1 + max((links(s) for s in tape.values[value].sources if s in chosen), default=0)
+
+    assert max(links(value) for value in chosen) == most
+    left = {value.id for value in ranked} - chosen
+    for value in left:  # each one left out would make a chain too long
+        chosen.add(value)
+        assert max(links(other) for other in chosen) > most
+        chosen.remove(value)
+
+
+def test_what_must_be_kept_for_it_is_counted_against_it() -> None:
+    """Values of which autograd saved no source: one source for each, and one for both."""
+    tape = blocks(6)
+    unsaved = {0: -1, 2: -1}
+    values = tuple(replace(value, saved=unsaved.get(value.id, value.saved)) for value in tape.values)
+    values = tuple(replace(value, sources=(2,)) if value.id == 5 else value for value in values)
+    tape = replace(tape, values=values)
+    gains = gain_bytes(tape, candidates(tape))
+    size_bytes = tape.values[1].size_bytes
+    assert gains[1] == 0  # as much is kept as is dropped
+    assert gains[3] == gains[5] == size_bytes / 2
+    assert gains[7] == size_bytes
 
 
 def test_what_has_no_room_to_be_made_again_is_not_dropped() -> None:

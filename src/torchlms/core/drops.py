@@ -1,13 +1,19 @@
 """Drops: a tape as it would be if some values were let go and made again when they are needed.
 
 A dropped value is two on the new tape: itself until its idle stretch begins, and another, at the end of
-the list, from where the stretch ends. There its op takes longer by the recipe, needs the recipe's
+the list, from where it is made again. There the op takes longer by the recipe, needs the recipe's
 intermediate results, and the sources must be present: a source's own idle stretch ends there at the
-latest, and it lives until then at least.
+latest, and it lives until then at least. A source that autograd did not save is kept for it alone.
+
+[Note: Chains]
+A source may itself be dropped. Then it is made again first, which is where the value made from it is
+needed, and stays until its own last use: each value is made once, and a chain of them is present all at
+once. That is the price of long chains, and the simulator sees it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +21,9 @@ from torchlms.core.curve import floor_curve, wraps
 from torchlms.core.tape import Stretch, Tape, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+LINKS = 8  # of the longest chain: values made one from the other
 
 
 def droppable(tape: Tape, value: Value) -> bool:
@@ -34,17 +42,41 @@ def replay_s(tape: Tape, value: Value) -> float:
     return sum(tape.ops[op].time_s for op in value.recipe)
 
 
-def independent(tape: Tape, ranked: Iterable[Value]) -> list[Value]:
-    """Of ``ranked``, best first, those none of which is made from another."""
-    chosen: list[Value] = []
-    dropped: set[int] = set()
-    sources: set[int] = set()
+def gain_bytes(tape: Tape, values: Iterable[Value]) -> dict[int, float]:
+    """What dropping each of ``values`` frees, by id: its bytes, less its share of what is kept for it."""
+    candidates = list(values)
+    askers = Counter(source for value in candidates for source in value.sources)
+    return {
+        value.id: value.size_bytes
+        - sum(
+            tape.values[source].size_bytes / askers[source]
+            for source in value.sources
+            if tape.values[source].saved < 0
+        )
+        for value in candidates
+    }
+
+
+def short_chains(ranked: Iterable[Value], most: int = LINKS) -> list[Value]:
+    """Of ``ranked``, best first, those that can all be dropped without a chain of more than ``most``."""
+    chosen: dict[int, Value] = {}
+    above: dict[int, int] = {}  # links of the longest chain that ends with the value
+    below: dict[int, int] = {}  # and that begins with it
+    made_from: dict[int, Sequence[int]] = {}
+    makes: dict[int, list[int]] = {}
     for value in ranked:
-        if value.id not in sources and dropped.isdisjoint(value.sources):
-            chosen.append(value)
-            dropped.add(value.id)
-            sources.update(value.sources)
-    return chosen
+        up = 1 + max((above[source] for source in value.sources if source in chosen), default=0)
+        down = 1 + max((below[other] for other in makes.get(value.id, ())), default=0)
+        if up + down - 1 > most:
+            continue
+        chosen[value.id] = value
+        above[value.id] = below[value.id] = 0
+        made_from[value.id] = value.sources
+        for source in value.sources:
+            makes.setdefault(source, []).append(value.id)
+        _lengthen(value.id, up, above, makes)
+        _lengthen(value.id, down, below, made_from)
+    return list(chosen.values())
 
 
 def feasible(tape: Tape, ranked: Sequence[Value], limit_bytes: int) -> list[Value]:
@@ -59,18 +91,49 @@ def feasible(tape: Tape, ranked: Sequence[Value], limit_bytes: int) -> list[Valu
         worst = int(floor.argmax())
         if floor[worst] <= limit_bytes:
             return chosen
-        rest = [value for value in chosen if not _present(tape, value, worst)]
+        returns = return_ops(tape, chosen)
+        rest = [value for value in chosen if not _present(tape, value, returns[value.id], worst)]
         if len(rest) == len(chosen):
             return []  # it is too much without any drops
         chosen = rest
     return chosen
 
 
-def _present(tape: Tape, dropped: Value, op: int) -> bool:
+def _present(tape: Tape, dropped: Value, back: int, op: int) -> bool:
     """Whether making ``dropped`` again has something on the device during ``op`` that need not be there."""
-    stop = dropped.idle[0].stop
     needs = (stretch.stop for source in dropped.sources for stretch in tape.values[source].idle)
-    return stop <= op <= max((stop, *needs))
+    return back <= op <= max((back, dropped.idle[0].stop, *needs))
+
+
+def return_ops(tape: Tape, drops: Sequence[Value]) -> dict[int, int]:
+    """Before which op each of ``drops`` is made again, by id: its own need, or of one made from it."""
+    returns = {value.id: value.idle[0].stop for value in drops}
+    for value in users_first(drops):
+        for source in value.sources:
+            # Whoever still holds it then has not let it be dropped yet.
+            if source in returns and tape.values[source].idle[0].start < returns[value.id]:
+                returns[source] = min(returns[source], returns[value.id])
+    return returns
+
+
+def users_first(drops: Sequence[Value]) -> list[Value]:
+    """``drops`` with each value before those that it is made from."""
+    dropped = {value.id: value for value in drops}
+    done: set[int] = set()
+    order: list[Value] = []
+    for first in drops:
+        path = [first]
+        while path:
+            value = path[-1]
+            waiting = [source for source in value.sources if source in dropped and source not in done]
+            if value.id in done or not waiting:
+                path.pop()
+                if value.id not in done:
+                    done.add(value.id)
+                    order.append(value)
+            else:
+                path.append(dropped[waiting[0]])
+    return order[::-1]
 
 
 def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
@@ -79,8 +142,9 @@ def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
     births: dict[int, list[Value]] = {}
     for value in tape.values:
         births.setdefault(value.birth, []).append(value)
+    returns = return_ops(tape, drops)
     for dropped in drops:
-        start, stop = dropped.idle[0].start, dropped.idle[0].stop
+        start, stop = dropped.idle[0].start, returns[dropped.id]
         first = replace(values[dropped.id], death=max(start - 1, dropped.birth, 0), idle=(), movable=False)
         values[dropped.id] = first
         again = replace(dropped, id=len(values), birth=stop, idle=(), movable=False, saved=-1, saved_at=-1)
@@ -97,7 +161,8 @@ def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
             scratch_bytes=max(ops[stop].scratch_bytes, between_bytes),
         )
         for source in dropped.sources:
-            values[source] = _present_at(values[source], stop)
+            if source not in returns:
+                values[source] = _present_at(values[source], stop)
     return replace(tape, ops=tuple(ops), values=tuple(values))
 
 
@@ -109,3 +174,13 @@ def _present_at(source: Value, op: int) -> Value:
         if not (stretch.start >= op and not wraps(stretch))
     )
     return replace(source, idle=idle, movable=source.movable and bool(idle), death=max(source.death, op))
+
+
+def _lengthen(first: int, links: int, known: dict[int, int], next_ones: Mapping[int, Sequence[int]]) -> None:
+    """A chain of ``links`` now ends with ``first``: those that go on from there are longer."""
+    waiting = [(first, links)]
+    while waiting:
+        value, length = waiting.pop()
+        if value in known and known[value] < length:
+            known[value] = length
+            waiting += [(other, length + 1) for other in next_ones.get(value, ())]

@@ -12,7 +12,15 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torchlms.core.drops import droppable, feasible, independent, replay_s, with_drops
+from torchlms.core.drops import (
+    droppable,
+    feasible,
+    gain_bytes,
+    replay_s,
+    return_ops,
+    short_chains,
+    with_drops,
+)
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import NO_ELBOW, Elbow
 from torchlms.core.planner import plan as plan_moves
@@ -88,7 +96,7 @@ def plan(
 
 
 def _ranked(tape: Tape, rules: Rules) -> list[Value]:
-    """What may be dropped together, the fewest seconds a byte first."""
+    """What may be dropped together, the fewest seconds for a byte gained first."""
     free = [
         value
         for value in tape.values
@@ -96,7 +104,9 @@ def _ranked(tape: Tape, rules: Rules) -> list[Value]:
         and value.size_bytes >= rules.min_bytes
         and rules.judge(value)[0] is Verdict.FREE
     ]
-    return independent(tape, sorted(free, key=lambda value: replay_s(tape, value) / value.size_bytes))
+    gains = gain_bytes(tape, free)
+    worth = [value for value in free if gains[value.id] > 0]
+    return short_chains(sorted(worth, key=lambda value: replay_s(tape, value) / gains[value.id]))
 
 
 def _free_of_stalls(made: Plan) -> bool:
@@ -120,13 +130,14 @@ def _between(tried: dict[int, Plan], most: int) -> list[int]:
 def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -> Plan:
     """The moves' plan with the drops among its decisions, for the tape as it was. Each reason says what
     the other choice would have cost."""
+    returns = return_ops(tape, drops)
     dropped = tuple(
         Decision(
             value=value.id,
             stretch=0,
             choice=Choice.RECOMPUTE,
             release_op=value.idle[0].start,
-            reload_op=value.idle[0].stop,
+            reload_op=returns[value.id],
             reason=f"made again by {len(value.recipe)} ops in {seconds_text(replay_s(tape, value))}; "
             f"copies would take {seconds_text(_copies_s(machine, value.size_bytes))}",
         )
