@@ -23,10 +23,14 @@ from sessions import (
     slow_disk,
 )
 from small_networks import NETWORKS, Network
+from stream import Stream
 from torch import Tensor, nn
 
 import torchlms
+from torchlms.core.plan import Choice
+from torchlms.core.tape import Value
 from torchlms.eager.provenance import Call, Cell
+from torchlms.eager.slot import Slot
 
 STEPS = 8
 DROPPERS = ["resnet", "unet3d", "transformer", "mlp"]
@@ -329,3 +333,90 @@ def test_a_graph_of_an_earlier_step_is_made_real_before_its_sources_are_written(
 
     stats = assert_same(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop, 1_800_000)
     assert stats["replayed_ops"] or stats["strayed"]
+
+
+# -- chains, and sources that autograd did not save ------------------------------------------------
+
+
+def train_stream(spill_dir: Path | None, budget_bytes: int = 0) -> tuple[list[str], torchlms.LMS | None]:
+    torch.manual_seed(0)
+    model = Stream()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+
+    def loop() -> None:
+        for step in range(STEPS):
+            ids = torch.randint(0, 32, (8, 128), generator=torch.Generator().manual_seed(step))
+            scores = model(ids).float().flatten(0, 1)
+            loss = F.cross_entropy(scores, ids.roll(1, 1).flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()).hex())
+
+    if spill_dir is None:
+        loop()
+        return losses, None
+    with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=DROPPING) as lms:
+        loop()
+        return losses, lms
+
+
+def dropped_values(lms: torchlms.LMS) -> list[Value]:
+    assert lms.plan is not None
+    assert lms.tape is not None
+    return [lms.tape.values[move.value] for move in lms.plan.moves if move.choice is Choice.RECOMPUTE]
+
+
+@pytest.mark.parametrize("budget_bytes", [8_000_000, 5_000_000, 3_000_000])
+def test_norms_of_a_residual_stream_are_made_from_sums_that_autograd_did_not_save(
+    budget_bytes: int, spill_dir: Path
+) -> None:
+    losses, lms = train_stream(spill_dir, budget_bytes)
+    assert losses == train_stream(None)[0]
+    assert lms is not None
+    assert lms.tape is not None
+    dropped = dropped_values(lms)
+    ids = {value.id for value in dropped}
+    sources = [lms.tape.values[source] for value in dropped for source in value.sources]
+    assert any(source.saved < 0 for source in sources)
+    assert any(source.id in ids for source in sources)
+    assert lms.stats()["replayed_ops"]
+    assert lms.stats()["peak_device_bytes"] <= budget_bytes
+
+
+def test_what_is_held_for_a_recipe_goes_when_the_step_is_over(spill_dir: Path) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(item, Slot) for item in gc.get_objects())
+
+    before = held()
+    train_stream(spill_dir, 5_000_000)
+    assert held() == before
+
+
+def test_a_forward_pass_without_a_backward_leaves_nothing_held(spill_dir: Path) -> None:
+    torch.manual_seed(0)
+    model = Stream()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.randint(0, 32, (8, 128))
+    with torchlms.LMS(model, optimizer, budget=5_000_000, disk_dir=spill_dir, rules=DROPPING) as lms:
+        for _ in range(STEPS):
+            model(ids)  # and nothing comes of it
+            model(ids).float().logsumexp(-1).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert lms.stats()["replayed_ops"]
+        assert lms.stats()["strayed"] == 0
+        assert lms.stats()["peak_device_bytes"] <= 5_000_000
+
+
+def test_block_outputs_of_a_residual_network_are_made_one_from_the_other(spill_dir: Path) -> None:
+    network = NETWORKS["resnet"]
+    session = new_session(network)
+    with open_lms(session, int(0.5 * plain_peak(network)), spill_dir, rules=DROPPING) as lms:
+        for step in range(STEPS):
+            plain_step(session, step)
+        ids = {value.id for value in dropped_values(lms)}
+        assert any(source in ids for value in dropped_values(lms) for source in value.sources)
+    assert outcome(session).differences(run_plain(network, steps=STEPS)) == []

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 LINKS = 8  # of the longest chain: values made one from the other
+GIVEN_UP = 0.25  # of what makes an op too large, at a time
 
 
 def droppable(tape: Tape, value: Value) -> bool:
@@ -80,10 +81,10 @@ def short_chains(ranked: Iterable[Value], most: int = LINKS) -> list[Value]:
 
 
 def feasible(tape: Tape, ranked: Sequence[Value], limit_bytes: int) -> list[Value]:
-    """Of ``ranked``, those that can all be dropped and leave no op above ``limit_bytes`` for certain.
+    """Of ``ranked``, best first, those that can all be dropped and leave no op above ``limit_bytes``.
 
     What is made again needs its sources and intermediate results at one moment, which a tight op may
-    have no room for: whatever is made again about there is not dropped.
+    have no room for: of what is there because of that, the last in rank are not dropped.
     """
     chosen = list(ranked)
     while chosen:
@@ -92,17 +93,20 @@ def feasible(tape: Tape, ranked: Sequence[Value], limit_bytes: int) -> list[Valu
         if floor[worst] <= limit_bytes:
             return chosen
         returns = return_ops(tape, chosen)
-        rest = [value for value in chosen if not _present(tape, value, returns[value.id], worst)]
-        if len(rest) == len(chosen):
+        present = [value.id for value in chosen if _present(tape, value, returns[value.id], worst)]
+        if not present:
             return []  # it is too much without any drops
-        chosen = rest
+        given_up = set(present[-max(1, round(GIVEN_UP * len(present))) :])
+        chosen = [value for value in chosen if value.id not in given_up]
     return chosen
 
 
 def _present(tape: Tape, dropped: Value, back: int, op: int) -> bool:
     """Whether making ``dropped`` again has something on the device during ``op`` that need not be there."""
-    needs = (stretch.stop for source in dropped.sources for stretch in tape.values[source].idle)
-    return back <= op <= max((back, dropped.idle[0].stop, *needs))
+    sources = [tape.values[source] for source in dropped.sources]
+    needs = (stretch.stop for source in sources for stretch in source.idle)
+    kept = any(source.death < op <= back for source in sources)
+    return kept or back <= op <= max((back, dropped.idle[0].stop, *needs))
 
 
 def return_ops(tape: Tape, drops: Sequence[Value]) -> dict[int, int]:

@@ -1,13 +1,14 @@
 """Joint: one plan over keep, host, disk and recompute.
 
-What to drop is decided first and what to move second, over and over: for each of several sets of drops,
-cheapest first, the planner of moves plans the tape as it would be with them, and the simulator's word on
-the whole step decides. Dropping nothing is one of the sets, so that the result is never predicted to be
-slower than moving alone.
+What to drop is decided first and what to move second, over and over: for each of several sets of drops
+the planner of moves plans the tape as it would be with them, and the simulator's word on the whole step
+decides. First come the cheapest so many, then sets that differ from the best one by a group of values.
+Dropping nothing is one of the sets, so that the result is never predicted to be slower than moving alone.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,15 +30,17 @@ from torchlms.core.units import seconds_text
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torchlms.core.machine import Machine
     from torchlms.core.plan import Budget
     from torchlms.core.tape import Tape, Value
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
-LOOK = 0.25  # of the usual effort, for a set that is only looked at
 HALVINGS = 2  # then the interval around the best is halved as often
+LOOK = 0.25  # of the usual effort, for a set that is only looked at
+TRIED_OPS = 60_000  # then groups are taken in or left out: tapes of that many ops are planned in all
+MOST_FLIPS = 30
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
@@ -55,44 +58,121 @@ def plan(
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
     started_s = time.perf_counter()
-    ranked = feasible(tape, _ranked(tape, rules), budget.device_bytes - headroom_bytes)
-    tried: dict[int, Plan] = {}
-    refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
+    ranked = _ranked(tape, rules)
+    limit_bytes = budget.device_bytes - headroom_bytes
 
-    def attempt(count: int, effort: float = LOOK) -> None:
-        nonlocal refusal
-        if count in tried and effort < 1:
-            return
-        drops = ranked[:count]
+    def make(drops: Sequence[Value], effort: float) -> Plan:
+        return plan_moves(
+            with_drops(tape, drops),
+            machine,
+            budget,
+            rules,
+            headroom_bytes=headroom_bytes,
+            elbow=elbow,
+            effort=effort,
+        )
+
+    trials = _Trials(make)
+    trials.of((), 1.0)
+    if ranked and not trials.free_of_stalls:
+        _try_shares(trials, feasible(tape, ranked, limit_bytes))
+        _flip_groups(trials, ranked, min(MOST_FLIPS, TRIED_OPS // len(tape.ops) - trials.count))
+        trials.of(trials.best, 1.0)
+    drops, moves = trials.winner()
+    return replace(
+        _joined(tape, machine, drops, moves),
+        smallest_bytes=trials.smallest_bytes,
+        plan_s=time.perf_counter() - started_s,
+    )
+
+
+class _Trials:
+    """Sets of drops that were tried, the plan of moves for each, and which is the best so far."""
+
+    def __init__(self, make: Callable[[Sequence[Value], float], Plan]) -> None:
+        self._make = make
+        self._made: dict[frozenset[int], Plan | None] = {}
+        self._refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
+        self.best: tuple[Value, ...] = ()
+
+    def of(self, drops: Sequence[Value], effort: float = LOOK) -> bool:
+        """Whether ``drops`` are better than all that was tried before. They are looked at once, unless
+        it is with the whole effort."""
+        key = _key(drops)
+        if key in self._made and effort < 1:
+            return False
+        before = self.step_s
         try:
-            moves = plan_moves(
-                with_drops(tape, drops),
-                machine,
-                budget,
-                rules,
-                headroom_bytes=headroom_bytes,
-                elbow=elbow,
-                effort=effort,
-            )
+            made = self._made[key] = self._make(drops, effort)
         except (BudgetTooSmall, HostBudgetTooSmall) as error:
-            refusal = refusal or error.with_traceback(None)  # or its frames would keep tensors alive
-            return
-        tried[count] = _joined(tape, machine, drops, moves)
+            self._made[key] = None
+            # Without its traceback, or the frames would keep tensors alive.
+            self._refusal = self._refusal or error.with_traceback(None)
+            return False
+        better = made.predicted.step_s < before
+        if better:
+            self.best = tuple(drops)
+        return better
 
-    attempt(0, 1.0)
-    if ranked and not (0 in tried and _free_of_stalls(tried[0])):
-        for share in SHARES:
-            attempt(max(1, round(share * len(ranked))))
-        for _ in range(HALVINGS):
-            for count in _between(tried, len(ranked)):
-                attempt(count)
-    if not tried:
-        assert refusal is not None
-        raise refusal
-    attempt(_best(tried), 1.0)
-    best = tried[_best(tried)]
-    smallest_bytes = min(made.smallest_bytes for made in tried.values())
-    return replace(best, smallest_bytes=smallest_bytes, plan_s=time.perf_counter() - started_s)
+    @property
+    def count(self) -> int:
+        return len(self._made)
+
+    @property
+    def step_s(self) -> float:
+        made = self._made.get(_key(self.best))
+        return made.predicted.step_s if made is not None else math.inf
+
+    @property
+    def free_of_stalls(self) -> bool:
+        made = self._made.get(_key(self.best))
+        return made is not None and made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
+
+    @property
+    def smallest_bytes(self) -> int:
+        return min(made.smallest_bytes for made in self._made.values() if made is not None)
+
+    def winner(self) -> tuple[tuple[Value, ...], Plan]:
+        """The best set and its plan; what the first set was refused with, if none had one."""
+        made = self._made.get(_key(self.best))
+        if made is None:
+            assert self._refusal is not None
+            raise self._refusal
+        return self.best, made
+
+
+def _key(drops: Sequence[Value]) -> frozenset[int]:
+    return frozenset(value.id for value in drops)
+
+
+def _try_shares(trials: _Trials, ranked: Sequence[Value]) -> None:
+    """The first so many of ``ranked``, closer and closer to the best number."""
+    counts = {0} | {max(1, round(share * len(ranked))) for share in SHARES if ranked}
+    for count in sorted(counts):
+        trials.of(ranked[:count])
+    for _ in range(HALVINGS):
+        best = len(trials.best)
+        below = max((count for count in counts if count < best), default=0)
+        above = min((count for count in counts if count > best), default=len(ranked))
+        for count in ((below + best) // 2, (best + above) // 2):
+            counts.add(count)
+            trials.of(ranked[:count])
+
+
+def _flip_groups(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
+    """Groups of neighbours in rank, ever smaller ones, taken in and left out while that helps."""
+    size = len(ranked)
+    left = most
+    while size > 1 and left > 0:
+        size = -(-size // 2)
+        for start in range(0, len(ranked), size):
+            group = ranked[start : start + size]
+            ids = {value.id for value in group}
+            without = [value for value in trials.best if value.id not in ids]
+            for drops in ([*without, *group], without):
+                if left > 0:
+                    left -= 1
+                    trials.of(drops)
 
 
 def _ranked(tape: Tape, rules: Rules) -> list[Value]:
@@ -107,24 +187,6 @@ def _ranked(tape: Tape, rules: Rules) -> list[Value]:
     gains = gain_bytes(tape, free)
     worth = [value for value in free if gains[value.id] > 0]
     return short_chains(sorted(worth, key=lambda value: replay_s(tape, value) / gains[value.id]))
-
-
-def _free_of_stalls(made: Plan) -> bool:
-    return made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
-
-
-def _best(tried: dict[int, Plan]) -> int:
-    return min(tried, key=lambda count: tried[count].predicted.step_s)
-
-
-def _between(tried: dict[int, Plan], most: int) -> list[int]:
-    """Counts half-way from the best to its neighbours."""
-    if not tried:
-        return []
-    best = _best(tried)
-    below = max((count for count in tried if count < best), default=0)
-    above = min((count for count in tried if count > best), default=most)
-    return [(below + best) // 2, (best + above) // 2]
 
 
 def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -> Plan:

@@ -127,6 +127,8 @@ class Engine(SlotOwner):
         if provenance is None or (self._backward_seen and not writes_anything(func)):
             return self._run(func, args, kwargs)
         call = provenance.before(func, args, kwargs, self._clock, forward=not self._backward_seen)
+        if self.follower is not None and self._clock in self.follower.program.holding:
+            provenance.hold_inputs(call, args, kwargs)
         result = self._run(func, args, kwargs)
         provenance.after(call, args, kwargs, result)
         return result
@@ -296,8 +298,7 @@ class Engine(SlotOwner):
     def _new_slot(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Slot:
         if self._begins_microstep():
             self._begin_microstep(tensor)
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        whole.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+        whole = _whole(storage)
         self._ledger_add(whole)
         slot = Slot(self, whole, self._ordinal)
         self._live[id(slot)] = self._by_ordinal[self._ordinal] = weakref.ref(slot)
@@ -319,7 +320,19 @@ class Engine(SlotOwner):
         self._strayed = True
         self.follower = None
 
+    def _hold(self, tensor: torch.Tensor) -> Slot | None:
+        """A slot that no saved tensor has: recipes hold it. It stays where it is."""
+        if not self._movable(tensor) or find(tensor.untyped_storage(), self) is not None:
+            return None
+        return Slot(self, _whole(tensor.untyped_storage()), -1)
+
+    def _value_to_hold(self, tensor: torch.Tensor) -> int:
+        """The tape's id of what could be held, -1 for what could not."""
+        return self.recorder.value_of(tensor) if self.recorder is not None and self._movable(tensor) else -1
+
     def _note_use(self, slot: Slot) -> None:
+        if self.provenance is not None and not self._backward_seen:
+            self.provenance.release()
         self._backward_seen = True
         if self.recorder is not None:
             if self.recorder.phase is not Phase.BACKWARD and private.in_backward():
@@ -394,6 +407,8 @@ class Engine(SlotOwner):
         if routine.verdict is Verdict.RECORD:
             self.begin_recording(self.steps)
             self.recorder = Recorder(self.device, self.kinds, self.provenance)
+            if self.provenance is not None:
+                self.provenance.value_of = self._value_to_hold
             self.recorder.module = self.module_here()
         elif routine.verdict is Verdict.FOLLOW:
             program = routine.program
@@ -417,6 +432,7 @@ class Engine(SlotOwner):
             self.steps,
             device=self.device.torch_device,
             kinds=self.kinds,
+            hold=self._hold,
         )
 
     def settle(self) -> None:
@@ -613,14 +629,14 @@ def _drop_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_in_child)
 
 
+def _whole(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All bytes of ``storage``."""
+    empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return empty.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+
+
 def _same_bytes(left: torch.UntypedStorage, right: torch.UntypedStorage) -> bool:
-    if left.nbytes() != right.nbytes():
-        return False
-    views = [
-        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
-        for storage in (left, right)
-    ]
-    return bool(torch.equal(*views))
+    return left.nbytes() == right.nbytes() and bool(torch.equal(_whole(left), _whole(right)))
 
 
 def _rounded(size_bytes: int) -> int:

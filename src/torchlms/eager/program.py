@@ -80,10 +80,13 @@ class Program:
             for value in saved
         ]
         actions = []
+        self.holding: set[int] = set()  # ops that read what autograd does not save and a recipe needs
         for value in saved:
             decision = decisions.get(value.id)
             if decision is not None and decision.choice is Choice.RECOMPUTE:
                 actions.append(Action(decision.release_op, Deed.DROP, value.saved))
+                if any(tape.values[source].saved < 0 for source in value.sources):
+                    self.holding.update(value.recipe)
             if decision is None or decision.choice not in (Choice.HOST, Choice.DISK):
                 continue
             start = value.idle[decision.stretch].start

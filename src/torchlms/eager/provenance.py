@@ -9,6 +9,11 @@ its cell, a cell its calls, a call the cells it read: what nobody can ask for an
 A recipe is such a history followed back to sources: storages that autograd saved and that are whole
 (slots), and tensors that outlast the step (parameters, buffers). Only ops that a sweep has shown to
 give the same bits again are followed (``may_replay``); at any other op the history just begins anew.
+
+Where the way back ends at a storage that autograd did not save, such as the sum that a norm reads, the
+recipe asks for it: the tape names it as a source, and in the steps that follow a plan it is held, as a
+slot that only recipes refer to. Of all the places where the way could be cut, the one with the fewest
+bytes is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import torch
 
 from torchlms.core.tape import Kind
 from torchlms.eager.replayable import may_replay
-from torchlms.eager.tensors import is_plain
+from torchlms.eager.tensors import is_plain, tensors_in
 
 if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
@@ -40,6 +45,8 @@ class Cell:
     history: list[Call] = field(default_factory=list)
     slot: weakref.ref[Slot] | None = None
     saved_version: int = -1  # of the tensor that autograd saved last
+    value: int = -1  # the tape's id while recording, if the storage could be held
+    size_bytes: int = 0
     readers: weakref.WeakSet[Slot] = field(default_factory=weakref.WeakSet)  # dropped, and made from this
 
 
@@ -81,10 +88,14 @@ class Provenance:
         *,
         device: torch.device,
         kinds: Callable[[torch.UntypedStorage], Kind | None],
+        hold: Callable[[torch.Tensor], Slot | None],
     ) -> None:
         self._lap = lap
         self._device = device
         self._kinds = kinds
+        self._hold = hold
+        self._held: list[Slot] = []  # until they are dropped values' sources, or backward begins
+        self.value_of: Callable[[torch.Tensor], int] | None = None  # while a tape is written
 
     # -- capture -----------------------------------------------------------------------------
 
@@ -99,23 +110,38 @@ class Provenance:
         except _Foreign:
             return Call(func, (), {}, op, False)
 
+    def hold_inputs(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what ``call`` reads and could not be had again later."""
+        for tensor in tensors_in(args, kwargs):
+            if not call.replayable or not self._ours(tensor):
+                continue
+            ref = self._ref(tensor)
+            if ref.cell.slot is None and not Recipe(ref.cell, ref.writes, self._device.type).reaches(ref):
+                slot = self._hold(tensor)
+                if slot is not None:
+                    self.saved(tensor, slot)
+                    self._held.append(slot)
+
+    def release(self) -> None:
+        """What is still needed is held by recipes from here on."""
+        self._held.clear()
+
     def after(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The call ended: its results have a history, and what it wrote has one more entry."""
         written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._ours(tensor)]
         for place, tensor in enumerate(results_of(result)):
             # What is known already is a view, or was written.
             if tensor is not None and self._ours(tensor) and not self._known(tensor):
-                mark(tensor.untyped_storage(), Cell(self._lap, place, [call]))
-        for storage in {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in written
-        }.values():
+                mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
+        for tensor in {tensor.untyped_storage()._cdata: tensor for tensor in written}.values():
             # What lasts must not hold, through its cell, a call that holds it.
-            told = Call(call.func, (), {}, call.op, False) if self._lasts(storage) else call
-            self._cell(storage).history.append(told)
+            lasts = self._lasts(tensor.untyped_storage())
+            told = Call(call.func, (), {}, call.op, False) if lasts else call
+            self._cell(tensor).history.append(told)
 
     def saved(self, tensor: torch.Tensor, slot: Slot) -> None:
         """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``."""
-        cell = slot.cell = self._cell(tensor.untyped_storage())
+        cell = slot.cell = self._cell(tensor)
         cell.slot = weakref.ref(slot)
         cell.saved_version = tensor._version
 
@@ -138,8 +164,7 @@ class Provenance:
         return not (tensor.is_conj() or tensor.is_neg())
 
     def _ref(self, tensor: torch.Tensor) -> Ref:
-        storage = tensor.untyped_storage()
-        cell = self._cell(storage)
+        cell = self._cell(tensor)
         return Ref(
             cell,
             len(cell.history),
@@ -148,18 +173,25 @@ class Provenance:
             tensor.stride(),
             int(tensor.storage_offset()),
             tensor._version,
-            tensor if self._lasts(storage) else None,
+            tensor if self._lasts(tensor.untyped_storage()) else None,
         )
 
-    def _cell(self, storage: torch.UntypedStorage) -> Cell:
-        """The storage's cell; a new one, without a history, for what is older than this lap."""
+    def _cell(self, tensor: torch.Tensor) -> Cell:
+        """The cell of the tensor's storage; a new one, without a history, for what is older than this lap."""
+        storage = tensor.untyped_storage()
         cell: Cell | None = getattr(storage, _MARK, None)
         if cell is None or cell.lap != self._lap:
-            # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
-            readers = cell.readers if cell is not None else weakref.WeakSet()
-            cell = Cell(self._lap, readers=readers)
-            setattr(storage, _MARK, cell)
+            new = self._new_cell(tensor, 0, [])
+            if cell is not None:
+                # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
+                new.readers = cell.readers
+            mark(storage, new)
+            return new
         return cell
+
+    def _new_cell(self, tensor: torch.Tensor, place: int, history: list[Call]) -> Cell:
+        value = self.value_of(tensor) if self.value_of is not None else -1
+        return Cell(self._lap, place, history, value=value, size_bytes=tensor.untyped_storage().nbytes())
 
     def _lasts(self, storage: torch.UntypedStorage) -> bool:
         return self._kinds(storage) in (Kind.PARAMETER, Kind.BUFFER)
@@ -189,8 +221,10 @@ class Recipe:
     calls: dict[int, Call] = field(default_factory=dict)  # by identity, in the order they were followed
     slots: dict[int, tuple[Cell, Slot]] = field(default_factory=dict)  # by the cell's identity
     lasting: dict[int, Ref] = field(default_factory=dict)
+    asked: dict[int, Cell] = field(default_factory=dict)  # would have to be held
+    _cut: set[int] = field(default_factory=set)  # where the way back has been found dearer than holding
 
-    def follow(self, cell: Cell, writes: int, *, target: Slot) -> bool:
+    def follow(self, cell: Cell, writes: int, *, target: Slot | None) -> bool:
         """Note all that is needed for ``cell`` after ``writes`` writes; False where the way is barred."""
         if not writes:
             return False
@@ -205,7 +239,11 @@ class Recipe:
                     return False
         return True
 
-    def _find(self, ref: Ref, reader: Cell, target: Slot) -> bool:
+    def reaches(self, ref: Ref) -> bool:
+        """Whether ``ref`` could be made again without holding anything for it."""
+        return ref.lasting is not None or (self.follow(ref.cell, ref.writes, target=None) and not self.asked)
+
+    def _find(self, ref: Ref, reader: Cell, target: Slot | None) -> bool:
         """Whether ``ref`` can be had when the recipe is carried out."""
         if ref.cell is reader:
             return True  # what an in-place op goes on from
@@ -218,7 +256,45 @@ class Recipe:
         if slot is not None and slot is not target and whole:
             self.slots[id(ref.cell)] = (ref.cell, slot)
             return True
-        return self.follow(ref.cell, ref.writes, target=target)
+        return self._follow_or_ask(ref, target)
+
+    def _follow_or_ask(self, ref: Ref, target: Slot | None) -> bool:
+        """Follow ``ref`` further back, or ask for it, whichever holds fewer bytes."""
+        cell = ref.cell
+        can_ask = cell.value >= 0 and cell.slot is None and ref.writes == len(cell.history)
+        before = self._lengths()
+        asked_bytes = self.asked_bytes
+        if id(cell) not in self._cut and self.follow(cell, ref.writes, target=target):
+            if not can_ask or self.asked_bytes == asked_bytes:
+                return True
+            if self.asked_bytes - asked_bytes < cell.size_bytes:
+                return True
+        if not can_ask:
+            return False
+        self._undo(before)
+        self._cut.add(id(cell))
+        self.asked[id(cell)] = cell
+        return True
+
+    def _lengths(self) -> tuple[int, ...]:
+        return len(self.calls), len(self.slots), len(self.lasting), len(self.asked)
+
+    def _undo(self, lengths: tuple[int, ...]) -> None:
+        notes: tuple[dict[int, Any], ...] = (self.calls, self.slots, self.lasting, self.asked)
+        for noted, length in zip(notes, lengths, strict=True):
+            while len(noted) > length:
+                noted.popitem()
+
+    @property
+    def asked_bytes(self) -> int:
+        """Bytes that would have to be held for it."""
+        return sum(cell.size_bytes for cell in self.asked.values())
+
+    @property
+    def source_values(self) -> tuple[int, ...]:
+        """The tape's ids of what it would be made from, apart from what lasts; -1 for what has none."""
+        saved = {slot.value for _, slot in self.slots.values()}
+        return tuple(sorted(saved | {cell.value for cell in self.asked.values()}))
 
     @property
     def ops(self) -> tuple[int, ...]:

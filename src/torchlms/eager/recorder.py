@@ -110,7 +110,7 @@ class Recorder:
 
     def before(self, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
         self._find_idle()
-        reads = [self._value_of(tensor) for tensor in self._here(args, kwargs)]
+        reads = [self.value_of(tensor) for tensor in self._here(args, kwargs)]
         allocated = 0
         if isinstance(self.device, CudaDevice):
             torch.cuda.reset_peak_memory_stats(self.device.torch_device)
@@ -225,7 +225,7 @@ class Recorder:
         recipe = self._provenance.recipe(slot) if self._provenance is not None else None
         if recipe is not None:
             draft.recipe = recipe.ops
-            draft.sources = tuple(sorted(source.value for _, source in recipe.slots.values()))
+            draft.sources = recipe.source_values
 
     def _here(self, args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         device = self.device.torch_device
@@ -235,7 +235,8 @@ class Recorder:
         mark: _ValueMark | None = getattr(storage, _MARK, None)
         return mark.value if mark is not None and mark.recorder is self else None
 
-    def _value_of(self, tensor: torch.Tensor) -> int:
+    def value_of(self, tensor: torch.Tensor) -> int:
+        """The id of what lies in the tensor's storage."""
         storage = tensor.untyped_storage()
         value = self._marked(storage)
         return self._adopt(storage) if value is None else value
