@@ -22,6 +22,7 @@ NAMES = [
     "ReplayFailed",
     "Rules",
     "SpillError",
+    "VerifyFailed",
     "__version__",
     "disable",
     "enable",

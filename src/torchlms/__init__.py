@@ -17,6 +17,7 @@ from torchlms.errors import (
     PlanMismatch,
     ReplayFailed,
     SpillError,
+    VerifyFailed,
 )
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "ReplayFailed",
     "Rules",
     "SpillError",
+    "VerifyFailed",
     "__version__",
     "disable",
     "enable",

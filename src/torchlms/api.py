@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torchlms.check import check_step
 from torchlms.core.machine import CopyTime, Machine
 from torchlms.core.plan import Plan
 from torchlms.core.rules import Rules
@@ -25,6 +26,7 @@ from torchlms.eager.engine import Engine
 from torchlms.eager.install import Installation
 from torchlms.eager.kinds import StorageKinds
 from torchlms.eager.labels import ModuleLabels
+from torchlms.eager.verifier import Verifier
 from torchlms.errors import NotSupported
 from torchlms.memory import probe
 from torchlms.memory.device import CpuDevice, CudaDevice, open_device
@@ -58,7 +60,8 @@ class LMS:
     ``host_budget``, ``disk_budget``: bytes for values off the device; None for nine tenths of what
     is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
     after one recorded step instead of planning. ``rules``: a Rules or a dict of its fields.
-    ``device``: where the loop runs; None for where the model's parameters are.
+    ``verify``: check in the first steps and in every so many (True: 100) that what comes back has the bits
+    that left; such steps are slower. ``device``: where the loop runs; None for where the model is.
 
     Raises BadOption, PlanMismatch, NotSupported on entering; BudgetTooSmall and HostBudgetTooSmall
     as soon as they are known.
@@ -75,6 +78,7 @@ class LMS:
         disk_budget: Size = None,
         plan: PlanSource = None,
         rules: Rules | dict[str, Any] | None = None,
+        verify: bool | int = False,
         device: torch.device | str | None = None,
     ) -> None:
         self._options = Options.read(
@@ -87,6 +91,7 @@ class LMS:
             disk_dir=disk_dir,
             plan=plan,
             rules=rules,
+            verify=verify,
         )
         self._model = model
         self._kinds = StorageKinds(model, optimizer)
@@ -160,6 +165,7 @@ class LMS:
             begin_recording=self._begin_recording,
             module_here=ModuleLabels(self._model).here,
             recompute=options.rules.recompute,
+            verifier=Verifier(options.verify_every) if options.verify_every else None,
         )
         # After the cap is lifted: values that come home may need more than the budget.
         undo.callback(engine.close)
@@ -220,6 +226,22 @@ class LMS:
         engine.leave_alone()
         installation.take_off()
         self._aside = True
+
+    # -- checking ----------------------------------------------------------------------------
+
+    def check(self, step: Callable[[], torch.Tensor]) -> int:
+        """Run ``step`` plainly, and once more with everything away between forward and backward; compare.
+
+        ``step`` runs forward and backward of one batch that fits in the budget plainly, and returns the
+        loss; it must not call an optimizer. Gradients, buffers and random generators are then as before.
+        Returns how many values left and came back. Raises VerifyFailed unless loss, gradients and buffers
+        have the same bits, NotSupported if ``step`` run plainly differs from itself or nothing could leave.
+        """
+        if self._engine is None or self._installation is None or self._engine.dead:
+            raise NotSupported("check() needs an LMS that is on: call it inside the with block")
+        if self._model is None:
+            raise NotSupported("check() compares gradients: give LMS the model")
+        return check_step(step, self._model, self._engine, self._installation)
 
     # -- asking ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ LMSError                  anything this package refuses or could not do
 ├── BadOption             an option that cannot be read, or that contradicts another
 ├── PlanMismatch          a plan or tape file made for something else
 ├── NotSupported          a device, nesting or transform this package does not handle
+├── VerifyFailed          a check found other bits than there should be (also a RuntimeError)
 ├── ReplayFailed          a dropped tensor cannot be made again (also a RuntimeError)
 └── SpillError            the spill file could not be made, written or read (also an OSError)
 """
@@ -21,6 +22,7 @@ __all__ = [
     "PlanMismatch",
     "ReplayFailed",
     "SpillError",
+    "VerifyFailed",
 ]
 
 
@@ -62,6 +64,10 @@ class NotSupported(LMSError):
 
 class ReplayFailed(LMSError, RuntimeError):
     """What a dropped tensor is made from was written in a way that nothing reports."""
+
+
+class VerifyFailed(LMSError, RuntimeError):
+    """``verify=`` or ``check`` found other bits than there should be; names the value and its way."""
 
 
 class SpillError(LMSError, OSError):

@@ -21,6 +21,7 @@ PlanSource = Plan | str | os.PathLike[str] | None
 
 _HOST_SHARE = 0.9  # of what is available, by default
 _DISK_SHARE = 0.9
+_VERIFY_EVERY = 100  # steps
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
 
 
@@ -35,6 +36,7 @@ class Options:
     disk_dir: Path
     plan: Plan | None
     rules: Rules
+    verify_every: int  # steps between two that are checked; 0: none is
 
     @staticmethod
     def read(
@@ -48,6 +50,7 @@ class Options:
         disk_dir: str | os.PathLike[str] | None,
         plan: PlanSource,
         rules: Rules | dict[str, Any] | None,
+        verify: bool | int,
     ) -> Options:
         """Check what can be checked now; BadOption, PlanMismatch or NotSupported say what is wrong."""
         if model is not None and not isinstance(model, torch.nn.Module):
@@ -69,6 +72,7 @@ class Options:
             disk_dir=Path(disk_dir) if disk_dir is not None else default_directory(),
             plan=_read_plan(plan),
             rules=rules if isinstance(rules, Rules) else Rules.read(rules or {}),
+            verify_every=_read_verify(verify),
         )
 
     def tiers(self, *, whole_bytes: int, available_bytes: int) -> Budget:
@@ -103,6 +107,14 @@ def _check_directory(path: Path) -> None:
         raise BadOption(f"disk_dir={str(path)!r}: {there} is not a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadOption(f"disk_dir={str(path)!r}: no permission to write in {there}")
+
+
+def _read_verify(verify: bool | int) -> int:
+    if verify is True or verify is False:
+        return _VERIFY_EVERY if verify else 0
+    if not isinstance(verify, int) or verify < 1:
+        raise BadOption(f"verify={verify!r}: write True, or every how many steps to check, such as verify=50")
+    return verify
 
 
 def _or_share(size: Size, available_bytes: int, share: float) -> int:

@@ -47,6 +47,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "moved_bytes": engine.holes.moved_bytes,
         "late_fetches": engine.late_fetches,
         "starved_convolutions": engine.rooms.starved,
+        "verified_values": engine.verifier.values if engine.verifier is not None else 0,
         "replans": sum(routine.replans for routine in engine.routines.values()),
         "strayed": sum(routine.strayed for routine in engine.routines.values()),
         "measured_step_s": statistics.median(times) if times else 0.0,

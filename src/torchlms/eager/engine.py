@@ -39,6 +39,7 @@ from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where, find
 from torchlms.eager.tensors import is_plain, tensors_in
 from torchlms.eager.timer import OpTimer
 from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
+from torchlms.eager.verifier import Verifier
 from torchlms.errors import LMSError
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
@@ -50,6 +51,7 @@ _CPU_ALIGNMENT = 64
 _MOST_ROUTINES = 32
 _KEPT_TIMES = 1000
 _FITTING_SHARE = 0.97  # of the budget; the rest is for holes
+EVERYTHING_BYTES = 1 << 62
 _LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
 
 
@@ -68,8 +70,11 @@ class Engine(SlotOwner):
         begin_recording: Callable[[int], None],
         module_here: Callable[[], str],
         recompute: bool = False,
+        verifier: Verifier | None = None,
     ) -> None:
         self.recompute = recompute
+        self.verifier = verifier
+        self.empty_before_backward = False  # everything that may leaves before the next backward pass
         self.device = device
         self.store = store
         self.sizes = ResultSizes()
@@ -90,6 +95,7 @@ class Engine(SlotOwner):
         self.steps = 0  # micro-steps begun
         self.step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)  # of micro-steps that followed a plan
         self.late_fetches = 0
+        self.comings = 0  # values that were away and are back
         self.replays = 0  # ops that ran again
         self._proving = False  # recipes have been tried in this micro-step, which took moves
         self.provenance: Provenance | None = None
@@ -331,9 +337,8 @@ class Engine(SlotOwner):
         return self.recorder.value_of(tensor) if self.recorder is not None and self._movable(tensor) else -1
 
     def _note_use(self, slot: Slot) -> None:
-        if self.provenance is not None and not self._backward_seen:
-            self.provenance.release()
-        self._backward_seen = True
+        if not self._backward_seen:
+            self._begin_backward()
         if self.recorder is not None:
             if self.recorder.phase is not Phase.BACKWARD and private.in_backward():
                 self.recorder.phase = Phase.BACKWARD
@@ -342,6 +347,13 @@ class Engine(SlotOwner):
         elif self.follower is not None and slot.first_use:
             self._note_first_use(self.follower, slot)
         slot.first_use = False
+
+    def _begin_backward(self) -> None:
+        self._backward_seen = True
+        if self.provenance is not None:
+            self.provenance.release()
+        if self.empty_before_backward:
+            self.ladder.reclaim(EVERYTHING_BYTES)
 
     def _note_first_use(self, follower: Follower, slot: Slot) -> None:
         expected = follower.program.expected
@@ -418,6 +430,8 @@ class Engine(SlotOwner):
         watching = self.recorder is not None or self.timer is not None or self.holes.learning
         self._plainly = self.device.is_cuda and not watching
         self.rooms.begin_step()
+        if self.verifier is not None:
+            self.verifier.begin_step(self.steps)
         self._ooms = self._allocator_ooms() - self.ladder.ooms
         if program is not None:
             self.follower = Follower(program, self._by_ordinal, self.store, self.holes, self.provenance)
@@ -532,6 +546,22 @@ class Engine(SlotOwner):
     def leaving(self, slot: Slot) -> None:
         if self.recorder is not None:
             self.recorder.leaving(slot)
+        if self.verifier is not None and self.verifier.on:
+            self.verifier.leaving(slot, self._clock)
+
+    def back(self, slot: Slot) -> None:
+        self.comings += 1
+        if self.verifier is not None:
+            self.verifier.back(slot, self._clock, self._name_of)
+
+    def _name_of(self, slot: Slot) -> str:
+        """What the tape says of a slot, in words."""
+        tape = self.follower.program.tape if self.follower is not None else None
+        for value in tape.values if tape is not None and slot.ordinal >= 0 else ():
+            if value.saved == slot.ordinal:
+                module = f" in {value.module}" if value.module else ""
+                return f"saved value {slot.ordinal}, made by {value.op or value.kind.value}{module},"
+        return f"saved value {slot.ordinal}"
 
     def moved(self, slot: Slot) -> None:
         if slot.where is Where.DROPPED:

@@ -64,6 +64,10 @@ class SlotOwner:
         """The slot is about to let its device bytes go."""
         raise NotImplementedError
 
+    def back(self, slot: Slot) -> None:
+        """The slot's bytes are there again, ordered into the compute queue, for the first time since."""
+        raise NotImplementedError
+
     def moved(self, slot: Slot) -> None:
         """The slot's bytes now live in another storage than before, or in none."""
         raise NotImplementedError
@@ -190,6 +194,7 @@ class Slot:
         self.recipe = None
         link(storage, self)
         self.owner.moved(self)
+        self.owner.back(self)
 
     def turn_back(self) -> None:
         """Give the device bytes of a value that is coming back up again: its copy is still in place."""
@@ -210,6 +215,7 @@ class Slot:
             self._settle()
             self.copy_out = None
             self.where = Where.HELD
+            self.owner.back(self)
         # From here on somebody may write to the bytes, so the copy elsewhere is no longer theirs.
         self._free_place()
         assert self.bytes is not None

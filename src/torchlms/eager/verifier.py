@@ -1,0 +1,93 @@
+"""Verifier: in some steps, whether what comes back is what left, and whether anybody reads what was let go.
+
+[Note: What a check can find]
+The sum is taken of the device bytes at the moment they are let go, so a value that was changed after its
+copy had begun comes back with another sum. Then the bytes are overwritten: whoever still reads them gets
+the canary's bits and not, by luck, the right ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchlms.errors import VerifyFailed
+from torchlms.memory.limits import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torchlms.eager.slot import Slot
+
+FIRST_STEPS = 6  # recorded, timed, and the first under the final plan
+CANARY = 0xD5  # as a float of any width a large negative number, and no index into anything
+_WORD_BYTES = 8
+_CHUNK_WORDS = 1 << 16  # what a sum needs beside the value is small, for memory may be short
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio, as a signed number
+
+
+@dataclass(slots=True)
+class _Note:
+    """What was noted of a value when it left."""
+
+    checksum: int
+    path: list[str] = field(default_factory=list)
+
+
+class Verifier:
+    """Sums and canaries of the slots that leave in the steps it watches; ``every`` is in steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.on = False
+        self.values = 0  # that came back and were found whole
+        self.value_bytes = 0
+        self._notes: weakref.WeakKeyDictionary[Slot, _Note] = weakref.WeakKeyDictionary()
+
+    def begin_step(self, step: int) -> None:
+        """Steps are counted from 1."""
+        self.on = step <= FIRST_STEPS or step % self.every == 0
+
+    def leaving(self, slot: Slot, op: int) -> None:
+        """The slot is about to let its device bytes go."""
+        assert slot.bytes is not None
+        note = self._notes.get(slot)
+        if note is None:
+            note = self._notes[slot] = _Note(checksum(slot.bytes))
+        where = "to be made again" if slot.place is None else f"for the {slot.place.tier}"
+        note.path.append(f"left {where} before op {op}")
+        slot.bytes.fill_(CANARY)
+
+    def back(self, slot: Slot, op: int, name: Callable[[Slot], str]) -> None:
+        """The slot's bytes are there again. Raises VerifyFailed if they are others."""
+        note = self._notes.pop(slot, None)
+        if note is None:
+            return
+        assert slot.bytes is not None
+        if checksum(slot.bytes) != note.checksum:
+            raise VerifyFailed(
+                f"{name(slot)} ({format_bytes(slot.size_bytes)}) came back before op {op} with other bytes "
+                f"than it left with; its way: {', '.join(note.path)}. The gradients of this step are wrong: "
+                "go on from the last checkpoint without LMS, and please report this line"
+            )
+        self.values += 1
+        self.value_bytes += slot.size_bytes
+
+
+def checksum(whole: torch.Tensor) -> int:
+    """A number that changes with any byte of ``whole`` (uint8) and with the order of its words.
+
+    The sum of all words, each times an odd number that belongs to its place, modulo 2**64.
+    """
+    size_bytes = whole.numel()
+    words = whole[: size_bytes - size_bytes % _WORD_BYTES].view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=whole.device)
+    for start in range(0, words.numel(), _CHUNK_WORDS):
+        chunk = words[start : start + _CHUNK_WORDS]
+        places = torch.arange(start, start + chunk.numel(), device=whole.device)
+        total += places.mul_(2).add_(1).mul_(_ODD).mul_(chunk).sum()
+    rest = whole[words.numel() * _WORD_BYTES :].tolist()
+    return (int(total) + int.from_bytes(bytes(rest), "little") * _ODD) % (1 << 64)
