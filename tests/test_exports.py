@@ -22,6 +22,7 @@ NAMES = [
     "ReplayFailed",
     "Rules",
     "SpillError",
+    "StepTorn",
     "VerifyFailed",
     "__version__",
     "disable",

@@ -17,6 +17,7 @@ from torchlms.errors import (
     PlanMismatch,
     ReplayFailed,
     SpillError,
+    StepTorn,
     VerifyFailed,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "ReplayFailed",
     "Rules",
     "SpillError",
+    "StepTorn",
     "VerifyFailed",
     "__version__",
     "disable",

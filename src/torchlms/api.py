@@ -26,6 +26,7 @@ from torchlms.eager.engine import Engine
 from torchlms.eager.install import Installation
 from torchlms.eager.kinds import StorageKinds
 from torchlms.eager.labels import ModuleLabels
+from torchlms.eager.optimizer import OptimizerGuard
 from torchlms.eager.verifier import Verifier
 from torchlms.errors import NotSupported
 from torchlms.memory import probe
@@ -61,7 +62,9 @@ class LMS:
     is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
     after one recorded step instead of planning. ``rules``: a Rules or a dict of its fields.
     ``verify``: check in the first steps and in every so many (True: 100) that what comes back has the bits
-    that left; such steps are slower. ``device``: where the loop runs; None for where the model is.
+    that left; such steps are slower. ``snapshot``: copy parameters and optimizer states to host memory
+    before each optimizer step, so that one that fails is undone. ``device``: where the loop runs; None for
+    where the model is.
 
     Raises BadOption, PlanMismatch, NotSupported on entering; BudgetTooSmall and HostBudgetTooSmall
     as soon as they are known.
@@ -79,6 +82,7 @@ class LMS:
         plan: PlanSource = None,
         rules: Rules | dict[str, Any] | None = None,
         verify: bool | int = False,
+        snapshot: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         self._options = Options.read(
@@ -92,9 +96,11 @@ class LMS:
             plan=plan,
             rules=rules,
             verify=verify,
+            snapshot=snapshot,
         )
         self._model = model
         self._kinds = StorageKinds(model, optimizer)
+        self._guard = OptimizerGuard(optimizer, snapshot=snapshot)
         self._undo = ExitStack()
         self._engine: Engine | None = None
         self._director: Director | None = None
@@ -148,6 +154,7 @@ class LMS:
         undo.callback(store.close)
         self._kinds.label()
         undo.callback(self._kinds.unlabel)
+        self._guard.put_on(undo)
         self._director = Director(
             machine=machine,
             budget=tiers,
@@ -165,6 +172,7 @@ class LMS:
             begin_recording=self._begin_recording,
             module_here=ModuleLabels(self._model).here,
             recompute=options.rules.recompute,
+            guard=self._guard,
             verifier=Verifier(options.verify_every) if options.verify_every else None,
         )
         # After the cap is lifted: values that come home may need more than the budget.

@@ -6,6 +6,7 @@ LMSError                  anything this package refuses or could not do
 ├── BadOption             an option that cannot be read, or that contradicts another
 ├── PlanMismatch          a plan or tape file made for something else
 ├── NotSupported          a device, nesting or transform this package does not handle
+├── StepTorn              memory ran out half-way through optimizer.step() (also a RuntimeError)
 ├── VerifyFailed          a check found other bits than there should be (also a RuntimeError)
 ├── ReplayFailed          a dropped tensor cannot be made again (also a RuntimeError)
 └── SpillError            the spill file could not be made, written or read (also an OSError)
@@ -22,6 +23,7 @@ __all__ = [
     "PlanMismatch",
     "ReplayFailed",
     "SpillError",
+    "StepTorn",
     "VerifyFailed",
 ]
 
@@ -64,6 +66,15 @@ class NotSupported(LMSError):
 
 class ReplayFailed(LMSError, RuntimeError):
     """What a dropped tensor is made from was written in a way that nothing reports."""
+
+
+class StepTorn(LMSError, RuntimeError):
+    """Some tensors of an update were written and others were not. ``restored`` says whether parameters and
+    optimizer states are again those from before the step."""
+
+    def __init__(self, message: str, *, restored: bool) -> None:
+        super().__init__(message)
+        self.restored = restored
 
 
 class VerifyFailed(LMSError, RuntimeError):

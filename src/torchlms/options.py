@@ -51,6 +51,7 @@ class Options:
         plan: PlanSource,
         rules: Rules | dict[str, Any] | None,
         verify: bool | int,
+        snapshot: bool,
     ) -> Options:
         """Check what can be checked now; BadOption, PlanMismatch or NotSupported say what is wrong."""
         if model is not None and not isinstance(model, torch.nn.Module):
@@ -62,6 +63,10 @@ class Options:
         for size in (budget, host_budget, disk_budget):
             if size is not None:
                 parse_bytes(size, whole_bytes=_SOME_WHOLE)
+        if snapshot and optimizer is None:
+            raise BadOption(
+                "snapshot=True keeps what an optimizer had before its step: give LMS the optimizer"
+            )
         if disk_dir is not None:
             _check_directory(Path(disk_dir))
         return Options(

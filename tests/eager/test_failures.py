@@ -132,3 +132,18 @@ def assert_nothing_left(session: Session, lms: torchlms.LMS, spill_dir: Path) ->
     torch.ones(1, requires_grad=True).sum().backward()
     gc.collect()
     assert list(lms._engine.living()) == []  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7, 10])
+def test_a_graph_dropped_after_the_end_leaves_nothing_with_lms(cut: int, spill_dir: Path) -> None:
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.GELU())))
+    lms = torchlms.LMS(model, budget=500_000, disk_dir=spill_dir, rules={"min_bytes": 1024})
+    with lms:
+        for _ in range(6):
+            model(torch.randn(256, 32)).square().mean().backward()
+            model.zero_grad()
+        alive = model[:cut](torch.randn(256, 32))
+    del alive
+    gc.collect()
+    assert lms._engine is not None
+    assert [orphan for orphan in lms._engine.orphans if orphan.bytes is not None] == []

@@ -12,6 +12,8 @@ from eviction import SIDE, Function, assert_same_gradients, evict, leaves, open_
 from sessions import bits
 from torch import Tensor
 
+import torchlms
+
 
 class Scaled(torch.autograd.Function):
     """Saves an input, an output, something of its own, and something that is no tensor."""
@@ -212,3 +214,27 @@ def test_shape_strides_offset_and_alignment_come_back(spill_dir: Path) -> None:
         assert evict(lms) >= len(outs)
         sum(out.abs().sum() for out in outs).backward()  # type: ignore[union-attr]
     assert sorted(map(str, seen[:5])) == sorted(map(str, seen[5:]))
+
+
+def test_who_holds_the_storage_object_may_write_to_it(spill_dir: Path) -> None:
+    """No tensor refers to the storage any more, but its Python object does: backward sees what it writes."""
+
+    def slope(lms: torchlms.LMS | None) -> tuple[Tensor, int]:
+        x, w = leaves()
+        sigmoid = (x @ w).sigmoid()
+        storage = sigmoid.untyped_storage()
+        out = (sigmoid * 2).sum()
+        del sigmoid
+        before = evict(lms) if lms is not None else 0
+        storage.fill_(0)  # type: ignore[arg-type]
+        del storage
+        after = evict(lms) if lms is not None else 1
+        (found,) = torch.autograd.grad(out, (x,))
+        return found, after - before
+
+    plain, _ = slope(None)
+    with open_wide(spill_dir) as lms:
+        ours, more = slope(lms)
+    assert torch.equal(ours, plain)
+    assert bool((plain == 0).all())
+    assert more == 1, "it may leave as soon as it is let go"

@@ -82,6 +82,10 @@ class FakeOwner(SlotOwner):
     def moved(self, slot: Slot) -> None:
         self.log.append(f"moved {slot.where.value}")
 
+    def back(self, slot: Slot) -> None:
+        assert slot.where is Where.HELD
+        self.log.append("back")
+
     def forget(self, slot: Slot) -> None:
         self.log.append("forget")
 
@@ -145,6 +149,7 @@ def test_out_and_back(owner: FakeOwner) -> None:
         "wait out",
         "wait in",
         "wait out",
+        "back",
         "free",
     ]
 
@@ -191,7 +196,7 @@ def test_others_keep_it_here(owner: FakeOwner) -> None:
     assert not slot.alone()
     held = view.untyped_storage()
     del view
-    assert slot.alone()  # the storage's Python object is one and the same, and holds nothing
+    assert not slot.alone()  # who holds the storage's Python object can read and write the bytes
     del held
     assert slot.alone()
     send(slot, owner)

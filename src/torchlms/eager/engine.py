@@ -28,6 +28,7 @@ from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
+from torchlms.eager.optimizer import OptimizerGuard
 from torchlms.eager.program import Program
 from torchlms.eager.provenance import Provenance, Recipe, readers_of, writes_anything
 from torchlms.eager.recorder import Recorder
@@ -40,7 +41,7 @@ from torchlms.eager.tensors import is_plain, tensors_in
 from torchlms.eager.timer import OpTimer
 from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
 from torchlms.eager.verifier import Verifier
-from torchlms.errors import LMSError
+from torchlms.errors import LMSError, StepTorn
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -71,9 +72,11 @@ class Engine(SlotOwner):
         module_here: Callable[[], str],
         recompute: bool = False,
         verifier: Verifier | None = None,
+        guard: OptimizerGuard | None = None,
     ) -> None:
         self.recompute = recompute
         self.verifier = verifier
+        self.guard = guard if guard is not None else OptimizerGuard(None)
         self.empty_before_backward = False  # everything that may leaves before the next backward pass
         self.device = device
         self.store = store
@@ -123,6 +126,15 @@ class Engine(SlotOwner):
         """Run one op: act on the plan, make room, survive running out."""
         if self.dead:
             return func(*args, **kwargs)
+        if not self.guard.inside:
+            return self._watch(func, args, kwargs)
+        try:
+            return self._watch(func, args, kwargs)
+        except (LMSError, torch.OutOfMemoryError) as error:
+            failure = error.with_traceback(None)  # its frames hold the op's tensors
+        raise self.guard.torn(failure)
+
+    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.orphans:
             self._bury()
         if self.follower is not None and self._clock >= self.follower.due:
@@ -214,13 +226,23 @@ class Engine(SlotOwner):
         except torch.OutOfMemoryError as error:
             want_bytes = self._heard(error)
             if writes_list(func):
-                raise  # it may have changed some of its list already
+                raise self._torn(func, error) from None
         except RuntimeError as error:
             if not (self.rooms.concerns(func) and starved_engine(error)):
                 raise
             want_bytes = 0
         # Outside the handler: the exception's frames hold the op's tensors.
         return self.ladder.retry(func, args, kwargs, self._where, want_bytes, rewind)
+
+    def _torn(self, func: Any, error: torch.OutOfMemoryError) -> Exception:
+        """What to raise when memory ran out inside an op that may have changed some of its list already."""
+        if self.guard.inside:
+            return error
+        return StepTorn(
+            f"{func} ran out of memory and may have updated some of its tensors but not others ({error}): "
+            "give this step up (zero_grad) and run it again, with a larger budget or with foreach=False",
+            restored=False,
+        )
 
     def _run_recorded(
         self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -413,6 +435,7 @@ class Engine(SlotOwner):
         routine = self._routine_of(signature)
         self.prepare(self, routine)
         self.steps += 1
+        self.guard.outside()
         self.routine = routine
         self._began_s = time.perf_counter()
         self.provenance = self._new_provenance(routine)
@@ -533,7 +556,10 @@ class Engine(SlotOwner):
         return self.store.copy_in(place, target, after)
 
     def adopt(self, orphan: Orphan) -> None:
-        self.orphans.append(orphan)
+        if self.dead:
+            orphan.bury()  # closed: all copies have ended, and nobody comes by any more
+        else:
+            self.orphans.append(orphan)
 
     def _bury(self) -> None:
         """Let go of what finalizers left: here, on the program's own thread and stream, we may wait."""
@@ -589,15 +615,12 @@ class Engine(SlotOwner):
         """Bring home what is still away, so that graphs that outlive us stay whole; idempotent."""
         if self.dead:
             return
-        self.end_microstep()
-        self.dead = True
-        failures = []
-        for slot in self.living():
-            try:
-                slot.take()
-            except Exception as error:  # the others are still to be brought home
-                failures.append(error)
-        self._bury()
+        try:
+            self.end_microstep()
+        finally:
+            self.dead = True
+            failures = list(filter(None, map(_bring_home, self.living())))
+            self._bury()
         if failures:
             raise failures[0]
 
@@ -657,6 +680,16 @@ def _drop_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def _bring_home(slot: Slot) -> Exception | None:
+    """Have the slot's bytes on the device for good; the error that this led to."""
+    try:
+        slot.take()
+        slot.stay()
+    except Exception as error:  # the others are still to be brought home
+        return error
+    return None
 
 
 def _whole(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torchlms.core.plan import Choice
 from torchlms.eager.program import Action, Deed, Program
 from torchlms.eager.slot import Slot, Where
-from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, SpillError
 
 if TYPE_CHECKING:
     from torchlms.eager.holes import Holes
@@ -53,7 +53,7 @@ class Follower:
             reference = self._slots.get(action.ordinal)
             slot = reference() if reference is not None else None
             if slot is not None:
-                with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall):
+                with contextlib.suppress(BudgetTooSmall, HostBudgetTooSmall, SpillError):
                     self._carry_out(action, slot)
             elif action.ordinal < 0:
                 self._make_place(action)

@@ -14,7 +14,7 @@ import torch
 
 from torchlms.eager.slot import Slot, Where
 from torchlms.eager.tensors import tensors_in
-from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, SpillError
 from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
 
@@ -61,14 +61,14 @@ class Ladder:
     def reclaim(self, want_bytes: int) -> int:
         """Free at least ``want_bytes`` on the device if it can be done; returns what was freed."""
         freed = 0
-        full: HostBudgetTooSmall | None = None
+        full: HostBudgetTooSmall | SpillError | None = None
         for slot in self._victims():
             if freed >= want_bytes:
                 break
             try:
                 freed += self._evict(slot)
-            except HostBudgetTooSmall as error:
-                full = error.with_traceback(None)  # a smaller one may still find a place
+            except (HostBudgetTooSmall, SpillError) as error:
+                full = error.with_traceback(None)  # another one may still find a place
         if not freed and full is not None:
             raise full
         if freed:
@@ -91,7 +91,7 @@ class Ladder:
             try:
                 if not self.reclaim(max(want_bytes, _ROUND_BYTES)):
                     return
-            except HostBudgetTooSmall:
+            except (HostBudgetTooSmall, SpillError):
                 return
 
     def enter_in_ledger(
@@ -104,11 +104,10 @@ class Ladder:
 
     def fit(self, need_bytes: int) -> bool:
         """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
-        over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
-        if over_bytes > 0:
-            self.reclaim(over_bytes)
+        while True:
             over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
-        return over_bytes <= 0
+            if over_bytes <= 0 or not self.reclaim(over_bytes):
+                return over_bytes <= 0
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Device memory for a value that comes back."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,20 @@ def others_hold(storage: torch.UntypedStorage, ours: int) -> bool:
     Without it the answer is yes: nothing then leaves, which is safe.
     """
     return _use_count is None or int(_use_count(storage._cdata)) > ours + 1
+
+
+def storage_object_held(tensor: torch.Tensor) -> bool:
+    """Whether somebody keeps the Python object of the tensor's storage, which ``others_hold`` cannot see.
+
+    Assumes that torch gives out one and the same object for a storage as long as that is referred to.
+    """
+    return sys.getrefcount(tensor.untyped_storage()) > _references_of_nobody()
+
+
+@functools.cache
+def _references_of_nobody() -> int:
+    tensor = torch.empty(1)
+    return sys.getrefcount(tensor.untyped_storage())
 
 
 _graph_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)

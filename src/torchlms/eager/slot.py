@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchlms.eager.private import hide_from_compiler, others_hold
+from torchlms.eager.private import hide_from_compiler, others_hold, storage_object_held
 from torchlms.eager.provenance import mark
 from torchlms.errors import ReplayFailed, SpillError
 
@@ -124,6 +124,7 @@ class Slot:
             self.where is Where.HELD
             and self.bytes is not None
             and not others_hold(self.bytes.untyped_storage(), ours=1)
+            and not storage_object_held(self.bytes)
         )
 
     def at_rest(self) -> bool:
@@ -151,10 +152,17 @@ class Slot:
         self.place = place
 
     def release(self) -> None:
-        """Let the device bytes go once the copy out has passed; needs ``send`` before."""
+        """Let the device bytes go once the copy out has passed; needs ``send`` before.
+
+        Where the copy has failed they stay, and the error says so.
+        """
         assert self.place is not None
         assert self.copy_out is not None
-        self._settle()
+        try:
+            self.copy_out.wait()
+        except SpillError:
+            self.stay()
+            raise
         self.owner.leaving(self)
         self.bytes = None
         self.where = Where.AWAY
@@ -199,7 +207,12 @@ class Slot:
     def turn_back(self) -> None:
         """Give the device bytes of a value that is coming back up again: its copy is still in place."""
         assert self.where is Where.COMING
-        self._settle()
+        with contextlib.suppress(SpillError):  # nobody needs these bytes
+            self._settle()
+        self._give_up_coming()
+
+    def _give_up_coming(self) -> None:
+        self.copy_in = None
         self.owner.leaving(self)
         self.bytes = None
         self.where = Where.AWAY
@@ -212,7 +225,11 @@ class Slot:
         if self.where is Where.AWAY:
             self.fetch()
         if self.where is Where.COMING:
-            self._settle()
+            try:
+                self._settle()
+            except SpillError:
+                self._give_up_coming()  # what is in its place may still be good
+                raise
             self.copy_out = None
             self.where = Where.HELD
             self.owner.back(self)
@@ -220,6 +237,15 @@ class Slot:
         self._free_place()
         assert self.bytes is not None
         return self.bytes.untyped_storage()
+
+    def stay(self) -> None:
+        """Be on the device and nowhere else: what was copied elsewhere is not wanted any more."""
+        assert self.where is Where.HELD
+        copy, self.copy_out = self.copy_out, None
+        if copy is not None:
+            with contextlib.suppress(SpillError):
+                copy.wait()
+        self._free_place()
 
     def _settle(self) -> None:
         """Order the compute queue after every copy that still touches the device bytes."""
@@ -265,12 +291,14 @@ class Orphan:
 
     def bury(self) -> None:
         """Wait for the copies, then let go of the bytes and the place."""
-        for copy in self.copies:
-            with contextlib.suppress(SpillError):  # nobody misses what did not reach the disk
-                copy.wait()
-        self.bytes = None
-        if self.place is not None:
-            self.place.free()
+        try:
+            for copy in self.copies:
+                with contextlib.suppress(SpillError):  # nobody misses what did not reach the disk
+                    copy.wait()
+        finally:
+            self.bytes = None
+            if self.place is not None:
+                self.place.free()
 
 
 def link(storage: torch.UntypedStorage, slot: Slot) -> None:

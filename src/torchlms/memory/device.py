@@ -6,8 +6,10 @@ and its budget is a ledger instead of the allocator's cap. Nothing above this fi
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -73,12 +75,25 @@ class FutureCopy:
         self.future = future
 
     def wait(self) -> None:
+        futures.wait((self.future,))
+        error = self.future.exception()
+        if error is not None:
+            raise afresh(error)
         last = self.future.result()
         if isinstance(last, CudaCopy):
             last.wait()
 
     def done(self) -> bool:
         return self.future.done() and self.future.exception() is None
+
+
+def afresh(error: BaseException) -> BaseException:
+    """An error like ``error`` to raise. The one that a future keeps would take the frames that it passes
+    into its traceback, and with them all their tensors, for as long as the future lives."""
+    try:
+        return copy.copy(error).with_traceback(None)
+    except TypeError:  # it cannot be made from its arguments
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class CudaMark:

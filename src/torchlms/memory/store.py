@@ -17,7 +17,7 @@ import torch
 
 from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.arena import Arena
-from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy
+from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy, afresh
 from torchlms.memory.disk import SpillFile
 from torchlms.memory.limits import format_bytes
 
@@ -324,8 +324,9 @@ class _Leaving:
         self.written = written
 
     def wait(self) -> None:
-        if self.written.done():
-            self.written.result()  # a failed write must not pass unnoticed
+        error = self.written.exception() if self.written.done() else None
+        if error is not None:  # a failed write must not pass unnoticed
+            raise afresh(error)
         self.first.wait()
 
     def done(self) -> bool:

@@ -1,0 +1,40 @@
+"""A few faults of each kind; `python -m tests.faults` injects as many as one likes."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from faults.injection import KINDS, Fault
+from faults.trial import moments, try_fault
+
+SEED = 20
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(("snapshot", "recompute"), [(False, True), (True, False)])
+def test_a_fault_at_any_moment(kind: str, snapshot: bool, recompute: bool, spill_dir: Path) -> None:
+    count = moments(kind, recompute=recompute, spill_dir=spill_dir)
+    draw = random.Random(f"{SEED} {kind} {snapshot}")
+    fault = Fault(kind, draw.randrange(max(1, count)))
+    found = try_fault(fault, spill_dir, snapshot=snapshot, recompute=recompute)
+    assert found.wrong == (), found
+
+
+def test_a_torn_step_is_undone_where_that_was_asked_for(spill_dir: Path) -> None:
+    """Out of memory in the last op of the last step: in the middle of a fused update of many tensors."""
+    kind = "out of memory in an op"
+    last = moments(kind, recompute=False, spill_dir=spill_dir)
+    told = {}
+    for snapshot in (True, False):
+        for moment in range(last - 12, last):
+            found = try_fault(Fault(kind, moment), spill_dir, snapshot=snapshot, recompute=False)
+            assert found.wrong == ()
+            told.setdefault(snapshot, []).append(found.errors)
+    assert told[True] == told[False]
+    assert ("StepTorn",) in told[True]
