@@ -23,7 +23,7 @@ NEEDS = {
     ),
     "mnist_fabric": (["lightning", "sklearn"], ["--epochs", "2"]),
     "mnist_huggingface": (["transformers", "accelerate", "sklearn"], ["--epochs", "2"]),
-    "mnist_keras": (["keras", "sklearn"], ["--epochs", "2"]),
+    "mnist_keras": (["keras", "sklearn"], []),
     "mnist_lightning": (["lightning", "sklearn"], ["--epochs", "2"]),
     "mnist_loop": (["sklearn"], ["--epochs", "2"]),
     "resnet_high_resolution": ([], ["--steps", "4"]),

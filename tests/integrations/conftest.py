@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torchlms.core.machine import Machine
 
 # Before any of the libraries is imported: nothing of the user's is read or written, nothing is asked for.
 os.environ.setdefault("KERAS_BACKEND", "torch")
-os.environ.setdefault("KERAS_HOME", tempfile.mkdtemp(prefix="keras-tests-"))
+os.environ.setdefault("KERAS_HOME", os.path.join(os.environ["TORCHLMS_CACHE"], "keras"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHLMS_LOG", "off")
 

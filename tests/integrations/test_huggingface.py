@@ -298,6 +298,15 @@ def test_options_are_read_at_once() -> None:
         LMSCallback(budgte="1GiB")
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas would run in threads that LMS does not see."""
+    trainer = make_trainer(tmp_path, LMSCallback())
+    monkeypatch.setattr(type(trainer.args), "n_gpu", 2)
+    with pytest.raises(torchlms.NotSupported, match=r"2 GPUs.*CUDA_VISIBLE_DEVICES"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert_off_for_good()
+
+
 def test_a_copy_has_the_options_only(plain: Any, tmp_path: Path, spill_dir: Path) -> None:
     callback = LMSCallback(**options(plain, spill_dir))
     make_trainer(tmp_path, callback, max_steps=1).train()

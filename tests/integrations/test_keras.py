@@ -170,7 +170,21 @@ def test_nothing_stays_after_an_error(where: str, callback: Any, spill_dir: Path
     assert not list(spill_dir.iterdir())
     assert "torchlms" not in str([vars(layer).get("_run_through_graph") for layer in model._flatten_layers()])
     assert set(vars(model)) - names <= {"test_function", "_eval_epoch_iterator", "history", "stop_evaluating"}
-    assert "guarded" not in f"{model.train_function} {model.test_function}"
+    assert "_Guarded" not in f"{model.train_function} {model.test_function}"
+
+
+def test_guarded_once_however_often_it_validates(callback: Any) -> None:
+    depths = []
+
+    class Look(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            function, depth = self.model.test_function, 0
+            while "_Guarded" in str(function):
+                function, depth = function._inner, depth + 1
+            depths.append(depth)
+
+    fit(make_model(), callback, Look())
+    assert depths == [1] * EPOCHS
 
 
 def test_interrupted(callback: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from torchlms.errors import NotSupported
 from torchlms.integrations.keeper import Keeper, running_call
 
 try:
@@ -34,6 +35,11 @@ class LMSCallback(Keeper, TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **others: Any
     ) -> None:
+        if args.n_gpu > 1:
+            raise NotSupported(
+                f"Trainer sees {args.n_gpu} GPUs and would spread batches over them (DataParallel), but LMS "
+                "handles one device a process: set CUDA_VISIBLE_DEVICES to one of them"
+            )
         call = running_call("train", lambda owner: isinstance(owner, Trainer))
         self._begin(model, optimizer, call=call)
         if call is not None:

@@ -104,16 +104,9 @@ class Keeper:
     def _guard(self, owner: Any, name: str) -> None:
         """Leave LMS at once when ``owner.name(...)`` raises; undone with LMS."""
         inner = getattr(owner, name, None)
-        if inner is None or not self._on:
+        if inner is None or isinstance(inner, _Guarded) or not self._on:
             return
-
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return inner(*args, **kwargs)
-            except BaseException:
-                self.close()
-                raise
-
+        guarded = _Guarded(inner, self.close)
         self._undo.callback(_restore, vars(owner), name, guarded, vars(owner).get(name))
         vars(owner)[name] = guarded
 
@@ -133,6 +126,21 @@ class _Token:
     """Lives as long as the frame that it was put into."""
 
     __slots__ = ("__weakref__",)
+
+
+class _Guarded:
+    """A trainer's own function, and what to do when it raises."""
+
+    def __init__(self, inner: Callable[..., Any], leave: Callable[[], None]) -> None:
+        self._inner = inner
+        self._leave = leave
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._inner(*args, **kwargs)
+        except BaseException:
+            self._leave()
+            raise
 
 
 def _restore(attributes: dict[str, Any], name: str, ours: Any, before: Any) -> None:
