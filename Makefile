@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest lint format bench figures stale wheel test-torch clean
+.PHONY: help env demo test pytest lint trainers format bench figures stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -44,6 +44,10 @@ lint: $(READY)   ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+trainers:        ## ruff, mypy, the tests of integrations/ and all examples, with the trainers' own libraries
+	$(MAKE) lint pytest VENV=build/venv-trainers EXTRAS=cli,examples,huggingface,keras,lightning \
+	  ALSO=peft ARGS='tests/integrations tests/test_examples.py $(ARGS)'
 
 format: $(READY) ## let ruff format and fix what it can
 	$(PY) -m ruff format .

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "torchlms"
-OPTIONAL = ["typer", "rich", "transformers", "torchvision", "scipy", "hypothesis"]
+OPTIONAL = ["typer", "rich", "keras", "lightning", "transformers", "torchvision", "scipy", "hypothesis"]
 LIMIT_S = 0.3  # above `import torch`
 
 CHILD = """

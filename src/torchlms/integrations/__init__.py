@@ -1,0 +1,1 @@
+"""Integrations: a trainer's own loop under LMS. One thin file per library; none is loaded here."""
