@@ -433,12 +433,6 @@ def test_a_plan_that_names_what_is_not_there(plan: Plan, spill_dir: Path) -> Non
         assert lms.stats()["peak_device_bytes"] <= BUDGET
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=torchlms.PlanMismatch,
-    reason="R1: a plan is advice. A given plan that fits the first routine must not end the run when a step "
-    "of another size comes by; that one can be planned afresh",
-)
 def test_a_given_plan_and_a_small_last_batch(plan: Plan, spill_dir: Path) -> None:
     model = make_model()
     with open_lms(model, spill_dir, plan=plan):

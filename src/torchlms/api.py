@@ -111,7 +111,8 @@ class LMS:
     # -- entering and leaving ----------------------------------------------------------------
 
     def __enter__(self) -> LMS:
-        if getattr(_current, "lms", None) is not None:
+        other: LMS | None = getattr(_current, "lms", None)
+        if other is not None and not (other._engine is not None and other._engine.dead):
             raise NotSupported(
                 "LMS is on already in this thread: leave the other LMS, or call disable(), first"
             )
@@ -363,4 +364,5 @@ def _show_log() -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchlms.errors import NotSupported, VerifyFailed
+from torchlms.errors import BadOption, NotSupported, VerifyFailed
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -74,7 +74,13 @@ def _outcome(step: Step, model: torch.nn.Module, device: torch.device) -> _Outco
     """What ``step`` leaves; the model and the generators are as before afterwards."""
     generators = [device] if device.type == "cuda" else []  # beside the CPU's
     with _restored(model), torch.random.fork_rng(generators):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         loss = step()
+        if not isinstance(loss, torch.Tensor):
+            raise BadOption(f"check() wants a step that returns its loss; this one returned {loss!r}")
+        for name, parameter in model.named_parameters():
+            if not _same_bits(parameter, before[name]):
+                raise BadOption(f"the step changed {name}: leave the optimizer out of what check() runs")
         found = {"the loss": loss.detach().clone()}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -87,7 +93,7 @@ def _outcome(step: Step, model: torch.nn.Module, device: torch.device) -> _Outco
 @contextmanager
 def _restored(model: torch.nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    lasting = [(item, item.detach().clone()) for item in (*model.parameters(), *model.buffers())]
     for parameter, gradient in gradients:
         parameter.grad = gradient.clone() if gradient is not None else None
     try:
@@ -96,8 +102,9 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for item, before in lasting:
+                if not _same_bits(item, before):
+                    item.copy_(before)
 
 
 @contextmanager
@@ -128,5 +135,5 @@ def _emptied(engine: Engine, installation: Installation) -> Iterator[None]:
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    one, other = (item.contiguous().reshape(-1).view(torch.uint8) for item in (left, right))
+    one, other = (item.detach().contiguous().reshape(-1).view(torch.uint8) for item in (left, right))
     return bool(torch.equal(one, other))

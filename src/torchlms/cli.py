@@ -71,7 +71,7 @@ def bench(
     learning_rate: Annotated[float, typer.Option(help="0: 0.01 for sgd, 0.0003 for the others.")] = 0.0,
     budget: opt.Budget = None,
     host_budget: opt.HostBudget = None,
-    disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: none.")] = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
     recompute: Annotated[
@@ -153,7 +153,7 @@ def demo() -> None:
 @app.command(epilog="Example: torchlms probe --disk-dir /scratch --refresh")
 def probe(
     device: opt.Device = "",
-    disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is measured. Default: none.")] = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is measured. Default: a cache.")] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Measure again instead of reading the cache.")
     ] = False,

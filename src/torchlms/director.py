@@ -44,6 +44,7 @@ class Director:
         self.headroom = planner.HEADROOM if machine.link else 0.0
         self._reclaims_seen = 0
         self._checked_rules = False
+        self._given_fits = False  # the plan given is that of some routine
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
@@ -105,10 +106,14 @@ class Director:
         assert routine.tape is not None
         tape = routine.tape
         if plan.fingerprint != tape.fingerprint:
+            if self._given_fits:  # it is for another kind of step, such as a full batch
+                self._plan(engine, routine, tape)
+                return
             raise PlanMismatch(
                 f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step "
                 f"has {tape.fingerprint}): another model, batch or shape. Leave plan= out to make a new one"
             )
+        self._given_fits = True
         self._adopt(engine, routine, tape, plan)
 
     def _adopt(self, engine: Engine, routine: Routine, tape: Tape, plan: Plan) -> None:
@@ -135,7 +140,9 @@ class Director:
             replace(value, recipe=()) if value.saved in refuted else value for value in routine.tape.values
         )
         wrong = ", ".join(sorted({value.op for value in values if value.saved in refuted}))
-        log.info("%d values made again had other bytes (%s): they are moved instead", len(refuted), wrong)
+        log.info(
+            "%d values cannot be made again with the same bytes (%s): planning without", len(refuted), wrong
+        )
         routine.tape = replace(routine.tape, values=values)
         if self.given is None:
             self._plan(engine, routine, routine.tape)

@@ -67,6 +67,10 @@ class Options:
             raise BadOption(
                 "snapshot=True keeps what an optimizer had before its step: give LMS the optimizer"
             )
+        if not isinstance(rules, (Rules, dict, type(None))):
+            raise BadOption(f"rules={rules!r}: give a Rules, or a dict such as {{'min_bytes': 1048576}}")
+        if not isinstance(disk_dir, (str, os.PathLike, type(None))):
+            raise BadOption(f"disk_dir={disk_dir!r}: give a path")
         if disk_dir is not None:
             _check_directory(Path(disk_dir))
         return Options(
@@ -129,6 +133,8 @@ def _or_share(size: Size, available_bytes: int, share: float) -> int:
 
 
 def _read_plan(source: PlanSource) -> Plan | None:
+    if not isinstance(source, (Plan, str, os.PathLike, type(None))):
+        raise BadOption(f"plan={source!r}: give a Plan, or the path of a plan file")
     plan = source if source is None or isinstance(source, Plan) else Plan.load(os.fspath(source))
     if plan is not None and plan.torch != torch.__version__:
         raise PlanMismatch(

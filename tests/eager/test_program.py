@@ -10,7 +10,7 @@ import torch
 from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager.program import Deed, Program
-from torchlms.eager.routine import MOST_RECORDINGS, Routine, Verdict
+from torchlms.eager.routine import MOST_RECORDINGS, Routine, Signature, Verdict
 from torchlms.eager.timer import OpTimer, retimed
 from torchlms.memory.device import CpuDevice
 from torchlms.memory.ledger import Ledger
@@ -95,7 +95,7 @@ def test_what_is_expected_is_listed_by_ordinal() -> None:
 
 
 def test_a_routine_is_recorded_anew_when_it_strays() -> None:
-    routine = Routine(((3, 4), torch.float32))
+    routine = Routine(Signature((3, 4), torch.float32))
     assert routine.verdict is Verdict.RECORD
     for turn in range(1, MOST_RECORDINGS):
         routine.recorded(TAPE)
@@ -110,7 +110,7 @@ def test_a_routine_is_recorded_anew_when_it_strays() -> None:
 
 
 def test_a_new_recording_makes_old_timings_void() -> None:
-    routine = Routine(((3,), torch.float32))
+    routine = Routine(Signature((3,), torch.float32))
     routine.recorded(TAPE)
     routine.timings.append([("forward0", 1.0)])
     routine.settled = True

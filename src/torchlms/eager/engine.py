@@ -50,6 +50,7 @@ log = logging.getLogger("torchlms")
 _OWN_DISPATCH_FREE = (torch.Tensor, torch.nn.Parameter)
 _CPU_ALIGNMENT = 64
 _MOST_ROUTINES = 32
+_MOST_MET = 3
 _KEPT_TIMES = 1000
 _FITTING_SHARE = 0.97  # of the budget; the rest is for holes
 EVERYTHING_BYTES = 1 << 62
@@ -112,6 +113,7 @@ class Engine(SlotOwner):
         self.starved_aside = False  # left alone, it did not fit: not again
         self._ordinal = 0
         self._clock = 0
+        self._met: tuple[tuple[int, ...], ...] = ()
         self._plainly = False  # ops only need an eye on running out of memory
         self._careful = Careful(self.rooms)
         self._backward_seen = False
@@ -213,7 +215,8 @@ class Engine(SlotOwner):
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.device.is_cuda:
             for tensor in tensors_in(args, kwargs):
-                self._ledger_add(tensor)
+                if self._ledger_add(tensor) and self.recorder is not None:
+                    self.recorder.discovered(tensor)
             if makes_cpu_tensors(args, kwargs):
                 self.ladder.enter_in_ledger(func, args, kwargs, self._where)
         elif self.rooms.concerns(func):
@@ -276,10 +279,12 @@ class Engine(SlotOwner):
         for tensor in tensors_in((result,), {}):
             self._ledger_add(tensor)
 
-    def _ledger_add(self, tensor: torch.Tensor) -> None:
+    def _ledger_add(self, tensor: torch.Tensor) -> bool:
+        """Whether the ledger had not known the storage."""
         device = self.device
-        if isinstance(device, CpuDevice) and tensor.device.type == "cpu":
-            device.ledger.add(tensor.untyped_storage())
+        if not isinstance(device, CpuDevice) or tensor.device.type != "cpu":
+            return False
+        return device.ledger.add(tensor.untyped_storage())
 
     # -- saved tensors -----------------------------------------------------------------------
 
@@ -288,12 +293,17 @@ class Engine(SlotOwner):
         if type(tensor) not in _OWN_DISPATCH_FREE:
             return Kept(tensor.detach())  # whose detach may be its own, and must see its own dispatch
         with private.unwatched():
-            if self.dead or not self._movable(tensor):
+            if self.dead:
+                return Kept(tensor.detach())
+            if not self._movable(tensor):
+                self._note_kept(tensor)
                 return Kept(tensor.detach())
             storage = tensor.untyped_storage()
             slot = find(storage, self)
             if slot is None:
                 slot = self._new_slot(tensor, storage)
+            elif not slot.saved:
+                self._enroll(slot, tensor)
             return Saved(slot, tensor, memoryless_alias(tensor, self._hollow(tensor.dtype)))
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
@@ -328,7 +338,14 @@ class Engine(SlotOwner):
             self._begin_microstep(tensor)
         whole = _whole(storage)
         self._ledger_add(whole)
-        slot = Slot(self, whole, self._ordinal)
+        slot = Slot(self, whole)
+        self._enroll(slot, tensor)
+        return slot
+
+    def _enroll(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Autograd has saved ``tensor``, of a slot that no saved tensor had until now."""
+        slot.saved = True
+        slot.ordinal = self._ordinal
         self._live[id(slot)] = self._by_ordinal[self._ordinal] = weakref.ref(slot)
         self._ordinal += 1
         if self.provenance is not None:
@@ -337,7 +354,11 @@ class Engine(SlotOwner):
             self.recorder.saved(slot)
         if self.follower is not None:
             self._check_against(self.follower.program, slot)
-        return slot
+
+    def _note_kept(self, tensor: torch.Tensor) -> None:
+        """Between two micro-steps: what is saved before the first tensor that could move."""
+        if self._ordinal == 0 or (self._backward_seen and not private.in_backward()):
+            self._met = (*self._met, tuple(tensor.shape))[:_MOST_MET]
 
     def _check_against(self, program: Program, slot: Slot) -> None:
         if slot.ordinal < len(program.expected):
@@ -352,7 +373,7 @@ class Engine(SlotOwner):
         """A slot that no saved tensor has: recipes hold it. It stays where it is."""
         if not self._movable(tensor) or find(tensor.untyped_storage(), self) is not None:
             return None
-        return Slot(self, _whole(tensor.untyped_storage()), -1)
+        return Slot(self, _whole(tensor.untyped_storage()))
 
     def _value_to_hold(self, tensor: torch.Tensor) -> int:
         """The tape's id of what could be held, -1 for what could not."""
@@ -431,7 +452,8 @@ class Engine(SlotOwner):
         self._ordinal = self._clock = 0
         self._by_ordinal = {}
         self._backward_seen = self._strayed = False
-        signature = (tuple(first.shape), first.dtype)
+        signature = Signature(tuple(first.shape), first.dtype, self.module_here(), self._met)
+        self._met = ()
         routine = self._routine_of(signature)
         self.prepare(self, routine)
         self.steps += 1
@@ -470,6 +492,7 @@ class Engine(SlotOwner):
             device=self.device.torch_device,
             kinds=self.kinds,
             hold=self._hold,
+            hollow=self._hollow,
         )
 
     def settle(self) -> None:
@@ -497,7 +520,7 @@ class Engine(SlotOwner):
             del self.routines[next(iter(self.routines))]
         return routine
 
-    def end_microstep(self) -> None:
+    def end_microstep(self, *, closing: bool = False) -> None:
         """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""
         routine, self.routine = self.routine, None
         recorder, self.recorder = self.recorder, None
@@ -524,8 +547,9 @@ class Engine(SlotOwner):
                 routine.recorded(recorder.finish())
             recorder.closed = True
             self.store.close_empty_slabs()
-        elif self._strayed and self._backward_seen:
-            routine.stray()
+        elif self._strayed:
+            if self._backward_seen and not closing:
+                routine.stray()
         elif followed is not None:
             routine.followed()
             if self._proving:
@@ -616,7 +640,7 @@ class Engine(SlotOwner):
         if self.dead:
             return
         try:
-            self.end_microstep()
+            self.end_microstep(closing=True)
         finally:
             self.dead = True
             failures = list(filter(None, map(_bring_home, self.living())))

@@ -89,6 +89,8 @@ class Follower:
         if recipe is not None and slot.ordinal in self.program.trust.proven:
             slot.drop(recipe)
             return
+        if recipe is None:
+            self.program.miss(slot.ordinal)
         slot.suspect = recipe
         slot.send(self._store.place(slot.size_bytes))
         slot.release()

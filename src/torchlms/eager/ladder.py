@@ -194,7 +194,7 @@ class Ladder:
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
             f"results at once. {self._in_use()}. As far as this step got, the smallest budget that works "
-            f"is {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
+            f"is at least {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
             smallest_bytes=smallest,
         )
 

@@ -55,6 +55,7 @@ class Trust:
 
     proven: set[int] = field(default_factory=set)
     refuted: set[int] = field(default_factory=set)
+    missed: set[int] = field(default_factory=set)  # had no recipe when it was to be dropped
 
 
 class Program:
@@ -85,7 +86,8 @@ class Program:
             decision = decisions.get(value.id)
             if decision is not None and decision.choice is Choice.RECOMPUTE:
                 actions.append(Action(decision.release_op, Deed.DROP, value.saved))
-                if any(tape.values[source].saved < 0 for source in value.sources):
+                sources = [tape.values[source] for source in value.sources]
+                if any(item.saved < 0 or item.saved_at >= decision.release_op for item in sources):
                     self.holding.update(value.recipe)
             if decision is None or decision.choice not in (Choice.HOST, Choice.DISK):
                 continue
@@ -105,6 +107,10 @@ class Program:
     def judge(self, ordinal: int, *, same: bool) -> None:
         """A recipe has been tried."""
         (self.trust.proven if same else self.trust.refuted).add(ordinal)
+
+    def miss(self, ordinal: int) -> None:
+        """A value had no recipe when it was to be dropped. The second time, it is not to be dropped."""
+        (self.trust.refuted if ordinal in self.trust.missed else self.trust.missed).add(ordinal)
 
     def learn(self, pinched: set[int], *, disturbed: bool) -> None:
         """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""

@@ -27,6 +27,7 @@ import torch
 
 from torchlms.core.tape import Kind
 from torchlms.eager.replayable import may_replay
+from torchlms.eager.saved import memoryless_alias
 from torchlms.eager.tensors import is_plain, tensors_in
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Cell:
     history: list[Call] = field(default_factory=list)
     slot: weakref.ref[Slot] | None = None
     saved_version: int = -1  # of the tensor that autograd saved last
+    counter: torch.Tensor | None = None  # shares that tensor's version, and holds none of its memory
     value: int = -1  # the tape's id while recording, if the storage could be held
     size_bytes: int = 0
     readers: weakref.WeakSet[Slot] = field(default_factory=weakref.WeakSet)  # dropped, and made from this
@@ -89,11 +91,13 @@ class Provenance:
         device: torch.device,
         kinds: Callable[[torch.UntypedStorage], Kind | None],
         hold: Callable[[torch.Tensor], Slot | None],
+        hollow: Callable[[torch.dtype], torch.Tensor],
     ) -> None:
         self._lap = lap
         self._device = device
         self._kinds = kinds
         self._hold = hold
+        self._hollow = hollow
         self._held: list[Slot] = []  # until they are dropped values' sources, or backward begins
         self.value_of: Callable[[torch.Tensor], int] | None = None  # while a tape is written
 
@@ -144,6 +148,7 @@ class Provenance:
         cell = slot.cell = self._cell(tensor)
         cell.slot = weakref.ref(slot)
         cell.saved_version = tensor._version
+        cell.counter = memoryless_alias(tensor, self._hollow(tensor.dtype))
 
     def _refs(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):

@@ -241,6 +241,11 @@ class Recorder:
         value = self._marked(storage)
         return self._adopt(storage) if value is None else value
 
+    def discovered(self, tensor: torch.Tensor) -> None:
+        """An op reads a storage that nobody had counted: it was there, but not among the resident bytes."""
+        if tensor.device == self.device.torch_device and self._marked(tensor.untyped_storage()) is None:
+            self._new_value(tensor.untyped_storage(), -1, "")
+
     def _adopt(self, storage: torch.UntypedStorage) -> int:
         """A storage that was there before the tape began: until now it counted as resident."""
         value = self._new_value(storage, -1, "")

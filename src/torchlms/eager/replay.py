@@ -90,6 +90,7 @@ class _Replay:
         return empty.set_(storage, ref.offset, ref.shape, ref.strides)  # type: ignore[call-overload]
 
     def _slot(self, ref: Ref) -> Slot:
-        if len(ref.cell.history) != ref.writes:
+        counter = ref.cell.counter
+        if len(ref.cell.history) != ref.writes or (counter is not None and counter._version != ref.version):
             raise ReplayFailed(f"a saved tensor of shape {list(ref.shape)} was written after it was read")
         return self._recipe.slots[id(ref.cell)][1]

@@ -1,4 +1,4 @@
-"""Routine: one kind of micro-step, known by the first tensor it saves, and what is known about it."""
+"""Routine: one kind of micro-step, known by what it saves first, and what is known about it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ import torch
 from torchlms.core.tape import Tape
 from torchlms.eager.program import Program, Trust
 
-Signature = tuple[tuple[int, ...], torch.dtype]
-
 TIMINGS = 2  # steps under a first plan in which each op is timed
 FORGIVING_STEPS = 20
 MOST_RECORDINGS = 6  # a routine that keeps changing is run without a plan
 
 
 log = logging.getLogger("torchlms")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What one kind of micro-step is known by: what it saves first, where, and what it met before that.
+
+    ``met`` are the shapes of tensors that were saved before it and never move, such as inputs that numpy
+    holds: a smaller last batch may show in these alone.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module: str = ""
+    met: tuple[tuple[int, ...], ...] = ()
 
 
 class Verdict(Enum):
@@ -65,7 +77,7 @@ class Routine:
             self.improvise()
             log.warning(
                 "steps that first save a tensor of shape %s keep changing: going on without a plan, slowly",
-                tuple(self.signature[0]),
+                self.signature.shape,
             )
 
     def followed(self) -> None:

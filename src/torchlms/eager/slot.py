@@ -95,15 +95,17 @@ class Slot:
         "pid",
         "place",
         "recipe",
+        "saved",
         "size_bytes",
         "suspect",
         "value",
         "where",
     )
 
-    def __init__(self, owner: SlotOwner, storage_bytes: torch.Tensor, ordinal: int) -> None:
+    def __init__(self, owner: SlotOwner, storage_bytes: torch.Tensor, ordinal: int = -1) -> None:
         self.owner = owner
-        self.ordinal = ordinal
+        self.ordinal = ordinal  # among the saved storages of its micro-step
+        self.saved = ordinal >= 0  # by autograd, and not only held for a recipe
         self.bytes: torch.Tensor | None = storage_bytes
         self.size_bytes = storage_bytes.numel()
         self.where = Where.HELD

@@ -28,13 +28,17 @@ class Ledger:
         self.live_bytes = 0
         self.peak_bytes = 0
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        """Count ``storage`` once for as long as it lives; a resized one is counted anew."""
+    def add(self, storage: torch.UntypedStorage) -> bool:
+        """Count ``storage`` once for as long as it lives; a resized one is counted anew.
+
+        Returns whether it was not known before.
+        """
         size_bytes = storage.nbytes()
         entry: _Entry | None = getattr(storage, _MARK, None)
-        if entry is not None and entry.ledger is self:
+        known = entry is not None and entry.ledger is self
+        if entry is not None and known:
             if entry.size_bytes == size_bytes:
-                return
+                return False
             self.live_bytes -= entry.size_bytes
             entry.size_bytes = size_bytes
         else:
@@ -42,6 +46,7 @@ class Ledger:
         self.live_bytes += size_bytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
+        return not known
 
     def reset_peak(self) -> None:
         self.peak_bytes = self.live_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -81,6 +82,7 @@ class Store:
         self.bytes_in = 0
         self.disk_bytes = 0
         self.closed = False
+        self._slabs_lock = threading.Lock()  # workers stage in slabs, too
         self._workers: ThreadPoolExecutor | None = None
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._last_in: torch.cuda.Event | None = None
@@ -142,15 +144,20 @@ class Store:
 
     def close_empty_slabs(self) -> None:
         """Give unplanned host memory back; slabs that still hold something stay."""
-        for arenas in (self.slabs, self.retired):
-            empty = [arena for arena in arenas if arena.in_use_bytes == 0]
-            if empty:
-                self.device.synchronize()  # a region is freed when its copy is queued, not when it ends
-            for arena in empty:
+        empty = [arena for arena in (*self.slabs, *self.retired) if arena.in_use_bytes == 0]
+        if not empty:
+            return
+        self.device.synchronize()  # a region is freed when its copy is queued, not when it ends
+        with self._slabs_lock:  # meanwhile a worker may have come to use one
+            for arena in [arena for arena in empty if arena.in_use_bytes == 0]:
                 arena.close()
-                arenas.remove(arena)
+                (self.slabs if arena in self.slabs else self.retired).remove(arena)
 
     def _place_in_slabs(self, size_bytes: int) -> Place | None:
+        with self._slabs_lock:
+            return self._place_in_slabs_alone(size_bytes)
+
+    def _place_in_slabs_alone(self, size_bytes: int) -> Place | None:
         for slab in self.slabs:
             offset_bytes = slab.allocate(size_bytes)
             if offset_bytes is not None:
