@@ -143,14 +143,14 @@ def _is_linear(module: object) -> bool:
     return isinstance(module, torch.nn.Linear)
 
 
-LSTM, UNET = NETWORKS["lstm"], NETWORKS["unet3d"]
+LSTM = NETWORKS["lstm"]
 
 ROWS = [
     Row("gradient accumulation", "three batches, then one optimizer step", accumulate),
     Row("several losses", "two losses over one graph, a backward call each, `retain_graph`", two_losses),
     Row("retain_graph", "backward twice over the same graph", same_graph_twice),
-    Row("two forwards", "the model called twice, one loss over both", two_forwards, NETWORKS["resnet"]),
-    Row("older graph last", "two graphs, the older one goes backward last", forwards_first, UNET),
+    Row("two forwards", "the model called twice, one loss over both", two_forwards),
+    Row("older graph last", "two graphs, the older one goes backward last", forwards_first),
     Row("autograd.grad", "`torch.autograd.grad` in place of `backward`", only_grad),
     Row("backward(inputs=...)", "to half of the parameters, then to the others", only_inputs),
     Row("double backward", "gradient penalty with `create_graph=True`", penalty),

@@ -251,6 +251,7 @@ def per_sample(session: Session, step: int) -> None:
     session.optimizer.step()
 
 
+ADVERSARIES = Network("gan", make_adversaries, make_optimizer, NETWORKS["mlp"].make_inputs, 256)
 TRANSFORMER = NETWORKS["transformer"]
 SMOOTH = stack("smooth", nn.Sigmoid)
 
@@ -286,7 +287,7 @@ ROWS = [
         "two models",
         "a GAN: two networks, two optimizers",
         adversaries,
-        Network("gan", make_adversaries, make_optimizer, NETWORKS["mlp"].make_inputs, 256),
+        ADVERSARIES,
         0.85,
     ),
     Row("teacher and student", "a second model without gradients that follows the first", taught),
