@@ -257,6 +257,7 @@ SMOOTH = stack("smooth", nn.Sigmoid)
 
 OVER = "on the CPU the budget is exceeded by what comes in from outside, until the next op"
 
+WARNED = "torch warns of `.grad` of a tensor that is no leaf, which LMS has read"
 UNKNOWN = "on the CPU the budget is exceeded by `nonzero`: too little is guessed for its result"
 
 ROWS = [
@@ -305,7 +306,13 @@ ROWS = [
         share=0.8,
         around=fresh_compiler,
     ),
-    Row("torch.func.functional_call", "weights computed and handed in", functional, SMOOTH),
+    Row(
+        "torch.func.functional_call",
+        "weights computed and handed in",
+        functional,
+        SMOOTH,
+        wrong=dict.fromkeys(WAYS, WARNED),
+    ),
     Row("torch.func.vmap and jvp", "an ensemble, a directional derivative", mapped, SMOOTH),
     Row("torch.func.grad", "gradients per sample", per_sample, SMOOTH, refused="saved tensor hooks"),
 ]

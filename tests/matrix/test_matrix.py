@@ -10,7 +10,7 @@ from sessions import slow_disk
 
 from tests.matrix.matrix import GROUPS, ROWS
 from tests.matrix.row import WAYS, Row
-from tests.matrix.table import committed
+from tests.matrix.table import committed, is_of_this_torch
 from tests.matrix.trial import tried
 
 Found = "dict[tuple[str, str], str] | None"
@@ -30,6 +30,7 @@ def each_row_each_way() -> list[Any]:
     ]
 
 
+@pytest.mark.filterwarnings("error:::torchlms")  # whoever trains has done nothing to be warned of
 @pytest.mark.parametrize(("row", "way"), each_row_each_way())
 def test_row(row: Row, way: str, spill_dir: Path, found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     if WAYS[way].get("recompute"):
@@ -39,7 +40,7 @@ def test_row(row: Row, way: str, spill_dir: Path, found: Found, monkeypatch: pyt
     said = tried(row, WAYS[way], spill_dir)
     if found is not None:
         found[row.name, way] = said
-    else:
+    elif is_of_this_torch():
         assert committed()[row.name, way] == said, "run `make loops`"
 
 

@@ -87,7 +87,9 @@ def reloaded(session: Session) -> Session:
 
 def manner(run: Watched, rules: dict[str, Any]) -> Iterator[str]:
     """How it went, as far as that is the same on every machine."""
-    if run.stats["strayed"]:
+    if run.plan is None:
+        yield "slower, without a plan"
+    elif run.stats["strayed"]:
         yield "slower, for steps are not as planned"
     if rules.get("recompute") and not any(value.recipe for value in run.tape.values):
         yield "nothing that could be made again"
