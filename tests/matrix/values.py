@@ -1,4 +1,4 @@
-"""Loops by what their layers do with values: views, writes in place, random numbers, functions, checkpoints."""
+"""Loops by what is done to their values: views, writes in place, random numbers, functions, checkpoints."""
 
 from __future__ import annotations
 
