@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest lint trainers format bench figures stale wheel test-torch clean
+.PHONY: help env demo test pytest lint trainers format bench figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -58,6 +58,9 @@ bench: $(READY)  ## measure the rows of benchmarks/ anew (needs the GPU named in
 
 figures: $(READY)  ## write the tables of the READMEs from benchmarks/results/
 	$(PY) benchmarks/run.py --table
+
+loops: $(READY)  ## write docs/loops.md from a run of the training loops in tests/matrix
+	$(PY) -m pytest tests/matrix --write-loops $(ARGS)
 
 stale: $(READY)  ## list result files whose code has changed since they were made
 	$(PY) benchmarks/run.py --stale

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ from torchlms import api
 from torchlms.bench.peak import LedgerMode
 from torchlms.core.machine import Machine
 from torchlms.memory.ledger import Ledger
+
+T = TypeVar("T")
 
 STEPS = 6
 SMALL = {"min_bytes": 1024}  # rules under which values as small as those of these networks move
@@ -36,9 +38,16 @@ class Session:
     optimizer: torch.optim.Optimizer
     network: Network
     losses: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def note(self, loss: Tensor) -> None:
         self.losses.append(float(loss.detach()).hex())
+
+    def keep(self, name: str, make: Callable[[], T]) -> T:
+        """What a loop needs beside model and optimizer, made in its first step."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
 
 
 Loop = Callable[[Session, int], None]  # one step of a training loop: session, number of the step
@@ -96,25 +105,41 @@ class WholePeak(Ledger):
 
 def bits(tensor: Tensor) -> str:
     """A digest of shape, type and every bit."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return f"{bits(tensor.indices())} {bits(tensor.values())}"
     raw = tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def outcome(session: Session) -> Outcome:
     named = dict(session.model.named_parameters())
-    states = session.optimizer.state_dict()["state"]
+    keepers = {"optimizer": session.optimizer, **session.kept}
     return Outcome(
         losses=list(session.losses),
         parameters={name: bits(item) for name, item in named.items()},
         gradients={name: bits(item.grad) for name, item in named.items() if item.grad is not None},
         buffers={name: bits(item) for name, item in session.model.named_buffers()},
         states={
-            f"{index}.{name}": bits(item) if isinstance(item, Tensor) else repr(item)
-            for index, state in states.items()
-            for name, item in state.items()
+            path: text
+            for name, keeper in keepers.items()
+            if hasattr(keeper, "state_dict")
+            for path, text in _leaves(name, keeper.state_dict())
         },
         generator=bits(torch.get_rng_state()),
     )
+
+
+def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str]]:
+    """Every tensor and every other thing in nested dicts and lists, as exact text."""
+    if isinstance(tree, dict):
+        for name, item in tree.items():
+            yield from _leaves(f"{path}.{name}", item)
+    elif isinstance(tree, (list, tuple)):
+        for index, item in enumerate(tree):
+            yield from _leaves(f"{path}.{index}", item)
+    else:
+        yield path, bits(tree) if isinstance(tree, Tensor) else repr(tree)
 
 
 def new_session(network: Network) -> Session:
@@ -133,12 +158,14 @@ def plain_step(session: Session, step: int) -> None:
     session.note(loss)
 
 
-@cache
-def run_plain(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> Outcome:
+def train_plainly(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> Outcome:
     session = new_session(network)
     for step in range(steps):
         loop(session, step)
     return outcome(session)
+
+
+run_plain = cache(train_plainly)
 
 
 @cache

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from eviction import evict, gradients, leaves, open_wide
 from sessions import (
-    Session,
-    assert_same_bits,
     bits,
     new_session,
     open_lms,
@@ -57,21 +55,6 @@ def test_checkpoint_inside(reentrant: bool, spill_dir: Path) -> None:
     plain = train()
     with open_wide(spill_dir) as lms:
         assert train(lms) == plain
-
-
-def test_checkpoint_within_a_budget(spill_dir: Path) -> None:
-    def loop(session: Session, step: int) -> None:
-        inputs, target = session.network.batch(step)
-        session.optimizer.zero_grad()
-        h = session.model.stem(inputs)  # type: ignore[operator]
-        for block in session.model.blocks:  # type: ignore[union-attr]
-            h = checkpoint(block, h, use_reentrant=False)
-        loss = F.cross_entropy(session.model.head(h.mean((2, 3))), target)  # type: ignore[operator]
-        loss.backward()
-        session.optimizer.step()
-        session.note(loss)
-
-    assert_same_bits(NETWORKS["resnet"], loop, spill_dir, share=0.8)
 
 
 def test_the_users_own_saved_tensor_hooks_inside(spill_dir: Path) -> None:
@@ -161,27 +144,6 @@ def test_vmap_and_jvp(spill_dir: Path) -> None:
     plain = both()
     with open_wide(spill_dir):
         assert both() == plain
-
-
-def test_optimizer_in_backward(spill_dir: Path) -> None:
-    """Parameters are updated by hooks while backward still runs."""
-
-    def loop(session: Session, step: int) -> None:
-        if step == 0:
-            for parameter in session.model.parameters():
-                own = torch.optim.SGD([parameter], lr=0.01)
-
-                def update(item: Tensor, own: torch.optim.Optimizer = own) -> None:
-                    own.step()
-                    own.zero_grad()
-
-                parameter.register_post_accumulate_grad_hook(update)
-        inputs, target = session.network.batch(step)
-        loss = F.cross_entropy(session.model(inputs), target)
-        loss.backward()
-        session.note(loss)
-
-    assert_same_bits(NETWORKS["resnet"], loop, spill_dir, share=0.7)
 
 
 def test_tensor_hooks_retained_gradients_and_anomaly_mode(spill_dir: Path) -> None:

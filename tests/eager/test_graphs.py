@@ -25,12 +25,14 @@ from sessions import (
     outcome,
     plain_peak,
     plain_step,
+    run_lms,
     run_plain,
 )
 from small_networks import NETWORKS
 from torch import Tensor, nn
 
 import torchlms
+from tests.matrix.programs import ADVERSARIES, adversaries
 
 MLP = NETWORKS["mlp"]
 BUDGET = 1_000_000  # of the 1.7 MB that the perceptron's plain step needs
@@ -239,39 +241,11 @@ def test_backward_in_another_thread(spill_dir: Path) -> None:
     assert outcome(session).gradients == outcome(plain).gradients
 
 
-@pytest.mark.parametrize("budget", [600_000, 500_000])
-def test_generator_and_discriminator(budget: int, spill_dir: Path) -> None:
-    assert train_adversaries(budget, spill_dir) == train_adversaries(None, spill_dir)
-
-
-def test_generator_and_discriminator_with_more_room(spill_dir: Path) -> None:
-    assert train_adversaries(800_000, spill_dir) == train_adversaries(None, spill_dir)
-
-
-def train_adversaries(budget: int | None, disk_dir: Path) -> list[str]:
-    torch.manual_seed(0)
-    maker = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.Sigmoid())])
-    judge = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
-    optimizers = [torch.optim.Adam(model.parameters(), 1e-2) for model in (maker, judge)]
-
-    def train() -> None:
-        for _ in range(6):
-            real, made = torch.randn(300, 32), maker(torch.randn(256, 32))
-            optimizers[1].zero_grad()
-            (F.softplus(-judge(real)).mean() + F.softplus(judge(made.detach())).mean()).backward()
-            optimizers[1].step()
-            optimizers[0].zero_grad()
-            F.softplus(-judge(made)).mean().backward()
-            optimizers[0].step()
-
-    if budget is None:
-        train()
-    else:
-        models = nn.ModuleList([maker, judge])
-        with torchlms.LMS(models, optimizers[0], budget=budget, disk_dir=disk_dir, rules=SMALL) as lms:
-            train()
-            assert lms.stats()["peak_device_bytes"] <= budget
-    return [bits(parameter) for model in (maker, judge) for parameter in model.parameters()]
+@pytest.mark.parametrize("budget_bytes", [500_000, 600_000, 800_000])
+def test_generator_and_discriminator(budget_bytes: int, spill_dir: Path) -> None:
+    watched = run_lms(ADVERSARIES, budget_bytes, spill_dir, adversaries)
+    assert watched.outcome.differences(run_plain(ADVERSARIES, adversaries)) == []
+    assert watched.peak_bytes <= budget_bytes
 
 
 def test_the_budget_here_is_a_real_one() -> None:

@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from eviction import evict, leaves, open_wide
 from sessions import (
     Session,
     bits,
-    ledger_of,
     moved_bytes,
     new_session,
     open_lms,
@@ -28,7 +26,6 @@ from sessions import (
     run_plain,
 )
 from small_networks import NETWORKS
-from torch.utils.data import DataLoader, Dataset
 
 MLP = NETWORKS["mlp"]
 BUDGET = 800_000  # of 1.7 MB
@@ -119,45 +116,6 @@ def test_a_child_that_ends_normally_removes_nothing(spill_dir: Path) -> None:
         assert len(list(spill_dir.iterdir())) == 1
         loss.backward()
         assert w.grad is not None
-
-
-class Batches(Dataset[Any]):
-    """Made in the worker, by ops that a mode would see."""
-
-    def __len__(self) -> int:
-        return 12 * 64
-
-    def __getitem__(self, index: int) -> Any:
-        generator = torch.Generator().manual_seed(index)
-        row = torch.randn(16, generator=generator)
-        return row.sin() + 1, int(index % 10)
-
-
-def test_a_data_loader_with_workers(spill_dir: Path) -> None:
-    def train(budget: int | None) -> Any:
-        session = new_session(MLP)
-        loader = DataLoader(
-            Batches(), batch_size=128, num_workers=2, generator=torch.Generator().manual_seed(3)
-        )
-
-        def epoch() -> None:
-            for inputs, target in loader:
-                session.optimizer.zero_grad()
-                loss = F.cross_entropy(session.model(inputs), target)
-                loss.backward()
-                session.optimizer.step()
-                session.note(loss)
-
-        if budget is None:
-            epoch()
-        else:
-            with open_lms(session, budget, spill_dir) as lms:
-                epoch()
-                assert moved_bytes(lms) > 0
-                assert ledger_of(lms).highest() <= budget
-        return outcome(session)
-
-    assert train(250_000) == train(None)
 
 
 PROGRAM = """
