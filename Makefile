@@ -38,16 +38,17 @@ demo: $(READY)   ## the main job on this machine: a plain run beside a run under
 test: lint pytest  ## the environment, ruff, mypy and all tests
 
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
-	$(PY) -m pytest -v $(ARGS)
+	$(PY) -m pytest -v -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)   ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-trainers:        ## ruff, mypy, the tests of integrations/ and all examples, with the trainers' own libraries
-	$(MAKE) lint pytest VENV=build/venv-trainers EXTRAS=cli,examples,huggingface,keras,lightning \
-	  ALSO=peft ARGS='tests/integrations tests/test_examples.py $(ARGS)'
+TRAINERS := EXTRAS=cli,examples,huggingface,keras,lightning ALSO=peft
+
+trainers:        ## `make test` with the trainers' own libraries, in their own environment
+	$(MAKE) test $(TRAINERS) VENV=$(if $(filter .venv,$(VENV)),build/venv-trainers,$(VENV))
 
 format: $(READY) ## let ruff format and fix what it can
 	$(PY) -m ruff format .
@@ -60,7 +61,7 @@ figures: $(READY)  ## write the tables of the READMEs from benchmarks/results/
 	$(PY) benchmarks/run.py --table
 
 loops: $(READY)  ## write docs/loops.md from a run of the training loops in tests/matrix
-	$(PY) -m pytest tests/matrix --write-loops $(ARGS)
+	$(PY) -m pytest tests/matrix --write-loops -n 0 $(ARGS)
 
 stale: $(READY)  ## list result files whose code has changed since they were made
 	$(PY) benchmarks/run.py --stale

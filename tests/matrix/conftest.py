@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.eager.conftest import machine, one_thread  # noqa: F401
+from tests.eager.conftest import machine  # noqa: F401
 from tests.matrix import table
 
 pytest.register_assert_rewrite("tests.matrix.trial")

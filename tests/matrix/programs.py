@@ -257,9 +257,6 @@ SMOOTH = stack("smooth", nn.Sigmoid)
 
 OVER = "on the CPU the budget is exceeded by what comes in from outside, until the next op"
 
-WARNED = "torch warns of `.grad` of a tensor that is no leaf, which LMS has read"
-UNKNOWN = "on the CPU the budget is exceeded by `nonzero`: too little is guessed for its result"
-
 ROWS = [
     Row("batch size changes", "almost every step, and a small last batch", changing_sizes),
     Row("sequence length changes", "in every step", changing_lengths, TRANSFORMER),
@@ -273,9 +270,7 @@ ROWS = [
         "rows sent to experts by their own numbers",
         network=stack_of(routed),
     ),
-    Row(
-        "nonzero", "places found by the numbers", network=stack_of(found), wrong=dict.fromkeys(WAYS, UNKNOWN)
-    ),
+    Row("nonzero", "places found by the numbers", network=stack_of(found)),
     Row(
         "tensors from lists",
         "`torch.tensor([...])` inside the network",
@@ -311,7 +306,6 @@ ROWS = [
         "weights computed and handed in",
         functional,
         SMOOTH,
-        wrong=dict.fromkeys(WAYS, WARNED),
     ),
     Row("torch.func.vmap and jvp", "an ensemble, a directional derivative", mapped, SMOOTH),
     Row("torch.func.grad", "gradients per sample", per_sample, SMOOTH, refused="saved tensor hooks"),

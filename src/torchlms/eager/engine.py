@@ -11,6 +11,7 @@ pass has run since the last beginning or nothing saved since then is alive any m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -41,7 +42,7 @@ from torchlms.eager.tensors import is_plain, tensors_in
 from torchlms.eager.timer import OpTimer
 from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
 from torchlms.eager.verifier import Verifier
-from torchlms.errors import LMSError, StepTorn
+from torchlms.errors import HostBudgetTooSmall, LMSError, SpillError, StepTorn
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -214,9 +215,7 @@ class Engine(SlotOwner):
 
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.device.is_cuda:
-            for tensor in tensors_in(args, kwargs):
-                if self._ledger_add(tensor) and self.recorder is not None:
-                    self.recorder.discovered(tensor)
+            self._discover(tensors_in(args, kwargs))
             if makes_cpu_tensors(args, kwargs):
                 self.ladder.enter_in_ledger(func, args, kwargs, self._where)
         elif self.rooms.concerns(func):
@@ -275,9 +274,26 @@ class Engine(SlotOwner):
         self.rooms.learn(func, args, kwargs, max(0, int(peak) - int(before) - fresh_bytes))
         return result
 
+    def _discover(self, tensors: list[torch.Tensor]) -> None:
+        """CPU: what an op reads and nobody made under our eyes counts from here on, and may press."""
+        found = [tensor for tensor in tensors if self._ledger_add(tensor)]
+        if not found:
+            return
+        if self.recorder is not None:
+            for tensor in found:
+                self.recorder.discovered(tensor)
+        self._press()
+
     def _count(self, result: Any) -> None:
+        """CPU: the results of an op. More of them than was foreseen press, too."""
         for tensor in tensors_in((result,), {}):
             self._ledger_add(tensor)
+        if self.device.allocated_bytes() > self.ladder.budget_bytes:
+            self._press()
+
+    def _press(self) -> None:
+        with contextlib.suppress(HostBudgetTooSmall, SpillError):  # whoever asks for more memory will be told
+            self.ladder.fit(0)
 
     def _ledger_add(self, tensor: torch.Tensor) -> bool:
         """Whether the ledger had not known the storage."""
@@ -361,11 +377,12 @@ class Engine(SlotOwner):
             self._met = (*self._met, tuple(tensor.shape))[:_MOST_MET]
 
     def _check_against(self, program: Program, slot: Slot) -> None:
-        if slot.ordinal < len(program.expected):
-            expected = program.expected[slot.ordinal]
-            if _rounded(expected.size_bytes) == _rounded(slot.size_bytes):
-                self._clock = expected.saved_at
-                return
+        expected = program.expected.get(slot.ordinal)
+        if expected is None and slot.ordinal < program.saves:
+            return
+        if expected is not None and _rounded(expected.size_bytes) == _rounded(slot.size_bytes):
+            self._clock = expected.saved_at
+            return
         self._strayed = True
         self.follower = None
 
@@ -399,10 +416,10 @@ class Engine(SlotOwner):
             self.ladder.reclaim(EVERYTHING_BYTES)
 
     def _note_first_use(self, follower: Follower, slot: Slot) -> None:
-        expected = follower.program.expected
-        if not 0 <= slot.ordinal < len(expected):
+        expected = follower.program.expected.get(slot.ordinal)
+        if expected is None:
             return
-        self._clock = max(self._clock, expected[slot.ordinal].needed_at)
+        self._clock = max(self._clock, expected.needed_at)
         if self._clock >= follower.due:
             follower.catch_up(self._clock)
         if slot.where is Where.AWAY:

@@ -49,7 +49,8 @@ class StorageKinds:
     def passing(self) -> Iterator[tuple[torch.UntypedStorage, Kind]]:
         """Gradients and optimizer states, as they are now: both come and go while the loop runs."""
         for parameter in self._parameters():
-            if parameter.grad is not None:
+            # Of what is no leaf, as under torch.func.functional_call, only asking would give a warning.
+            if parameter.is_leaf and parameter.grad is not None:
                 yield from _with_storage(parameter.grad, Kind.GRADIENT)
         states = self._optimizer.state.values() if self._optimizer is not None else ()
         for state in states:

@@ -71,15 +71,17 @@ class Program:
         self.plan = plan
         decisions = {decision.value: decision for decision in plan.moves}
         saved = sorted((value for value in tape.values if value.saved >= 0), key=lambda value: value.saved)
-        self.expected = [
-            Expected(
+        # Without the ordinals of storages that were let go and then saved once more: the later one counts.
+        self.expected = {
+            value.saved: Expected(
                 value.size_bytes,
                 value.saved_at,
                 value.idle[0].stop if value.idle else -1,
                 decisions.get(value.id),
             )
             for value in saved
-        ]
+        }
+        self.saves = 1 + max(self.expected, default=-1)
         actions = []
         self.holding: set[int] = set()  # ops that read what autograd does not save and a recipe needs
         for value in saved:

@@ -166,6 +166,9 @@ class Recorder:
             value = self._adopt(storage)
         slot.value = value
         draft = self._values[value]
+        if draft.saved >= 0:  # by a graph that is gone: what it saw of the value is no matter
+            draft.idle_from = draft.needed_at = None
+            draft.recipe = draft.sources = ()
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
         self._waiting[value] = weakref.ref(slot)
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchlms.eager import private
 
 Key = tuple[Any, ...]
+_INDEX_BYTES = 8
 
 
 class ResultSizes:
@@ -88,8 +89,20 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     try:
         with private.unwatched():  # nobody else's mode should count these
             return _measure_on_meta(func, args, kwargs)
-    except Exception:  # no meta kernel, or sizes that depend on data: guess generously instead
-        return (sum(leaf.untyped_storage().nbytes() for leaf in _strided((args, kwargs))),)
+    except Exception:  # no meta kernel, or sizes that depend on data
+        return _guessed(func, args, kwargs)
+
+
+def _guessed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Bytes that cannot be known: indices are counted, all else is taken to be as large as its inputs."""
+    inputs = _strided((args, kwargs))
+    if func is torch.ops.aten.nonzero.default and inputs:
+        with private.unwatched():
+            return (_INDEX_BYTES * inputs[0].dim() * int(torch.count_nonzero(inputs[0])),)
+    size_bytes = sum(leaf.untyped_storage().nbytes() for leaf in inputs)
+    if "unique" in getattr(func, "__name__", ""):  # values, where each came from, and how often it is there
+        size_bytes += sum(2 * _INDEX_BYTES * leaf.numel() for leaf in inputs)
+    return (size_bytes,)
 
 
 def _measure_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
