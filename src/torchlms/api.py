@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchlms.check import check_step
+from torchlms.core.bound import lower_bound
 from torchlms.core.machine import CopyTime, Machine
 from torchlms.core.plan import Plan
 from torchlms.core.rules import Rules
@@ -287,7 +288,14 @@ class LMS:
 
     def report(self) -> str:
         """What was decided, why, what was predicted and what was measured, as text."""
-        return report_text(self.stats(), self.tape, self.plan)
+        return report_text(self.stats(), self.tape, self.plan, self._bound_s())
+
+    def _bound_s(self) -> float | None:
+        """A step time that no plan can beat, as far as tape, machine and plan are known."""
+        tape, machine, plan = self.tape, self.machine, self.plan
+        if tape is None or machine is None or plan is None:
+            return None
+        return lower_bound(tape, machine, plan.budget, recompute=self._options.rules.recompute)
 
 
 class _ForwardHook:

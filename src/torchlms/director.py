@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchlms.core import joint, planner
+from torchlms.core.calibrate import explaining_factor, lap_s, scaled
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
-from torchlms.eager.routine import TIMINGS, Routine, Verdict
+from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
 from torchlms.eager.timer import retimed
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, PlanMismatch
 from torchlms.memory.limits import format_bytes
+from torchlms.race import CLOSE, Contender, Race
 
 if TYPE_CHECKING:
     from torchlms.core.machine import Machine
@@ -27,6 +29,9 @@ log = logging.getLogger("torchlms")
 # Added where the headroom that a plan leaves (core/planner.py) proves too little: a share of the budget.
 _MORE_HEADROOM = 0.015
 _MOST_REPLANS = 4
+_MOST_CALIBRATIONS = 2
+_AS_PREDICTED = 0.07  # off by less is as good as predicted
+_MOVES_ONLY = "moving alone"
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
 
@@ -44,6 +49,7 @@ class Director:
         self.headroom = planner.HEADROOM if machine.link else 0.0
         self._reclaims_seen = 0
         self._checked_rules = False
+        self._races: dict[Signature, Race] = {}
         self._given_fits = False  # the plan given is that of some routine
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
@@ -59,6 +65,8 @@ class Director:
             self._distrust(engine, routine)
         elif routine.verdict is Verdict.FOLLOW:
             self._watch(engine, routine)
+            if self.rules.recompute and routine.settled and self.given is None:
+                self._race(engine, routine)
 
     # -- planning ----------------------------------------------------------------------------
 
@@ -82,12 +90,14 @@ class Director:
         except BudgetTooSmall:
             return self._make(tape, 0.0)
 
-    def _make(self, tape: Tape, headroom: float) -> Plan:
+    def _make(
+        self, tape: Tape, headroom: float, *, machine: Machine | None = None, drops: bool = True
+    ) -> Plan:
         headroom_bytes = int(headroom * self.budget.device_bytes)
-        make_plan = joint.plan if self.rules.recompute else planner.plan
+        make_plan = joint.plan if self.rules.recompute and drops else planner.plan
         return make_plan(
             tape,
-            self.machine,
+            machine if machine is not None else self.machine,
             self.budget,
             self.rules,
             headroom_bytes=headroom_bytes,
@@ -116,7 +126,9 @@ class Director:
         self._given_fits = True
         self._adopt(engine, routine, tape, plan)
 
-    def _adopt(self, engine: Engine, routine: Routine, tape: Tape, plan: Plan) -> None:
+    def _adopt(
+        self, engine: Engine, routine: Routine, tape: Tape, plan: Plan, *, quietly: bool = False
+    ) -> None:
         routine.steps = 0
         routine.program = Program(tape, plan, routine.trust)
         fits = not plan.moves
@@ -127,7 +139,9 @@ class Director:
         engine.store.plan_arena(arena_bytes)
         engine.restart_measuring()
         self._reclaims_seen = engine.ladder.reclaims
-        if routine.verdict is Verdict.FITS or routine.settled:
+        if quietly:
+            log.debug("%s", planned_line(tape, plan, aside=False))
+        elif routine.verdict is Verdict.FITS or routine.settled:
             log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
         else:
             log.info("a first plan is made; timing each op under it for %d steps", TIMINGS)
@@ -146,6 +160,65 @@ class Director:
         routine.tape = replace(routine.tape, values=values)
         if self.given is None:
             self._plan(engine, routine, routine.tape)
+
+    # -- racing ------------------------------------------------------------------------------
+
+    def _race(self, engine: Engine, routine: Routine) -> None:
+        """Time the plan that drops values, then others that may be faster; keep the fastest."""
+        lap, routine.lap = routine.lap, None
+        program = routine.program
+        if lap is None or program is None or (not program.drops and routine.signature not in self._races):
+            return
+        race = self._races.get(routine.signature)
+        if race is None or program.plan is not race.running.plan:
+            if race is not None and race.over:
+                return
+            # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
+            race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
+        measured_s = lap.seconds
+        learning = engine.device.is_cuda and program.lessons
+        if race.over or measured_s is None or learning:
+            return
+        race.running.laps_s.append(measured_s)
+        if race.running.done:
+            self._next_contender(engine, routine, race)
+
+    def _next_contender(self, engine: Engine, routine: Routine, race: Race) -> None:
+        tape = routine.tape
+        assert tape is not None
+        contender = self._contender(tape, race)
+        if contender is not None:
+            race.contenders.append(contender)
+            self._adopt(engine, routine, tape, contender.plan, quietly=True)
+            return
+        race.over = True
+        if len(race.contenders) > 1:
+            log.info("%s", race.result())
+        if race.winner() is not race.running:
+            self._adopt(engine, routine, tape, race.winner().plan)
+
+    def _contender(self, tape: Tape, race: Race) -> Contender | None:
+        """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
+        best = race.winner()
+        predicted_s = lap_s(tape, best.plan.predicted.step_s)
+        if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
+            race.calibrations += 1
+            race.factor = explaining_factor(tape, self.machine, best.plan, best.median_s)
+            made = self._made_or_none(tape, race.factor, drops=True)
+            if made is not None and all(made.decisions != other.plan.decisions for other in race.contenders):
+                return Contender(made, f"copies taken to be {race.factor:.2f} times as fast")
+        if any(contender.name == _MOVES_ONLY for contender in race.contenders):
+            return None
+        made = self._made_or_none(tape, race.factor, drops=False)
+        if made is None or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
+            return None
+        return Contender(made, _MOVES_ONLY)
+
+    def _made_or_none(self, tape: Tape, factor: float, *, drops: bool) -> Plan | None:
+        try:
+            return self._make(tape, self.headroom, machine=scaled(self.machine, factor), drops=drops)
+        except LMSError:
+            return None
 
     # -- watching ----------------------------------------------------------------------------
 

@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 _MOST_ROWS = 20
 
 
-def report_text(stats: dict[str, Any], tape: Tape | None, plan: Plan | None) -> str:
-    """A few lines on how it went, then the largest values that moved and the reason for each."""
+def report_text(
+    stats: dict[str, Any], tape: Tape | None, plan: Plan | None, bound_s: float | None = None
+) -> str:
+    """A few lines on how it went, then the largest values that moved and the reason for each.
+
+    ``bound_s`` is a step time that no plan can beat.
+    """
     lines = [_state_line(stats)]
     if plan is not None and tape is not None:
         lines += _comparison(stats)
+        lines += _limit(stats, bound_s)
         lines += _choices(stats)
         lines += _moved(tape, plan)
     return "\n".join(lines)
@@ -61,6 +67,16 @@ def _comparison(stats: dict[str, Any]) -> list[str]:
         f"{stats['late_fetches']} values came late, {stats['starved_convolutions']} convolutions starved"
     )
     return lines
+
+
+def _limit(stats: dict[str, Any], bound_s: float | None) -> list[str]:
+    if not bound_s or not stats["predicted"]["step_s"]:
+        return []
+    share = bound_s / stats["predicted"]["step_s"]
+    return [
+        f"no plan can bring this step below {bound_s * 1e3:.1f} ms within the budget; the prediction is at "
+        f"{share:.2f} of that limit's speed"
+    ]
 
 
 def _choices(stats: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from tapes import MIB, gpu
 
 from torchlms.core import joint, planner
+from torchlms.core.bound import lower_bound
 from torchlms.core.curve import baseline_curve, floor_curve
 from torchlms.core.drops import (
     droppable,
@@ -245,3 +247,25 @@ def test_ten_thousand_ops_in_five_seconds() -> None:
     made = joint.plan(tape, gpu(link=1e9), budget, RULES)
     assert time.process_time() - began_s <= 5
     assert any(decision.choice is Choice.RECOMPUTE for decision in made.moves)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("link", [2e9, 5e9, 50e9])
+@pytest.mark.parametrize("linked", [False, True])
+def test_no_plan_beats_the_bound(share: float, link: float, linked: bool) -> None:
+    tape = chained(blocks(5)) if linked else blocks(5)
+    machine = gpu(link=link)
+    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
+    budget = Budget(least + int(share * (most - least)), LOTS, 0)
+    bound_s = lower_bound(tape, machine, budget, recompute=True)
+    assert bound_s <= lower_bound(tape, machine, budget) + 1e-12
+    assert bound_s >= sum(op.time_s for op in tape.ops)
+    best = float("inf")
+    for count in range(len(candidates(tape)) + 1):
+        for drops in itertools.combinations(candidates(tape), count):
+            with contextlib.suppress(BudgetTooSmall):
+                made = planner.plan(with_drops(tape, list(drops)), machine, budget, RULES)
+                best = min(best, made.predicted.step_s)
+    assert bound_s <= best * (1 + 1e-9)
+    if share < 0.5 and link < 3e9:
+        assert bound_s > 1.05 * sum(op.time_s for op in tape.ops), "it says something"

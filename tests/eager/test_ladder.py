@@ -148,7 +148,7 @@ def test_the_refusal_names_op_module_bytes_and_smallest_budget() -> None:
     ):
         assert part in text
     assert raised.value.smallest_bytes == 12 * MIB
-    assert f"smallest budget that works is 12.0 MiB ({12 * MIB} bytes)" in text
+    assert f"smallest budget that works is at least 12.0 MiB ({12 * MIB} bytes)" in text
 
 
 def test_what_fits_or_returns_nothing_new_is_let_in() -> None:

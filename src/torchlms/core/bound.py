@@ -1,15 +1,18 @@
-"""Bound: a step time that no plan of moves can beat."""
+"""Bound: a step time that no plan can beat."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchlms.core.curve import baseline_curve, wraps
+from torchlms.core.drops import droppable, replay_s
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchlms.core.curve import Seconds
     from torchlms.core.machine import Machine
     from torchlms.core.packing import Ints
@@ -18,21 +21,25 @@ if TYPE_CHECKING:
 
 # Ops over the budget that are looked at, worst first. Each gives a valid bound; more give a better one.
 LOOKED_AT = 64
+LOOKED_AT_WITH_DROPS = 12
+SPLITS = 24  # of the excess between drops and moves
 
 
-def lower_bound(tape: Tape, machine: Machine, budget: Budget) -> float:
-    """Seconds below which no plan that only moves values (none around the end) can bring a step.
+def lower_bound(tape: Tape, machine: Machine, budget: Budget, *, recompute: bool = False) -> float:
+    """Seconds below which no plan that only moves values (none around the end) can bring a step; with
+    ``recompute``, none that moves and drops them.
 
     During an op whose excess over the budget is x, at least x bytes are away. Of these, all but what
     began its idle stretch before moment s were copied out after s; all but what is needed only after
     moment s are copied back before s, and not before the op has ended. Copies are taken at the best
-    rate the link (without a link, the disk) shows at any size. Not counted: contention, the order of
-    copies, the host budget.
+    rate the link (without a link, the disk) shows at any size. Bytes dropped instead cost what the
+    cheapest recipes of values that are idle then take. Not counted: contention, the order of copies, the
+    host budget, what must be present to make values again.
     """
     moments_s = np.concatenate(([0.0], np.cumsum([op.time_s for op in tape.ops])))
     excess = baseline_curve(tape) - budget.device_bytes
     over = np.flatnonzero(excess > 0)
-    worst = over[np.argsort(-excess[over], kind="stable")][:LOOKED_AT]
+    worst = over[np.argsort(-excess[over], kind="stable")][: LOOKED_AT_WITH_DROPS if recompute else LOOKED_AT]
     idle = [
         (stretch.start, stretch.stop, value.size_bytes)
         for value in tape.values
@@ -48,14 +55,54 @@ def lower_bound(tape: Tape, machine: Machine, budget: Budget) -> float:
     bound_s = compute_s
     for op in worst:
         here = (starts <= op) & (stops > op)
-        out_s = _wait_s(
-            starts[here], sizes[here], int(excess[op]), out_rate, moments_s[op] - moments_s[starts[here]]
-        )
-        in_s = _wait_s(
-            -stops[here], sizes[here], int(excess[op]), in_rate, moments_s[stops[here]] - moments_s[op + 1]
-        )
-        bound_s = max(bound_s, compute_s + out_s + in_s)
+        since_s, until_s = moments_s[op] - moments_s[starts[here]], moments_s[stops[here]] - moments_s[op + 1]
+
+        def stall_s(
+            moved_bytes: int, here: Any = here, since_s: Seconds = since_s, until_s: Seconds = until_s
+        ) -> float:
+            """What moving so many bytes past the op costs at the least."""
+            out_s = _wait_s(starts[here], sizes[here], moved_bytes, out_rate, since_s)
+            return out_s + _wait_s(-stops[here], sizes[here], moved_bytes, in_rate, until_s)
+
+        costs = _drop_costs(tape, int(op)) if recompute else []
+        bound_s = max(bound_s, compute_s + _least_s(stall_s, costs, int(excess[op])))
     return bound_s
+
+
+def _drop_costs(tape: Tape, op: int) -> list[tuple[float, int]]:
+    """Seconds a byte and bytes of what may be dropped and is idle during ``op``, cheapest first."""
+    found = [
+        (replay_s(tape, value) / value.size_bytes, value.size_bytes)
+        for value in tape.values
+        if droppable(tape, value) and value.idle[0].start <= op < value.idle[0].stop
+    ]
+    return sorted(found)
+
+
+def _least_s(stall_s: Callable[[int], float], costs: list[tuple[float, int]], excess_bytes: int) -> float:
+    """The least over all ways to split the excess between drops and moves.
+
+    Drops get dearer with every byte and moves cheaper with every byte less, so that on each of some
+    intervals the one's least and the other's least are a bound.
+    """
+    most = min(excess_bytes, sum(size for _, size in costs))
+    if not most:
+        return stall_s(excess_bytes)
+    edges = [most * part // SPLITS for part in range(SPLITS + 1)]
+    pairs = zip(edges, [*edges[1:], most], strict=True)
+    return min(_dropping_s(costs, low) + stall_s(excess_bytes - high) for low, high in pairs)
+
+
+def _dropping_s(costs: list[tuple[float, int]], dropped_bytes: int) -> float:
+    """Seconds for dropping so many bytes, parts of values allowed."""
+    total_s, left = 0.0, dropped_bytes
+    for rate, size in costs:
+        taken = min(left, size)
+        total_s += rate * taken
+        left -= taken
+        if not left:
+            break
+    return total_s
 
 
 def _wait_s(keys: Ints, sizes: Ints, excess_bytes: int, rate: float, window_s: Seconds) -> float:

@@ -39,7 +39,7 @@ from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where, find
 from torchlms.eager.tensors import is_plain, tensors_in
-from torchlms.eager.timer import OpTimer
+from torchlms.eager.timer import Lap, OpTimer
 from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
 from torchlms.eager.verifier import Verifier
 from torchlms.errors import HostBudgetTooSmall, LMSError, SpillError, StepTorn
@@ -114,6 +114,7 @@ class Engine(SlotOwner):
         self.starved_aside = False  # left alone, it did not fit: not again
         self._ordinal = 0
         self._clock = 0
+        self._lap: Lap | None = None
         self._met: tuple[tuple[int, ...], ...] = ()
         self._plainly = False  # ops only need an eye on running out of memory
         self._careful = Careful(self.rooms)
@@ -412,6 +413,8 @@ class Engine(SlotOwner):
         self._backward_seen = True
         if self.provenance is not None:
             self.provenance.release()
+        if self._lap is not None and private.in_backward():
+            private.at_end_of_backward(self._lap.end)
         if self.empty_before_backward:
             self.ladder.reclaim(EVERYTHING_BYTES)
 
@@ -488,6 +491,7 @@ class Engine(SlotOwner):
             program = routine.program
             if len(routine.timings) < TIMINGS:
                 self.timer = OpTimer(self.device)
+        self._lap = Lap(self.device) if self.recompute and program is not None else None
         self.holes.begin_step(program)
         watching = self.recorder is not None or self.timer is not None or self.holes.learning
         self._plainly = self.device.is_cuda and not watching
@@ -568,7 +572,7 @@ class Engine(SlotOwner):
             if self._backward_seen and not closing:
                 routine.stray()
         elif followed is not None:
-            routine.followed()
+            routine.followed(self._lap)
             if self._proving:
                 self.restart_measuring()
                 self._proving = False

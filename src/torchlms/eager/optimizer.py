@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchlms.eager import private
-from torchlms.errors import StepTorn
+from torchlms.errors import NotSupported, StepTorn
 
 
 class OptimizerGuard:
@@ -25,10 +25,20 @@ class OptimizerGuard:
         self.inside = False
 
     def put_on(self, undo: ExitStack) -> None:
-        """Hook into the optimizer; ``undo`` gets the opposite."""
-        if self._optimizer is not None:
-            undo.callback(self._optimizer.register_step_pre_hook(self._begin).remove)
-            undo.callback(self._optimizer.register_step_post_hook(self._end).remove)
+        """Hook into the optimizer; ``undo`` gets the opposite.
+
+        One of another make, which has no hooks, is not followed; NotSupported if its steps were to be undone.
+        """
+        if self._optimizer is None:
+            return
+        inner: Any = getattr(self._optimizer, "optimizer", self._optimizer)  # of a trainer that wraps it
+        try:
+            undo.callback(inner.register_step_pre_hook(self._begin).remove)
+            undo.callback(inner.register_step_post_hook(self._end).remove)
+        except AttributeError:
+            if self._snapshot:
+                kind = type(inner).__name__
+                raise NotSupported(f"snapshot=True: {kind} has no hooks around its steps") from None
 
     def outside(self) -> None:
         """A forward pass: a step that had begun was given up."""

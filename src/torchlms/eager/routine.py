@@ -10,6 +10,7 @@ import torch
 
 from torchlms.core.tape import Tape
 from torchlms.eager.program import Program, Trust
+from torchlms.eager.timer import Lap
 
 TIMINGS = 2  # steps under a first plan in which each op is timed
 FORGIVING_STEPS = 20
@@ -58,6 +59,7 @@ class Routine:
     strayed: int = 0  # micro-steps that did not match the program
     replans: int = 0
     steps: int = 0  # micro-steps that followed the present program
+    lap: Lap | None = None  # of the last of them
 
     def recorded(self, tape: Tape) -> None:
         self.tape = tape
@@ -80,9 +82,10 @@ class Routine:
                 self.signature.shape,
             )
 
-    def followed(self) -> None:
+    def followed(self, lap: Lap | None = None) -> None:
         """A step kept to the program; after enough of them earlier changes are forgotten."""
         self.steps += 1
+        self.lap = lap
         if self.steps == FORGIVING_STEPS:
             self.recordings = 1
 

@@ -16,6 +16,26 @@ if TYPE_CHECKING:
     from torchlms.memory.device import CpuDevice, CudaDevice, Mark
 
 
+class Lap:
+    """From the first saved tensor of a micro-step to the end of its backward pass, on the compute queue."""
+
+    def __init__(self, device: CudaDevice | CpuDevice) -> None:
+        self._device = device
+        self._begin = device.mark()
+        self._end: Mark | None = None
+
+    def end(self) -> None:
+        self._end = self._device.mark()
+
+    @property
+    def seconds(self) -> float | None:
+        """None if backward never ended; waits for the device."""
+        if self._end is None:
+            return None
+        self._device.synchronize()
+        return self._end.since_s(self._begin)
+
+
 class OpTimer:
     """Marks around every op of one micro-step."""
 

@@ -1,0 +1,60 @@
+"""Race: plans for one routine that are tried one after the other; the fastest one stays."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchlms.core.plan import Plan
+
+WARM_LAPS = 2  # under a plan before it is timed
+TIMED_LAPS = 4
+CLOSE = 1.25  # a plan predicted to be slower by more than that is not tried
+FASTER = 0.98  # of the time of the plan before: less is noise
+
+
+@dataclass(slots=True)
+class Contender:
+    """One plan, why it is in the race, and how long its laps took."""
+
+    plan: Plan
+    name: str
+    laps_s: list[float] = field(default_factory=list)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.laps_s[WARM_LAPS:])
+
+    @property
+    def done(self) -> bool:
+        return len(self.laps_s) >= WARM_LAPS + TIMED_LAPS
+
+
+@dataclass(slots=True)
+class Race:
+    """``contenders`` in the order in which they run; the last one is running."""
+
+    contenders: list[Contender]
+    factor: float = 1.0  # on all rates of copying, to explain the times measured
+    calibrations: int = 0
+    over: bool = False
+
+    @property
+    def running(self) -> Contender:
+        return self.contenders[-1]
+
+    def winner(self) -> Contender:
+        """The first contender, unless a later one was faster by more than noise."""
+        best = self.contenders[0]
+        for other in self.contenders[1:]:
+            if other.done and other.median_s < FASTER * best.median_s:
+                best = other
+        return best
+
+    def result(self) -> str:
+        """In one line."""
+        done = [entry for entry in self.contenders if entry.done]
+        times = ", ".join(f"{entry.name} {entry.median_s * 1e3:.1f} ms" for entry in done)
+        return f"raced {len(done)} plans, forward and backward: {times}; {self.winner().name} stays"

@@ -1,0 +1,99 @@
+"""Plans are timed against each other, and the fastest one stays."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sessions import DROPPING, new_session, open_lms, outcome, plain_peak, plain_step, run_plain, slow_disk
+from small_networks import NETWORKS
+
+from torchlms.core.plan import Choice
+from torchlms.memory.disk import SpillFile
+from torchlms.race import TIMED_LAPS, WARM_LAPS, Contender, Race
+
+NETWORK = NETWORKS["mlp"]
+STEPS = 4 + 4 * (WARM_LAPS + TIMED_LAPS)  # recorded, timed, and four plans
+
+
+def contender(name: str, *laps_s: float) -> Contender:
+    return Contender(None, name, [9.0] * WARM_LAPS + list(laps_s))  # type: ignore[arg-type]
+
+
+def test_the_first_stays_unless_another_is_clearly_faster() -> None:
+    first = contender("first", 1.0, 1.1, 1.0, 1.0)
+    near, fast = contender("near", 0.99, 0.99, 0.99, 0.99), contender("fast", 0.5, 0.5, 0.6, 0.5)
+    late = contender("late", 0.1)
+    assert Race([first, near]).winner() is first
+    assert Race([first, near, fast]).winner() is fast
+    assert Race([first, late]).winner() is first, "not done yet"
+    assert not late.done
+    assert fast.done
+    assert "first 1000.0 ms" in Race([first, fast]).result()
+    assert Race([first, fast]).result().endswith("fast stays")
+
+
+def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
+    caplog.set_level(logging.INFO, logger="torchlms")
+    budget_bytes = int(0.6 * plain_peak(NETWORK))
+    session = new_session(NETWORK)
+    with open_lms(session, budget_bytes, spill_dir, rules=DROPPING) as lms:
+        for step in range(STEPS):
+            plain_step(session, step)
+        assert lms.state == "guard"
+        plan, stats = lms.plan, lms.stats()
+    assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
+    assert stats["peak_device_bytes"] <= stats["budget_bytes"]
+    return plan, [record.getMessage() for record in caplog.records if "raced" in record.getMessage()]
+
+
+def test_a_disk_that_is_faster_than_was_thought(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Thought to be a thousand times too slow: plans are made for a faster one, and tried."""
+    slow_disk(monkeypatch)
+    _, said = raced(spill_dir, caplog)
+    assert len(said) == 1
+    assert "copies taken to be 2.00 times as fast" in said[0]
+
+
+def test_moving_alone_wins_where_making_again_is_slow(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that is a little too dear by what was measured, and ops that take far longer when run again."""
+    slow_disk(monkeypatch)
+    from torchlms.eager.engine import Engine
+
+    right = Engine._run_again
+
+    def slowly(self: Engine, *args: Any) -> Any:
+        time.sleep(0.02)
+        return right(self, *args)
+
+    monkeypatch.setattr(Engine, "_run_again", slowly)
+    monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
+    plan, said = raced(spill_dir, caplog)
+    assert len(said) == 1
+    assert said[0].endswith("moving alone stays")
+    assert not any(move.choice is Choice.RECOMPUTE for move in plan.moves)
+
+
+def test_making_again_wins_where_the_disk_is_slow(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow_disk(monkeypatch)
+    right = SpillFile.read
+
+    def slowly(self: SpillFile, *args: Any) -> Any:
+        time.sleep(0.02)
+        return right(self, *args)
+
+    monkeypatch.setattr(SpillFile, "read", slowly)
+    monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
+    plan, said = raced(spill_dir, caplog)
+    assert len(said) == 1
+    assert not said[0].endswith("moving alone stays")
+    assert any(move.choice is Choice.RECOMPUTE for move in plan.moves)
