@@ -486,3 +486,17 @@ def test_a_rule_that_matches_nothing_is_said(spill_dir: Path, caplog: pytest.Log
     said = [record.getMessage() for record in caplog.records]
     assert sum("keep_modules 'no.such.layer'" in line for line in said) == 1
     assert not any("aten.relu" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("rules", "recompute", "asked"),
+    [
+        (None, True, True),
+        (None, None, False),
+        ({"recompute": True}, None, True),
+        ({"recompute": True}, False, False),
+    ],
+)
+def test_recompute_by_name_or_by_rule(rules: Any, recompute: bool | None, asked: bool) -> None:
+    lms = torchlms.LMS(device="cpu", rules=rules, recompute=recompute)
+    assert lms._options.rules.recompute is asked

@@ -62,6 +62,7 @@ class LMS:
     ``host_budget``, ``disk_budget``: bytes for values off the device; None for nine tenths of what
     is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
     after one recorded step instead of planning. ``rules``: a Rules or a dict of its fields.
+    ``recompute``: values may also be dropped and made again (None: as the rules say, which is no).
     ``verify``: check in the first steps and in every so many (True: 100) that what comes back has the bits
     that left; such steps are slower. ``snapshot``: copy parameters and optimizer states to host memory
     before each optimizer step, so that one that fails is undone. ``device``: where the loop runs; None for
@@ -82,6 +83,7 @@ class LMS:
         disk_budget: Size = None,
         plan: PlanSource = None,
         rules: Rules | dict[str, Any] | None = None,
+        recompute: bool | None = None,
         verify: bool | int = False,
         snapshot: bool = False,
         device: torch.device | str | None = None,
@@ -96,6 +98,7 @@ class LMS:
             disk_dir=disk_dir,
             plan=plan,
             rules=rules,
+            recompute=recompute,
             verify=verify,
             snapshot=snapshot,
         )

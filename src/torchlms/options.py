@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Options:
         disk_dir: str | os.PathLike[str] | None,
         plan: PlanSource,
         rules: Rules | dict[str, Any] | None,
+        recompute: bool | None,
         verify: bool | int,
         snapshot: bool,
     ) -> Options:
@@ -80,7 +81,7 @@ class Options:
             disk_budget=disk_budget,
             disk_dir=Path(disk_dir) if disk_dir is not None else default_directory(),
             plan=_read_plan(plan),
-            rules=rules if isinstance(rules, Rules) else Rules.read(rules or {}),
+            rules=_read_rules(rules, recompute),
             verify_every=_read_verify(verify),
         )
 
@@ -116,6 +117,11 @@ def _check_directory(path: Path) -> None:
         raise BadOption(f"disk_dir={str(path)!r}: {there} is not a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadOption(f"disk_dir={str(path)!r}: no permission to write in {there}")
+
+
+def _read_rules(rules: Rules | dict[str, Any] | None, recompute: bool | None) -> Rules:
+    read = rules if isinstance(rules, Rules) else Rules.read(rules or {})
+    return read if recompute is None else replace(read, recompute=recompute)
 
 
 def _read_verify(verify: bool | int) -> int:

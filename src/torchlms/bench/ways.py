@@ -54,7 +54,7 @@ def open_lms(workload: Workload, options: BenchOptions) -> contextlib.AbstractCo
             disk_dir=options.disk_dir,
             disk_budget=options.disk_budget,
             plan=options.plan,
-            rules={"recompute": True} if options.recompute else None,
+            recompute=options.recompute,
         ),
     )
 
