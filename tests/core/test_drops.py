@@ -23,9 +23,10 @@ from torchlms.core.drops import (
     short_chains,
     with_drops,
 )
-from torchlms.core.plan import Budget, Choice
+from torchlms.core.plan import Budget, Choice, Decision
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.core.validate import Reason, validate
 from torchlms.errors import BudgetTooSmall
 
 LOTS = 1 << 50
@@ -190,6 +191,7 @@ def test_never_predicted_slower_than_moving_alone(share: float, link: float) -> 
     both = joint.plan(tape, machine, budget, RULES)
     assert both.predicted.step_s <= moves.predicted.step_s
     assert both.predicted.peak_device_bytes <= budget.device_bytes
+    assert validate(tape, both, machine) == []
     if link == 5e9:  # where moving is dear, dropping pays
         assert any(decision.choice is Choice.RECOMPUTE for decision in both.moves)
         assert both.predicted.step_s < 0.9 * moves.predicted.step_s
@@ -269,3 +271,40 @@ def test_no_plan_beats_the_bound(share: float, link: float, linked: bool) -> Non
     assert bound_s <= best * (1 + 1e-9)
     if share < 0.5 and link < 3e9:
         assert bound_s > 1.05 * sum(op.time_s for op in tape.ops), "it says something"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("unsaved", [False, True])
+def test_plans_with_chains_and_kept_sources_are_legal(share: float, unsaved: bool) -> None:
+    tape, machine = chained(blocks(10)), gpu(link=3e9)
+    if unsaved:
+        values = tuple(
+            replace(value, saved=-1, idle=(), movable=False, death=value.id + 2)
+            if value.op == "dear"
+            else value
+            for value in tape.values
+        )
+        tape = replace(tape, values=values)
+    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
+    budget = Budget(least + int(share * (most - least)), LOTS, 0)
+    made = joint.plan(tape, machine, budget, RULES)
+    assert validate(tape, made, machine) == []
+    for index, decision in enumerate(made.decisions):  # and what is not legal is seen
+        if decision.choice is Choice.RECOMPUTE:
+            late = replace(decision, reload_op=decision.reload_op + len(tape.ops))
+            changed = (*made.decisions[:index], late, *made.decisions[index + 1 :])
+            assert validate(tape, replace(made, decisions=changed), machine)
+
+
+def test_a_source_that_is_away_is_seen() -> None:
+    tape, machine = chained(blocks(4)), gpu(link=3e9)
+    first, second, *_ = candidates(tape)
+    away = [
+        Decision(value.id, 0, Choice.RECOMPUTE, release_op=value.idle[0].start, reload_op=value.idle[0].stop)
+        for value in (first, second)
+    ]
+    made = joint.plan(tape, machine, Budget(LOTS, LOTS, 0), RULES)
+    found = validate(tape, replace(made, decisions=tuple(away)), machine)
+    assert [fault.reason for fault in found] == [Reason.SOURCE_AWAY]
+    back = replace(away[0], reload_op=away[1].reload_op)
+    assert validate(tape, replace(made, decisions=(back, away[1])), machine) == []

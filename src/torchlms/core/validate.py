@@ -35,7 +35,8 @@ class Reason(str, Enum):
     UNKNOWN_STRETCH = "no such idle stretch"
     DECIDED_TWICE = "two decisions for one stretch"
     NOT_MOVABLE = "the value cannot be moved"
-    NO_RECOMPUTE = "this version does not recompute"
+    NO_RECIPE = "the value cannot be made again"
+    SOURCE_AWAY = "made again while what it is made from is away"
     NO_LINK = "no host memory apart from the device"
     RELEASE_EARLY = "released before the stretch begins"
     RELEASE_LATE = "released at or after its reload"
@@ -80,6 +81,7 @@ def validate(tape: Tape, plan: Plan, machine: Machine | None = None) -> list[Fau
             faults.append(Fault(*found, index))
         elif decision.choice is not Choice.KEEP:
             sound.append((index, decision))
+    faults += _sources(tape, sound)
     faults += _places(tape, sound)
     faults += _device(tape, plan, sound)
     faults += _tiers(tape, plan, sound, has_link)
@@ -111,7 +113,9 @@ def _one(tape: Tape, decision: Decision, has_link: bool) -> Found | None:
     if decision.choice is Choice.KEEP:
         return None
     if decision.choice is Choice.RECOMPUTE:
-        return Reason.NO_RECOMPUTE, f"value {value.id}"
+        if not value.recipe:
+            return Reason.NO_RECIPE, f"value {value.id}, made by {value.op or value.kind.value}"
+        return _times(decision, value.idle[decision.stretch], len(tape.ops))
     if not value.movable:
         return Reason.NOT_MOVABLE, f"value {value.id}: {value.why_not or 'not marked movable'}"
     if decision.choice is Choice.HOST and not has_link:
@@ -149,6 +153,23 @@ def _alignment(decision: Decision) -> Found | None:
             f"{decision.choice.value} offset {decision.offset_bytes}, unit {align_bytes}",
         )
     return None
+
+
+def _sources(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
+    """What a value is made from must be on the device, or come back there, before the same op."""
+    away = {decision.value: decision for _, decision in sound}
+    for index, decision in sound:
+        if decision.choice is not Choice.RECOMPUTE:
+            continue
+        for source in tape.values[decision.value].sources:
+            other = away.get(source)
+            if other is not None and other.release_op <= decision.reload_op < other.reload_op:
+                yield Fault(
+                    Reason.SOURCE_AWAY,
+                    f"value {decision.value} before op {decision.reload_op}, its source {source} is back "
+                    f"before op {other.reload_op}",
+                    index,
+                )
 
 
 def _places(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
@@ -216,11 +237,25 @@ def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterat
         else:
             add(decision.release_op, count, -size_bytes)
             add(0, decision.reload_op, -size_bytes)
+    scratch = [op.scratch_bytes for op in tape.ops]
+    kept_until: dict[int, int] = {}
+    for _, decision in sound:
+        value = tape.values[decision.value]
+        if decision.choice is Choice.RECOMPUTE and decision.reload_op < count:
+            between = [other for other in tape.values if other.birth in value.recipe and other.id != value.id]
+            between_bytes = sum(other.size_bytes for other in between)
+            scratch[decision.reload_op] = max(scratch[decision.reload_op], between_bytes)
+            for source in value.sources:
+                kept_until[source] = max(kept_until.get(source, -1), decision.reload_op)
+    for source, last in kept_until.items():
+        value = tape.values[source]
+        if last > value.death:
+            add(value.death + 1, last + 1, value.size_bytes)
     used = tape.resident_bytes
     worst = (plan.budget.device_bytes, -1)
-    for index, op in enumerate(tape.ops):
+    for index in range(count):
         used += changes[index]
-        worst = max(worst, (used + op.scratch_bytes, index), key=lambda pair: pair[0])
+        worst = max(worst, (used + scratch[index], index), key=lambda pair: pair[0])
     if worst[1] >= 0:
         yield Fault(
             Reason.OVER_DEVICE, f"{worst[0]} bytes at op {worst[1]}, budget {plan.budget.device_bytes}"
