@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torchlms.check import check_step
 from torchlms.core.bound import lower_bound
 from torchlms.core.machine import CopyTime, Machine
-from torchlms.core.plan import Plan
+from torchlms.core.plan import Budget, Plan
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.director import Director
@@ -145,11 +146,7 @@ class LMS:
         options = self._options
         device = open_device(options.torch_device)
         machine = measured_machine(device.torch_device, options.disk_dir)
-        if isinstance(device, CudaDevice):
-            tiers = options.tiers(whole_bytes=device.total_bytes, available_bytes=device.available_bytes())
-        else:
-            available_bytes = host_available_bytes()
-            tiers = options.tiers(whole_bytes=available_bytes, available_bytes=available_bytes)
+        tiers = self._tiers(options, device)
         store = Store(
             device,
             host_budget_bytes=tiers.host_bytes,
@@ -197,6 +194,13 @@ class LMS:
             undo.callback(self._model.register_forward_pre_hook(hook, with_kwargs=True).remove)
         self._engine = engine
 
+    @staticmethod
+    def _tiers(options: Options, device: CudaDevice | CpuDevice) -> Budget:
+        if isinstance(device, CudaDevice):
+            return options.tiers(whole_bytes=device.total_bytes, available_bytes=device.available_bytes())
+        available_bytes = host_available_bytes()
+        return options.tiers(whole_bytes=available_bytes, available_bytes=available_bytes)
+
     # -- while it runs -----------------------------------------------------------------------
 
     def _begin_recording(self, step: int) -> None:
@@ -239,6 +243,24 @@ class LMS:
         engine.leave_alone()
         installation.take_off()
         self._aside = True
+
+    def set_budget(self, budget: Size) -> None:
+        """Change the device budget from here on, because another program needs memory or gave some back.
+
+        What must leave leaves at once, and the next steps get new plans; nothing is recorded again. Raises
+        BudgetTooSmall, and changes nothing, if what is in use and cannot leave takes more.
+        """
+        engine, director, installation = self._engine, self._director, self._installation
+        if engine is None or director is None or installation is None or engine.dead:
+            raise NotSupported("set_budget() needs an LMS that is on: call it inside the with block")
+        tiers = self._tiers(replace(self._options, budget=budget, plan=None), engine.device)
+        engine.shrink_to(tiers.device_bytes)
+        director.rebudget(tiers)
+        engine.plan_again()
+        if self._aside:
+            self._aside = False
+            installation.put_on()
+        log.info("the budget is %s from here on", format_bytes(tiers.device_bytes))
 
     # -- checking ----------------------------------------------------------------------------
 

@@ -52,6 +52,12 @@ class Director:
         self._races: dict[Signature, Race] = {}
         self._given_fits = False  # the plan given is that of some routine
 
+    def rebudget(self, budget: Budget) -> None:
+        """Plans from here on are for ``budget``; the one that was given is not."""
+        self.budget = budget
+        self.given = None
+        self._races.clear()
+
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
         if routine.verdict is Verdict.RECORD and routine.tape is not None:

@@ -697,6 +697,20 @@ class Engine(SlotOwner):
         for routine in self.routines.values():
             routine.doubt()
 
+    def shrink_to(self, budget_bytes: int) -> None:
+        """Have another budget, and keep to it from now on. BudgetTooSmall if what cannot leave needs more."""
+        with private.unwatched():
+            over_bytes = self.device.allocated_bytes() - budget_bytes
+            if over_bytes > 0:
+                self.ladder.reclaim(over_bytes)
+        self.device.cap(budget_bytes)
+        self.ladder.budget_bytes = budget_bytes
+
+    def plan_again(self) -> None:
+        """Have every routine planned anew when it comes next, from the tape that it has."""
+        for routine in self.routines.values():
+            routine.reconsider()
+
     def improvises(self) -> bool:
         """Whether the routine met last runs without a plan, for it has none."""
         last = next(reversed(self.routines.values()), None)

@@ -94,6 +94,12 @@ class Routine:
         self.program = None
         self.verdict = Verdict.IMPROVISE
 
+    def reconsider(self) -> None:
+        """Plan anew from the tape that there is, under what has changed."""
+        if self.tape is not None:
+            self.verdict = Verdict.RECORD
+            self.steps = 0
+
     def doubt(self) -> None:
         """What fitted when it was recorded may fit no more: record again."""
         self.tape = self.program = None

@@ -140,12 +140,7 @@ class CudaDevice:
             torch.cuda.empty_cache()
         reserved_bytes = torch.cuda.memory_reserved(self.torch_device)
         if reserved_bytes > budget_bytes:
-            raise BudgetTooSmall(
-                f"{format_bytes(reserved_bytes)} of {self.torch_device} are in use already, more than the "
-                f"budget of {format_bytes(budget_bytes)}: the smallest budget now is "
-                f"{format_bytes(reserved_bytes)} ({reserved_bytes} bytes), or free tensors first",
-                smallest_bytes=reserved_bytes,
-            )
+            raise _in_use_already(self.torch_device, reserved_bytes, budget_bytes)
         if self._fraction_before is None:
             self._fraction_before = float(torch.cuda.get_per_process_memory_fraction(self.torch_device))
         # The allocator compares what is asked for, and then maps whole pages.
@@ -178,7 +173,9 @@ class CpuDevice:
         self.ledger = ledger
 
     def cap(self, budget_bytes: int) -> None:
-        del budget_bytes
+        """Refuse a budget below what the ledger counts already."""
+        if self.ledger.live_bytes > budget_bytes:
+            raise _in_use_already(self.torch_device, self.ledger.live_bytes, budget_bytes)
 
     def uncap(self) -> None:
         pass
@@ -191,6 +188,15 @@ class CpuDevice:
 
     def synchronize(self) -> None:
         pass
+
+
+def _in_use_already(device: torch.device, used_bytes: int, budget_bytes: int) -> BudgetTooSmall:
+    return BudgetTooSmall(
+        f"{format_bytes(used_bytes)} of {device} are in use already, more than the budget of "
+        f"{format_bytes(budget_bytes)}: the smallest budget now is {format_bytes(used_bytes)} "
+        f"({used_bytes} bytes), or free tensors first",
+        smallest_bytes=used_bytes,
+    )
 
 
 def read_device(device: torch.device | str | None) -> torch.device:
