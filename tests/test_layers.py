@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "race": {"core"},
     "director": BASE | DOING | {"memory", "race"},
     "check": BASE | DOING,
-    "statistics": BASE | DOING | {"memory"},
+    "statistics": BASE | DOING | {"memory", "report"},
     "report": BASE | {"memory"},
     "api": BASE | DOING | {"memory", "options", "director", "statistics", "report", "check"},
     "__init__": BASE | {"api"},

@@ -74,9 +74,7 @@ def bench(
     disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Let LMS also drop values and make them again.")
-    ] = False,
+    recompute: opt.Recompute = False,
     no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
     way: Annotated[
         Text,
@@ -227,6 +225,26 @@ def fit(
         json_path=json_path,
     )
     fit_command.fit(question, _write, _write_table)
+
+
+@app.command(epilog="Example: torchlms plan tape.json --budget 16GiB --recompute --save plan.json")
+def plan(
+    tape: Annotated[Path, typer.Argument(help="A recording: lms.tape.save(), or fit --save-tape.")],
+    budget: opt.Budget = None,
+    host_budget: opt.HostBudget = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is meant. Default: a cache.")] = None,
+    disk_budget: Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB.")] = None,
+    machine: Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")] = None,
+    recompute: opt.Recompute = False,
+    save: Annotated[File, typer.Option(help="Write the plan to this file.")] = None,
+) -> None:
+    """Plan a recorded step for a budget, and say the reason for each choice. No device is needed."""
+    from torchlms.bench.options import BenchOptions
+    from torchlms.fit.explain import PlanOrder, make_plan
+    from torchlms.fit.question import Question
+
+    options = BenchOptions(budget=budget, host_budget=host_budget, disk_dir=disk_dir, disk_budget=disk_budget)
+    make_plan(PlanOrder(Question(options=options, tapes=(tape,), machine=machine), recompute, save), _write)
 
 
 @app.command(epilog="Example: torchlms version")

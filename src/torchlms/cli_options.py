@@ -19,6 +19,7 @@ Dtype = Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")]
 Budget = Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")]
 HostBudget = Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")]
+Recompute = Annotated[bool, typer.Option("--recompute", help="Let LMS also drop values and make them again.")]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torchlms.core.plan import Choice
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +28,37 @@ def report_text(
         lines += _choices(stats)
         lines += _moved(tape, plan)
     return "\n".join(lines)
+
+
+def plan_text(tape: Tape, plan: Plan, bound_s: float | None = None) -> str:
+    """What a plan that was not followed yet would do and cost, and the reason for each of its choices."""
+    predicted = plan.predicted
+    stats = {"predicted": {"step_s": predicted.step_s}, "plan": choice_totals(tape, plan)}
+    lines = [
+        f"predicted peak {format_bytes(predicted.peak_device_bytes)} of "
+        f"{format_bytes(plan.budget.device_bytes)} (the smallest budget that works is "
+        f"{format_bytes(plan.smallest_bytes)}), step {predicted.step_s * 1e3:.1f} ms, of which "
+        f"{predicted.stall_s * 1e3:.1f} ms waiting; {format_bytes(predicted.bytes_out)} out and "
+        f"{format_bytes(predicted.bytes_in)} in; planned in {plan.plan_s:.2f} s",
+        *_limit(stats, bound_s),
+        *_choices(stats),
+        *_moved(tape, plan),
+    ]
+    return "\n".join(lines if plan.moves else [*lines, "nothing has to move"])
+
+
+def choice_totals(tape: Tape | None, plan: Plan | None) -> dict[str, dict[str, int]]:
+    """Values and bytes by choice, over the values that could have moved."""
+    totals = {choice.value: {"values": 0, "bytes": 0} for choice in Choice}
+    if tape is None:
+        return totals
+    chosen = {decision.value: decision.choice for decision in plan.moves} if plan is not None else {}
+    for value in tape.values:
+        if value.movable:
+            entry = totals[chosen.get(value.id, Choice.KEEP).value]
+            entry["values"] += 1
+            entry["bytes"] += value.size_bytes
+    return totals
 
 
 def _state_line(stats: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torchlms.core.drops import replay_s
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Tape
+from torchlms.report import choice_totals
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -55,20 +56,6 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "predicted": _predicted(plan),
         "plan_s": plan.plan_s if plan is not None else 0.0,
     }
-
-
-def choice_totals(tape: Tape | None, plan: Plan | None) -> dict[str, dict[str, int]]:
-    """Values and bytes by choice, over the values that could have moved."""
-    totals = {choice.value: {"values": 0, "bytes": 0} for choice in Choice}
-    if tape is None:
-        return totals
-    chosen = {decision.value: decision.choice for decision in plan.moves} if plan is not None else {}
-    for value in tape.values:
-        if value.movable:
-            entry = totals[chosen.get(value.id, Choice.KEEP).value]
-            entry["values"] += 1
-            entry["bytes"] += value.size_bytes
-    return totals
 
 
 def _recompute_s(tape: Tape | None, plan: Plan | None) -> float:

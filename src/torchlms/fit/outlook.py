@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve, floor_curve
 from torchlms.core.plan import Budget, Plan, Prediction
 from torchlms.core.planner import ELBOW, HEADROOM, NO_ELBOW
-from torchlms.core.planner import plan as make_plan
+from torchlms.core.rules import Rules
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
     from torchlms.core.machine import Machine
     from torchlms.core.tape import Tape
+
+
+NO_RULES = Rules()
 
 
 class Verdict(str, Enum):
@@ -87,18 +91,20 @@ def look(tape: Tape, machine: Machine, budget: Budget) -> Outlook:
     return Outlook(verdict, budget, plain_bytes, plain_s, narrow, predicted.predicted)
 
 
-def planned(tape: Tape, machine: Machine, budget: Budget) -> Plan:
+def planned(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) -> Plan:
     """The plan that LMS would begin with: with room for holes where it has some, else without."""
+    make_plan = joint.plan if rules.recompute else planner.plan
     try:
         return make_plan(
             tape,
             machine,
             budget,
+            rules,
             headroom_bytes=headroom_bytes(machine, budget.device_bytes),
             elbow=ELBOW if machine.link else NO_ELBOW,
         )
     except BudgetTooSmall:
-        return make_plan(tape, machine, budget)
+        return make_plan(tape, machine, budget, rules)
 
 
 def headroom_bytes(machine: Machine, device_bytes: int) -> int:

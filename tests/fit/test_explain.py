@@ -1,0 +1,55 @@
+"""``torchlms plan``: plans from files, explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tapes import gpu
+from test_drops import blocks
+from typer.testing import CliRunner
+
+from torchlms.cli import app
+from torchlms.core.plan import Choice, Plan
+from torchlms.core.validate import validate
+from torchlms.errors import BudgetTooSmall
+
+
+def run(folder: Path, *options: str) -> tuple[str, Plan]:
+    tape, machine = blocks(8), gpu(link=5e9)
+    tape.save(folder / "tape.json")
+    machine.save(folder / "machine.json")
+    arguments = ["plan", str(folder / "tape.json"), "--machine", str(folder / "machine.json")]
+    arguments += ["--host-budget", "1TiB", "--save", str(folder / "plan.json"), *options]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    made = Plan.load(folder / "plan.json")
+    assert validate(tape, made, machine) == []
+    return done.output, made
+
+
+def test_what_is_decided_and_why(tmp_path: Path) -> None:
+    said, made = run(tmp_path, "--budget", "2GiB")
+    assert {move.choice for move in made.moves} == {Choice.HOST}
+    assert "of 2.0 GiB (the smallest budget that works is" in said
+    assert "no plan can bring this step below" in said
+    assert said.count(" host ") >= len(made.moves)
+    assert "aten" not in said
+
+
+def test_with_recompute_it_is_faster_and_says_so(tmp_path: Path) -> None:
+    _, moves = run(tmp_path, "--budget", "2GiB")
+    said, both = run(tmp_path, "--budget", "2GiB", "--recompute")
+    assert both.predicted.step_s < moves.predicted.step_s
+    assert "made again by 1 ops" in said
+
+
+def test_nothing_has_to_move(tmp_path: Path) -> None:
+    said, made = run(tmp_path, "--budget", "64GiB")
+    assert made.moves == ()
+    assert "nothing has to move" in said
+
+
+def test_too_small(tmp_path: Path) -> None:
+    with pytest.raises(BudgetTooSmall, match="smallest budget"):
+        run(tmp_path, "--budget", "100MiB")
