@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import explaining_factor, lap_s, scaled
@@ -82,33 +82,38 @@ class Director:
             log.warning("the rule %s matches nothing in this step: perhaps it is misspelt", pattern)
         self._checked_rules = True
         try:
-            plan = self._make_roomy(tape)
+            plan = self._make_roomy(
+                tape, quick=not routine.settled
+            )  # times that are rough are not worth more
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
             log.warning("going on without a plan, slowly: values leave as memory runs out. %s", refusal)
             return
         self._adopt(engine, routine, tape, plan)
 
-    def _make_roomy(self, tape: Tape) -> Plan:
+    def _make_roomy(self, tape: Tape, *, quick: bool) -> Plan:
         """A plan with headroom, or without where there is none to have."""
         try:
-            return self._make(tape, self.headroom)
+            return self._make(tape, self.headroom, quick=quick)
         except BudgetTooSmall:
-            return self._make(tape, 0.0)
+            return self._make(tape, 0.0, quick=quick)
 
     def _make(
-        self, tape: Tape, headroom: float, *, machine: Machine | None = None, drops: bool = True
+        self,
+        tape: Tape,
+        headroom: float,
+        *,
+        machine: Machine | None = None,
+        drops: bool = True,
+        quick: bool = False,
     ) -> Plan:
+        machine = machine if machine is not None else self.machine
         headroom_bytes = int(headroom * self.budget.device_bytes)
-        make_plan = joint.plan if self.rules.recompute and drops else planner.plan
-        return make_plan(
-            tape,
-            machine if machine is not None else self.machine,
-            self.budget,
-            self.rules,
-            headroom_bytes=headroom_bytes,
-            elbow=planner.ELBOW if self.machine.link else planner.NO_ELBOW,
-        )
+        elbow = planner.ELBOW if machine.link else planner.NO_ELBOW
+        room: dict[str, Any] = {"headroom_bytes": headroom_bytes, "elbow": elbow}
+        if self.rules.recompute and drops:
+            return joint.plan(tape, machine, self.budget, self.rules, quick=quick, **room)
+        return planner.plan(tape, machine, self.budget, self.rules, **room)
 
     def _settle(self, engine: Engine, routine: Routine) -> None:
         """Plan once more with the times that ops take when nobody watches them."""

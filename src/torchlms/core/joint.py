@@ -40,7 +40,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 2  # then the interval around the best is halved as often
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
 TRIED_OPS = 60_000  # then groups are taken in or left out: tapes of that many ops are planned in all
-MOST_FLIPS = 30
+MOST_FLIPS = 24
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
@@ -52,8 +52,9 @@ def plan(
     *,
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
+    quick: bool = False,
 ) -> Plan:
-    """The plan with the shortest predicted step over all that were tried.
+    """The plan with the shortest predicted step over all that were tried; ``quick`` tries fewer.
 
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
@@ -76,7 +77,8 @@ def plan(
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
         _try_shares(trials, feasible(tape, ranked, limit_bytes))
-        _flip_groups(trials, ranked, min(MOST_FLIPS, TRIED_OPS // len(tape.ops) - trials.count))
+        if not quick:
+            _flip_groups(trials, ranked, min(MOST_FLIPS, TRIED_OPS // len(tape.ops) - trials.count))
         trials.of(trials.best, 1.0)
     drops, moves = trials.winner()
     return replace(
