@@ -180,6 +180,9 @@ FAMILIES = (
                 **_MAMBA2, "layer_types": ["linear_attention", "full_attention"],
                 "shared_intermediate_size": 24,
             },
+            "falcon_h1": {
+                **_MAMBA2, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+            },
             "bamba": {**_MAMBA2, "mamba_n_groups": 1, "attn_layer_indices": [1]},
             "jamba": {
                 "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,

@@ -11,7 +11,7 @@ from borrowed.case import Case
 from borrowed.force import Force, ledger_watch
 from borrowed.passes import Run, run
 
-_BUDGET_TRIES = 10
+_BUDGET_TRIES = 12
 _FIRST_SHARE = 0.6  # of the plain peak
 _NEXT_SHARE = 1.05  # of the budget before, at least
 _MORE_RUNS = 4  # where LMS differs, before anybody is blamed
