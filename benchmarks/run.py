@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from borrowed import result as suites
 from result_file import Code, load, load_all, load_current, merged, save, why_stale
 from rows import ROWS, Row, find, tiny
 from tables import targets_lines, text_table, write_tables
@@ -263,6 +264,9 @@ def _list_rows() -> None:
 
 def _list_stale(folder: Path) -> int:
     stale = {name: why for name, result in load_all(folder).items() if (why := why_stale(name, result))}
+    for name, made in suites.load(folder / suites.FILE.name).items():
+        if why := suites.why_stale(made):
+            stale[f"suites, {name}"] = why
     for name, why in stale.items():
         print(f"{name}: {why}")
     return 1 if stale else 0

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from borrowed import result as suites
 from result_file import FOLDER, load_all
 
 from torchlms.bench.table import plain_table
@@ -38,7 +39,11 @@ def tables(folder: Path = FOLDER, root: Path = ROOT) -> dict[Path, dict[str, str
     results = load_all(folder)
     return {
         root / "README.md": {"figures": short_table(results)},
-        root / "benchmarks" / "README.md": {"figures": long_tables(results), "hardware": hardware(results)},
+        root / "benchmarks" / "README.md": {
+            "figures": long_tables(results),
+            "hardware": hardware(results),
+            "suites": suites.markdown(suites.load(folder / suites.FILE.name)),
+        },
     }
 
 

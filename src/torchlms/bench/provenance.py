@@ -89,6 +89,8 @@ def stale_results(folder: Path) -> list[Path]:
             fresh = result.get("code") == here
         elif schema.startswith("torchlms.result/"):
             fresh = all(run.get("code") == (here if run.get("lms") else rivals) for run in result["entries"])
+        elif schema.startswith("torchlms.suites/"):
+            fresh = all(suite.get("code") == here for suite in result["suites"].values())
         else:
             continue
         if not fresh:
