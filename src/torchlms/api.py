@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -90,17 +92,19 @@ class LMS:
         )
         self._model = model
         self._kinds = StorageKinds(model, optimizer)
+        self._labels = ModuleLabels(model)
         self._undo = ExitStack()
         self._engine: Engine | None = None
         self._director: Director | None = None
         self._installation: Installation | None = None
-        self._largest_input_bytes = 0
+        self._largest_input_bytes: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
         self._aside = False
 
     # -- entering and leaving ----------------------------------------------------------------
 
     def __enter__(self) -> LMS:
-        if getattr(_current, "lms", None) is not None:
+        other = current()
+        if other is not None and not other._give_way():
             raise NotSupported(
                 "LMS is on already in this thread: leave the other LMS, or call disable(), first"
             )
@@ -148,7 +152,7 @@ class LMS:
             budget=tiers,
             rules=options.rules,
             given=options.plan,
-            model=type(self._model).__name__ if self._model is not None else "",
+            model=self._model_name(),
         )
         engine = Engine(
             device,
@@ -158,7 +162,7 @@ class LMS:
             late_kinds=self._kinds.passing,
             prepare=self._director.prepare,
             begin_recording=self._begin_recording,
-            module_here=ModuleLabels(self._model).here,
+            module_here=self._labels.here,
             recompute=options.rules.recompute,
         )
         # After the cap is lifted: values that come home may need more than the budget.
@@ -174,9 +178,19 @@ class LMS:
         self._installation.put_on()
         undo.callback(self._installation.take_off)
         if self._model is not None and isinstance(device, CudaDevice):  # a CPU is never left alone
-            hook = _ForwardHook(self._before_forward)
-            undo.callback(self._model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            self._listen(self._model, undo)
         self._engine = engine
+
+    def _listen(self, model: torch.nn.Module, undo: ExitStack) -> None:
+        hook = _ForwardHook(self._before_forward)
+        undo.callback(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _model_name(self) -> str:
+        return type(self._model).__name__ if self._model is not None else ""
+
+    def _give_way(self) -> bool:
+        """Whether this LMS closed itself in favour of one that the program opens."""
+        return False
 
     # -- while it runs -----------------------------------------------------------------------
 
@@ -191,13 +205,13 @@ class LMS:
 
     def _before_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """The one hook on the model: a place between ops from which to step aside, or to come back."""
-        del module
         engine, installation = self._engine, self._installation
         if engine is None or installation is None or not engine.device.is_cuda:
             return
         input_bytes = _bytes_in(args, kwargs)
+        largest_bytes = self._largest_input_bytes.get(module, 0)
         if not installation.on:
-            grew = input_bytes > _GREW * self._largest_input_bytes
+            grew = input_bytes > _GREW * largest_bytes
             if grew or engine.failed_alone() or engine.outgrown():
                 log.info(
                     "%s: LMS is back", "larger inputs than before" if grew else "memory has become tight"
@@ -207,7 +221,7 @@ class LMS:
                     engine.doubt()
                 installation.put_on()
         elif torch.is_grad_enabled():
-            self._largest_input_bytes = max(self._largest_input_bytes, input_bytes)
+            self._largest_input_bytes[module] = max(largest_bytes, input_bytes)
             engine.settle()
             # Inputs whose size cannot be seen could grow unnoticed.
             if input_bytes and self._may_step_aside(engine) and installation.on_top():
@@ -269,8 +283,9 @@ class _ForwardHook:
         if self._tell is not None:
             self._tell(module, args, kwargs)
 
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
-        return _ForwardHook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As something of the standard library that does nothing: files are read without this package."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def enable(
@@ -286,9 +301,15 @@ def enable(
 
 def disable() -> None:
     """Undo ``enable``; does nothing if LMS is off in this thread."""
-    lms: LMS | None = getattr(_current, "lms", None)
+    lms = current()
     if lms is not None:
         lms.__exit__(None, None, None)
+
+
+def current() -> LMS | None:
+    """The LMS that is on in this thread."""
+    lms: LMS | None = getattr(_current, "lms", None)
+    return lms
 
 
 def measured_machine(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchlms.core.machine import Machine
+    from torchlms.runner.request import Request
 
 app = typer.Typer(
     name="torchlms",
@@ -31,6 +32,7 @@ Text = str | None
 File = Path | None
 Files = list[Path] | None
 Numbers = list[int] | None
+Words = list[str]
 
 
 @dataclasses.dataclass
@@ -38,6 +40,7 @@ class _Session:
     """What the options before the verb said."""
 
     debug: bool = False
+    script: Request | None = None
 
 
 _session = _Session()
@@ -46,6 +49,12 @@ _session = _Session()
 def debugging() -> bool:
     """Whether errors are shown with their traceback."""
     return _session.debug
+
+
+def script_to_run() -> Request | None:
+    """What ``torchlms run`` was asked for, handed over once."""
+    script, _session.script = _session.script, None
+    return script
 
 
 @app.callback()
@@ -238,6 +247,42 @@ def fit(
         json_path=json_path,
     )
     fit_command.fit(question, _write, _write_table)
+
+
+@app.command(
+    epilog="Example: torchlms run --budget 16GiB --report train.py --epochs 10",
+    context_settings={"allow_interspersed_args": False},
+)
+def run(
+    script: Annotated[Words, typer.Argument(help="A script, or a module after -m, and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    budget: Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")] = None,
+    host_budget: Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")] = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")] = None,
+    disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
+    plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Let LMS also drop values and make them again.")
+    ] = False,
+    device: Annotated[Text, typer.Option(help="cuda, cuda:1 or cpu. Default: the model's own.")] = None,
+    save_plan: Annotated[File, typer.Option(help="Write the plan to this file at the end.")] = None,
+    save_tape: Annotated[File, typer.Option(help="Write the recorded step to this file at the end.")] = None,
+    json_path: Annotated[File, typer.Option("--json", help="Write figures to this file at the end.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+) -> None:
+    """Run an unmodified training script within a budget; all that follows its name is the script's own."""
+    asked = dict(locals())  # names of parameters are names of options
+    from torchlms.runner.request import Request
+
+    names = {field.name for field in dataclasses.fields(Request)} & asked.keys()
+    _session.script = Request(
+        target=script[0],
+        arguments=tuple(script[1:]),
+        as_module=module,
+        whole_tracebacks=debugging(),
+        **{name: asked[name] for name in names},
+    )
 
 
 @app.command(epilog="Example: torchlms version")
