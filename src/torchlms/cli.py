@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchlms.core.machine import Machine
+    from torchlms.doctor.finding import State
     from torchlms.runner.request import Request
 
 app = typer.Typer(
@@ -285,6 +286,20 @@ def run(
     )
 
 
+@app.command(epilog="Example: torchlms doctor --disk-dir /scratch")
+def doctor(
+    disk_dir: Annotated[File, typer.Option(help="Folder for spill files. Default: a cache.")] = None,
+    json_path: Annotated[
+        File, typer.Option("--json", help="Write the findings to this file; - prints them.")
+    ] = None,
+) -> None:
+    """Is this machine in order? Versions, device, link, memory, disk; exit status 1 if something is not."""
+    from torchlms.doctor import command as doctor_command
+
+    if not doctor_command.doctor(disk_dir, json_path, _write_finding):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: torchlms version")
 def version() -> None:
     """Print the versions of torchlms, Python and torch."""
@@ -349,6 +364,12 @@ def _machine_rows(machine: Machine) -> list[list[str]]:
 def _write(line: str) -> None:
     typer.echo(line)
     sys.stdout.flush()  # a pipe should see each step as it ends
+
+
+def _write_finding(line: str, state: State | None) -> None:
+    colour = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "attention": typer.colors.RED}
+    word, gap, rest = line.partition("  ") if state is not None else ("", "", line)
+    _write(typer.style(word, fg=colour[state.value]) + gap + rest if state is not None else rest)
 
 
 def _write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
