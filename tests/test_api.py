@@ -454,6 +454,7 @@ def test_a_copy_of_a_watched_model_tells_nobody() -> None:
         assert told == []
     model(torch.ones(1, 32))
     assert len(told) == 1
+    assert b"torchlms" not in pickle.dumps(model), "a file with the model is read without this package"
 
 
 MEASURE = torchlms.api.measured_machine

@@ -20,6 +20,7 @@ import torch
 modules, threads = set(sys.modules), threading.active_count()
 start = time.perf_counter()
 import torchlms
+torchlms.LMS  # comes with all that is needed to use it
 seconds = time.perf_counter() - start
 print(json.dumps({
     "seconds": seconds,
@@ -55,3 +56,20 @@ def test_costs_little_above_torch() -> None:
     while len(times) < 6 and (len(times) < 3 or min(times) > LIMIT_S):
         times.append(import_in_child()["seconds"])
     assert min(times) <= LIMIT_S, times
+
+
+def test_torch_is_left_for_later() -> None:
+    """What only asks for the version, an error or the command line does not wait for torch."""
+    child = "import sys, torchlms.cli; torchlms.LMSError; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["LMS", "Rules", "api", "disable", "enable", "nonsense"])
+def test_each_name_can_be_the_first_asked_for(name: str) -> None:
+    child = f"import torchlms; print(torchlms.{name}.__name__); from torchlms import *; print(LMS)"
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=120)
+    if name == "nonsense":
+        assert "module 'torchlms' has no attribute 'nonsense'" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from torchlms.api import LMS, disable, enable
-from torchlms.core.rules import Rules
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from torchlms.errors import (
     BadOption,
     BudgetTooSmall,
@@ -20,6 +21,10 @@ from torchlms.errors import (
     StepTorn,
     VerifyFailed,
 )
+
+if TYPE_CHECKING:
+    from torchlms.api import LMS, disable, enable
+    from torchlms.core.rules import Rules
 
 __version__ = "0.1.0"
 
@@ -40,3 +45,16 @@ __all__ = [
     "disable",
     "enable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, when first asked for: a script that we run imports torch in its own time."""
+    if name not in ("LMS", "Rules", "api", "disable", "enable"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = import_module("torchlms.core.rules" if name == "Rules" else "torchlms.api")
+    found = place if name == "api" else getattr(place, name)
+    return globals().setdefault(name, found)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

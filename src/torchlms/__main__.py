@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from torchlms import cli
 
+    show = sys.excepthook
     try:
         cli.app(args=argv, prog_name="torchlms")
     except LMSError as error:
@@ -25,8 +26,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"torchlms: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # how typer ends, help and usage errors included
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    else:
+        code = 0
+    script = cli.script_to_run()
+    if code or script is None:
+        return code
+    from torchlms.runner.command import run
+
+    # Typer has let go by now: between the script and the interpreter there is nobody who catches anything.
+    sys.excepthook = show
+    return run(script)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -106,18 +108,19 @@ class LMS:
         self._model = model
         self._kinds = StorageKinds(model, optimizer)
         self._guard = OptimizerGuard(optimizer, snapshot=snapshot)
+        self._labels = ModuleLabels(model)
         self._undo = ExitStack()
         self._engine: Engine | None = None
         self._director: Director | None = None
         self._installation: Installation | None = None
-        self._largest_input_bytes = 0
+        self._largest_input_bytes: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
         self._aside = False
 
     # -- entering and leaving ----------------------------------------------------------------
 
     def __enter__(self) -> LMS:
-        other: LMS | None = getattr(_current, "lms", None)
-        if other is not None and not (other._engine is not None and other._engine.dead):
+        other = current()
+        if other is not None and not other._over() and not other._give_way():
             raise NotSupported(
                 "LMS is on already in this thread: leave the other LMS, or call disable(), first"
             )
@@ -162,7 +165,7 @@ class LMS:
             budget=tiers,
             rules=options.rules,
             given=options.plan,
-            model=type(self._model).__name__ if self._model is not None else "",
+            model=self._model_name(),
         )
         engine = Engine(
             device,
@@ -172,7 +175,7 @@ class LMS:
             late_kinds=self._kinds.passing,
             prepare=self._director.prepare,
             begin_recording=self._begin_recording,
-            module_here=ModuleLabels(self._model).here,
+            module_here=self._labels.here,
             recompute=options.rules.recompute,
             guard=self._guard,
             verifier=Verifier(options.verify_every) if options.verify_every else None,
@@ -190,8 +193,7 @@ class LMS:
         self._installation.put_on()
         undo.callback(self._installation.take_off)
         if self._model is not None and isinstance(device, CudaDevice):  # a CPU is never left alone
-            hook = _ForwardHook(self._before_forward)
-            undo.callback(self._model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            self._listen(self._model, undo)
         self._engine = engine
 
     @staticmethod
@@ -200,6 +202,21 @@ class LMS:
             return options.tiers(whole_bytes=device.total_bytes, available_bytes=device.available_bytes())
         available_bytes = host_available_bytes()
         return options.tiers(whole_bytes=available_bytes, available_bytes=available_bytes)
+
+    def _listen(self, model: torch.nn.Module, undo: ExitStack) -> None:
+        hook = _ForwardHook(self._before_forward)
+        undo.callback(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _model_name(self) -> str:
+        return type(self._model).__name__ if self._model is not None else ""
+
+    def _give_way(self) -> bool:
+        """Whether this LMS closed itself in favour of one that the program opens."""
+        return False
+
+    def _over(self) -> bool:
+        """Whether this LMS has ended, perhaps in another thread than the one it was opened in."""
+        return self._engine is not None and self._engine.dead
 
     # -- while it runs -----------------------------------------------------------------------
 
@@ -214,13 +231,13 @@ class LMS:
 
     def _before_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """The one hook on the model: a place between ops from which to step aside, or to come back."""
-        del module
         engine, installation = self._engine, self._installation
         if engine is None or installation is None or not engine.device.is_cuda:
             return
         input_bytes = _bytes_in(args, kwargs)
+        largest_bytes = self._largest_input_bytes.get(module, 0)
         if not installation.on:
-            grew = input_bytes > _GREW * self._largest_input_bytes
+            grew = input_bytes > _GREW * largest_bytes
             if grew or engine.failed_alone() or engine.outgrown():
                 log.info(
                     "%s: LMS is back", "larger inputs than before" if grew else "memory has become tight"
@@ -230,7 +247,7 @@ class LMS:
                     engine.doubt()
                 installation.put_on()
         elif torch.is_grad_enabled():
-            self._largest_input_bytes = max(self._largest_input_bytes, input_bytes)
+            self._largest_input_bytes[module] = max(largest_bytes, input_bytes)
             engine.settle()
             # Inputs whose size cannot be seen could grow unnoticed.
             if input_bytes and self._may_step_aside(engine) and installation.on_top():
@@ -333,8 +350,9 @@ class _ForwardHook:
         if self._tell is not None:
             self._tell(module, args, kwargs)
 
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
-        return _ForwardHook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As something of the standard library that does nothing: files are read without this package."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def enable(
@@ -350,9 +368,15 @@ def enable(
 
 def disable() -> None:
     """Undo ``enable``; does nothing if LMS is off in this thread."""
-    lms: LMS | None = getattr(_current, "lms", None)
+    lms = current()
     if lms is not None:
         lms.__exit__(None, None, None)
+
+
+def current() -> LMS | None:
+    """The LMS that is on in this thread."""
+    lms: LMS | None = getattr(_current, "lms", None)
+    return lms
 
 
 def measured_machine(

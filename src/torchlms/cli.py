@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchlms.core.machine import Machine
+    from torchlms.doctor.finding import State
+    from torchlms.runner.request import Request
 
 app = typer.Typer(
     name="torchlms",
@@ -30,6 +32,7 @@ app = typer.Typer(
 # typer reads annotations while it runs, so these must exist then.
 Text = opt.Text
 File = opt.File
+Words = opt.Words
 
 
 @dataclasses.dataclass
@@ -37,6 +40,7 @@ class _Session:
     """What the options before the verb said."""
 
     debug: bool = False
+    script: Request | None = None
 
 
 _session = _Session()
@@ -45,6 +49,12 @@ _session = _Session()
 def debugging() -> bool:
     """Whether errors are shown with their traceback."""
     return _session.debug
+
+
+def script_to_run() -> Request | None:
+    """What ``torchlms run`` was asked for, handed over once."""
+    script, _session.script = _session.script, None
+    return script
 
 
 @app.callback()
@@ -247,6 +257,54 @@ def plan(
     make_plan(PlanOrder(Question(options=options, tapes=(tape,), machine=machine), recompute, save), _write)
 
 
+@app.command(
+    epilog="Example: torchlms run --budget 16GiB --report train.py --epochs 10",
+    context_settings={"allow_interspersed_args": False},
+)
+def run(
+    script: Annotated[Words, typer.Argument(help="A script, or a module after -m, and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    budget: opt.Budget = None,
+    host_budget: opt.HostBudget = None,
+    disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")] = None,
+    disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
+    plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
+    recompute: opt.Recompute = False,
+    device: Annotated[Text, typer.Option(help="cuda, cuda:1 or cpu. Default: the model's own.")] = None,
+    save_plan: Annotated[File, typer.Option(help="Write the plan to this file at the end.")] = None,
+    save_tape: Annotated[File, typer.Option(help="Write the recorded step to this file at the end.")] = None,
+    json_path: Annotated[File, typer.Option("--json", help="Write figures to this file at the end.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+) -> None:
+    """Run an unmodified training script within a budget; all that follows its name is the script's own."""
+    asked = dict(locals())  # names of parameters are names of options
+    from torchlms.runner.request import Request
+
+    names = {field.name for field in dataclasses.fields(Request)} & asked.keys()
+    _session.script = Request(
+        target=script[0],
+        arguments=tuple(script[1:]),
+        as_module=module,
+        whole_tracebacks=debugging(),
+        **{name: asked[name] for name in names},
+    )
+
+
+@app.command(epilog="Example: torchlms doctor --disk-dir /scratch")
+def doctor(
+    disk_dir: Annotated[File, typer.Option(help="Folder for spill files. Default: a cache.")] = None,
+    json_path: Annotated[
+        File, typer.Option("--json", help="Write the findings to this file; - prints them.")
+    ] = None,
+) -> None:
+    """Is this machine in order? Versions, device, link, memory, disk; exit status 1 if something is not."""
+    from torchlms.doctor import command as doctor_command
+
+    if not doctor_command.doctor(disk_dir, json_path, _write_finding):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: torchlms version")
 def version() -> None:
     """Print the versions of torchlms, Python and torch."""
@@ -311,6 +369,12 @@ def _machine_rows(machine: Machine) -> list[list[str]]:
 def _write(line: str) -> None:
     typer.echo(line)
     sys.stdout.flush()  # a pipe should see each step as it ends
+
+
+def _write_finding(line: str, state: State | None) -> None:
+    colour = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "attention": typer.colors.RED}
+    word, gap, rest = line.partition("  ") if state is not None else ("", "", line)
+    _write(typer.style(word, fg=colour[state.value]) + gap + rest if state is not None else rest)
 
 
 def _write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -12,6 +12,7 @@ Text = str | None
 File = Path | None
 Files = list[Path] | None
 Numbers = list[int] | None
+Words = list[str]
 
 ImageSize = Annotated[int, typer.Option(help="Edge in pixels or voxels. 0: the network's own.")]
 Device = Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where there is one.")]

@@ -7,6 +7,7 @@ its graphs at ours, compiles again whenever they come or go, and after a few tim
 from __future__ import annotations
 
 import sys
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -15,7 +16,13 @@ class ModuleLabels:
     """Knows the modules of one model by name; any other goes by its type."""
 
     def __init__(self, model: torch.nn.Module | None) -> None:
-        self._names = {} if model is None else {module: name for name, module in model.named_modules()}
+        self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+        if model is not None:
+            self.learn(model)
+
+    def learn(self, model: torch.nn.Module) -> None:
+        """The names in ``model``; it is not kept alive for them."""
+        self._names.update({module: name for name, module in model.named_modules()})
 
     def here(self) -> str:
         """The innermost module whose ``forward`` is on this thread's stack, "" if there is none."""

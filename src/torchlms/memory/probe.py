@@ -87,14 +87,21 @@ def load_or_measure(
     rewritten; one that cannot be written is done without.
     """
     disk_dir = default_directory() if disk_dir is None else disk_dir
-    path = cache_directory() / f"machine-{_cache_key(device, disk_dir)}.json"
-    cached = None if refresh else _load(path)
-    if cached is not None:
-        now: dict[str, Any] = _free_now(disk_dir)
-        return dataclasses.replace(cached, **now)
+    known = None if refresh else cached(device, disk_dir)
+    if known is not None:
+        return known
     measurements = measure(device, disk_dir, progress=progress)
-    _save(measurements, path)
+    _save(measurements, _cache_path(device, disk_dir))
     return measurements
+
+
+def cached(device: torch.device, disk_dir: Path) -> Measurements | None:
+    """What was measured before, with what is free now; None if nothing was, and nothing is measured then."""
+    found = _load(_cache_path(device, disk_dir))
+    if found is None:
+        return None
+    now: dict[str, Any] = _free_now(disk_dir)
+    return dataclasses.replace(found, **now)
 
 
 def cache_directory() -> Path:
@@ -314,6 +321,10 @@ def _median_s(run: Callable[[], object]) -> float:
 def _at_most(wanted_bytes: int, bound_bytes: int) -> int:
     """A whole number of huge pages, at least one."""
     return max(1, min(wanted_bytes, bound_bytes) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+
+
+def _cache_path(device: torch.device, disk_dir: Path) -> Path:
+    return cache_directory() / f"machine-{_cache_key(device, disk_dir)}.json"
 
 
 def _cache_key(device: torch.device, disk_dir: Path) -> str:

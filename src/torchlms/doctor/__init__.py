@@ -1,0 +1,1 @@
+"""Whether this machine is in order for LMS, and what to do where it is not."""

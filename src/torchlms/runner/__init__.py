@@ -1,0 +1,1 @@
+"""An unmodified training script, run as if alone, within a budget."""

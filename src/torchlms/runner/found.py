@@ -1,0 +1,63 @@
+"""Found: the models and the optimizers that a script has shown so far, each seen as one.
+
+Neither keeps anything alive: a script that is done with a model gets its memory back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Models(torch.nn.Module):
+    """Has the parameters, buffers and modules of every model in it, present and to come; is never called.
+
+    The modules of the first model go by their own names, those of others after the name of their class.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._models: list[weakref.ref[torch.nn.Module]] = []
+
+    def add(self, model: torch.nn.Module) -> None:
+        if not any(known is model for known in self.living()):
+            self._models.append(weakref.ref(model))
+
+    def living(self) -> Iterator[torch.nn.Module]:
+        for reference in self._models:
+            model = reference()
+            if model is not None:
+                yield model
+
+    def named_modules(
+        self, memo: set[torch.nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Of all models; torch's ``parameters()`` and ``buffers()`` are built on this."""
+        memo = set() if memo is None else memo
+        for index, model in enumerate(self.living()):
+            name = f"{prefix}{type(model).__name__}" if index else prefix
+            yield from model.named_modules(memo, name, remove_duplicate)
+
+
+class Optimizers:
+    """The parameter groups and the states of every optimizer in it."""
+
+    def __init__(self) -> None:
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    def add(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether ``optimizer`` is new."""
+        new = optimizer not in self._optimizers
+        self._optimizers.add(optimizer)
+        return new
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {key: state for optimizer in self._optimizers for key, state in optimizer.state.items()}

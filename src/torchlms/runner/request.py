@@ -1,0 +1,62 @@
+"""Request: which script is to run, and within what; checked before any of it runs. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchlms.errors import BadOption
+from torchlms.memory.limits import parse_bytes
+
+_SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``target`` is the path of a script, or with ``as_module`` the dotted name of a module."""
+
+    target: str
+    arguments: tuple[str, ...] = ()
+    as_module: bool = False
+    budget: str | None = None
+    host_budget: str | None = None
+    disk_dir: str | None = None
+    disk_budget: str | None = None
+    plan: str | None = None
+    recompute: bool = False
+    device: str | None = None
+    save_plan: Path | None = None
+    save_tape: Path | None = None
+    json_path: Path | None = None
+    report: bool = False
+    quiet: bool = False
+    whole_tracebacks: bool = False
+
+    def check(self) -> None:
+        """BadOption for what would otherwise be found out only after the script has worked for a while."""
+        for size in (self.budget, self.host_budget, self.disk_budget):
+            if size is not None:
+                parse_bytes(size, whole_bytes=_SOME_WHOLE)
+        if not self.as_module and not Path(self.target).exists():
+            raise BadOption(f"there is no script {self.target!r}; for a module write: torchlms run -m name")
+        if self.plan is not None and not Path(self.plan).is_file():
+            raise BadOption(f"--plan {self.plan}: there is no such file")
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise BadOption(f"cannot read --device {self.device!r}: write 'cuda', 'cuda:1' or 'cpu'")
+        for path in (self.save_plan, self.save_tape, self.json_path):
+            if path is not None and not os.access(path.absolute().parent, os.W_OK):
+                raise BadOption(f"{path} could not be written at the end: no such folder, or no permission")
+
+    def lms_options(self) -> dict[str, Any]:
+        """The keywords of ``LMS``. The device is that of the model, found when it is called."""
+        return {
+            "budget": self.budget,
+            "host_budget": self.host_budget,
+            "disk_dir": self.disk_dir,
+            "disk_budget": self.disk_budget,
+            "plan": self.plan,
+            "rules": {"recompute": True} if self.recompute else None,
+        }

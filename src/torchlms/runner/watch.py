@@ -1,0 +1,123 @@
+"""Watch: LMS beside a script, from the moment it has imported torch to its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torchlms.errors import LMSError
+from torchlms.runner.importing import after_import
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torchlms.api import LMS
+    from torchlms.runner.finder import Finder
+    from torchlms.runner.request import Request
+
+log = logging.getLogger("torchlms")
+
+
+class Watch:
+    """Begins before the script, and ends after it with what was asked for: report, figures, plan, tape."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._process = os.getpid()
+        self._finder: Finder | None = None
+
+    def begin(self) -> None:
+        _speak(quiet=self._request.quiet)
+        after_import("torch", self._find)
+
+    def _find(self) -> None:
+        if os.getpid() == self._process:  # a fork may be the first to import torch
+            from torchlms.runner.finder import Finder
+
+            self._finder = Finder(self._request.lms_options(), self._request.device)
+
+    def end(self) -> None:
+        """Take LMS off, and say and write what was asked for; never raises."""
+        finder = self._finder
+        if finder is None:
+            log.warning("the script never imported torch: there was nothing to do")
+            return
+        state = finder.lms.state if finder.lms is not None else "off"
+        try:
+            finder.end()
+        except (LMSError, RuntimeError) as error:
+            log.warning("%s", error)
+        if finder.lms is None and not finder.left:
+            log.warning(
+                "LMS was never on: no forward pass of a module with parameters to train was seen in this "
+                "process's main thread%s",
+                f" on {self._request.device}" if self._request.device else "",
+            )
+        self._hand_over(finder.lms, state)
+
+    def _hand_over(self, lms: LMS | None, state: str) -> None:
+        """What was asked for; ``state`` is what it was when the script ended."""
+        from torchlms.report import report_text
+
+        request = self._request
+        counted: dict[str, Any] = {"steps": 0} if lms is None else lms.stats()
+        stats = counted | {"state": state}
+        if request.report:
+            plan, tape = (lms.plan, lms.tape) if lms is not None else (None, None)
+            print(report_text(stats, tape, plan), file=sys.stderr)
+        if request.json_path is not None:
+            path = request.json_path
+            _write(path, "figures", lambda: path.write_text(json.dumps(stats, indent=1) + "\n"))
+        if request.save_plan is not None:
+            plan, path = lms.plan if lms is not None else None, request.save_plan
+            _write(path, "plan", None if plan is None else lambda: plan.save(path))
+        if request.save_tape is not None:
+            tape, path = lms.tape if lms is not None else None, request.save_tape
+            _write(path, "tape", None if tape is None else lambda: tape.save(path))
+
+    def advice(self, error: BaseException) -> str:
+        """What to do after ``error``, if it tells of memory running out; else nothing."""
+        if os.getpid() != self._process or not _is_out_of_memory(error):
+            return ""
+        lms = self._finder.lms if self._finder is not None else None
+        if lms is None:
+            return (
+                "memory ran out before LMS was on, which is at the first forward pass of a module with "
+                "parameters to train: what is allocated before that has to fit"
+            )
+        return (
+            f"memory ran out although LMS was on, for {lms.stats()['steps']} steps: parameters, gradients, "
+            "optimizer states and the largest single op must fit together. Try a smaller batch, or see "
+            "`torchlms fit --help` for the largest that fits"
+        )
+
+
+def _write(path: Path, what: str, write: Callable[[], Any] | None) -> None:
+    if write is None:
+        log.warning("no %s was made, so that %s is not written", what, path)
+        return
+    try:
+        write()
+    except OSError as error:
+        log.error("%s could not be written: %s", path, error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _speak(*, quiet: bool) -> None:
+    """Say what LMS says on standard error, apart from however the script sets its own log up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    silent = quiet or os.environ.get("TORCHLMS_LOG", "") == "off"
+    log.setLevel(logging.ERROR if silent else logging.INFO)

@@ -1,0 +1,359 @@
+"""Scripts that train, under ``torchlms run`` on the CPU: the same output, within the budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runner.runs import EXAMPLES, both, plainly, under_lms
+from torchlms.core.tape import Kind, Tape
+
+pytest.importorskip("typer")
+
+# What every script below begins with. Some 10 MB are needed by `net`, most of it for activations.
+HEAD = """
+import sys, torch
+from torch import nn
+torch.manual_seed(1)
+def make(width=64, depth=12):
+    return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())])
+def step(net, optimizer, rows=1024):
+    loss = net(torch.randn(rows, 64)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(loss.item().hex(), flush=True)
+net = make()
+optimizer = torch.optim.Adam(net.parameters())
+"""
+BUDGET = "--budget=3MiB"
+USUAL = "for _ in range(6): step(net, optimizer)"
+
+
+def write(tmp_path: Path, body: str, head: str = HEAD) -> str:
+    (tmp_path / "train.py").write_text(head + textwrap.dedent(body))
+    return "train.py"
+
+
+def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
+    """Of a run under LMS that prints what the plain run prints."""
+    plain = plainly(script, cwd=tmp_path)
+    ours = under_lms(BUDGET, "--json=figures.json", *options, script, cwd=tmp_path)
+    assert (ours.status, ours.out) == (plain.status, plain.out), ours.err
+    found: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
+    return found | {"said": ours.err}
+
+
+# -- the examples ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budget"),
+    [
+        (["digits.py", "--epochs=1"], 52 << 20),
+        (["language_model.py", "--steps=5"], 30 << 20),
+        (["images.py", "--workers=1", "--start-method=fork"], 15 << 20),
+        (["images.py", "--workers=1", "--start-method=spawn"], 15 << 20),
+    ],
+)
+def test_examples(arguments: list[str], budget: int, tmp_path: Path) -> None:
+    command = [str(EXAMPLES / arguments[0]), *arguments[1:]]
+    plain = plainly(*command, cwd=tmp_path)
+    ours = under_lms(f"--budget={budget}", "--json=figures.json", *command, cwd=tmp_path)
+    assert (ours.status, ours.out) == (0, plain.out), ours.err
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["state"] in ("guard", "record"), "the last batch of an epoch is smaller and planned apart"
+    assert found["bytes_out_per_step"] > 0
+    assert found["peak_device_bytes"] <= budget
+
+
+def test_a_script_that_reads_its_text_from_a_pipe(tmp_path: Path) -> None:
+    text = "to be or not to be, that is the question; " * 10
+    script = str(EXAMPLES / "language_model.py")
+    plain, ours = both(script, "--text=-", "--steps=2", cwd=tmp_path, stdin=text)
+    assert ours.out == plain.out
+
+
+# -- what is found ---------------------------------------------------------------------------
+
+
+def test_model_and_optimizer_are_found(tmp_path: Path) -> None:
+    found = figures(tmp_path, write(tmp_path, USUAL), "--save-tape=tape.json", "--report")
+    assert (found["state"], found["record_steps"]) == ("guard", 1)
+    assert found["bytes_out_per_step"] > 0
+    assert found["peak_device_bytes"] <= 3 << 20
+    tape = Tape.load(tmp_path / "tape.json")
+    assert {op.module for op in tape.ops} >= {"0", "1", "23"}, "by the names that they have in the model"
+    kinds = [value.kind for value in tape.values]
+    assert kinds.count(Kind.PARAMETER) == 24
+    assert Kind.STATE in kinds
+    assert "LMS is on, following a plan; 6 steps" in found["said"]
+    assert "made by" in found["said"]
+    assert "recording step 1 on cpu, budget 3.0 MiB" in found["said"]
+
+
+def test_two_models_and_two_optimizers(tmp_path: Path) -> None:
+    body = """
+        class Generator(nn.Sequential): pass
+        class Critic(nn.Sequential): pass
+        generator = Generator(nn.Linear(32, 64), make())
+        critic = Critic(make(), nn.Linear(64, 1))
+        optimizers = [torch.optim.Adam(model.parameters(), 1e-3) for model in (critic, generator)]
+        for _ in range(8):
+            noise = torch.randn(1024, 32)
+            with torch.no_grad():
+                made = generator(noise)
+            loss = critic(made).mean() - critic(torch.randn(1024, 64)).mean()
+            loss.backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+            gain = -critic(generator(noise)).mean()
+            gain.backward()
+            optimizers[1].step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            print(loss.item().hex(), gain.item().hex())
+        print(nn.modules.module._global_forward_pre_hooks, "are gone after a round")
+    """
+    found = figures(tmp_path, write(tmp_path, body), "--save-tape=tape.json", "--budget=4MiB")
+    assert found["peak_device_bytes"] <= 4 << 20
+    tape = Tape.load(tmp_path / "tape.json")
+    assert any(op.module.startswith("Generator.1.") for op in tape.ops)
+    assert any(op.module.startswith("0.") for op in tape.ops)
+
+
+def test_a_model_is_not_kept_alive(tmp_path: Path) -> None:
+    body = """
+        import gc, weakref
+        for fold in range(2):
+            net = make()
+            optimizer = torch.optim.SGD(net.parameters(), 0.1)
+            for _ in range(4):
+                step(net, optimizer)
+            watched = weakref.ref(net), weakref.ref(net[0].weight), weakref.ref(optimizer)
+            del net, optimizer
+            gc.collect()
+            print([item() for item in watched])
+    """
+    assert figures(tmp_path, write(tmp_path, body))["state"] == "guard"
+
+
+def test_parameters_without_a_module(tmp_path: Path) -> None:
+    body = """
+        weights = [torch.randn(64, 64, requires_grad=True) for _ in range(12)]
+        optimizer = torch.optim.SGD(weights, 0.1)
+        def run(x):
+            for weight in weights:
+                x = (x @ weight / 8).tanh()
+            return x
+        for _ in range(6): step(run, optimizer)
+    """
+    found = figures(tmp_path, write(tmp_path, body))
+    assert found["state"] == "guard"
+    assert found["steps"] == 5, "all but the first, in which nothing told of a training step"
+
+
+def test_other_modules_do_not_count(tmp_path: Path) -> None:
+    """A preprocessing module in front, a frozen network and an evaluation before the first step."""
+    body = """
+        frozen = make().requires_grad_(False)
+        with torch.no_grad():
+            net(torch.randn(4, 64))
+        nn.Flatten()(frozen(torch.randn(4, 8, 8).flatten(1)))
+        print("now", file=sys.stderr, flush=True)
+        for _ in range(5): step(net, optimizer)
+    """
+    said = figures(tmp_path, write(tmp_path, body))["said"]
+    assert said.index("now") < said.index("recording step 1")
+
+
+def test_forward_called_by_its_name(tmp_path: Path) -> None:
+    body = "for _ in range(5): step(net.forward, optimizer)"
+    figures(tmp_path, write(tmp_path, body), "--save-tape=tape.json")
+    assert {"0", "1", "23"} <= {op.module for op in Tape.load(tmp_path / "tape.json").ops}
+
+
+@pytest.mark.parametrize(
+    "whole", ["net = torch.compile(net, backend='aot_eager')", "net.compile(backend='eager')"]
+)
+def test_a_compiled_model(whole: str, tmp_path: Path) -> None:
+    script = write(tmp_path, f"{whole}\n{USUAL}\n")
+    plain, ours = both(script, cwd=tmp_path)
+    assert ours == plain, "and no warning of global hooks"
+
+
+def test_a_compiled_step_in_one_graph(tmp_path: Path) -> None:
+    body = """
+        graphs = []
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+        @torch.compile(backend=backend, fullgraph=True)
+        def run(x):
+            return net(x).sin()
+        for _ in range(6): step(run, optimizer)
+        print(len(graphs), file=sys.stderr)
+    """
+    plain, ours = both(write(tmp_path, body), cwd=tmp_path)
+    assert (ours.status, ours.out) == (plain.status, plain.out), ours.err
+
+
+def test_modes_of_the_script_are_waited_for(tmp_path: Path) -> None:
+    """LMS put on within them would be taken off in their place."""
+    body = """
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                step(net, optimizer)
+        for _ in range(5): step(net, optimizer)
+    """
+    assert figures(tmp_path, write(tmp_path, body))["steps"] == 5
+
+
+# -- the script's own LMS --------------------------------------------------------------------
+
+OWN = "the script uses torchlms itself: its settings hold, those of `torchlms run` do not"
+
+
+@pytest.mark.parametrize("before", ["", "step(net, optimizer)\n"])
+def test_the_scripts_own_lms_wins(before: str, tmp_path: Path) -> None:
+    body = f"""
+        import torchlms
+        {before}
+        with torchlms.LMS(net, optimizer, budget="5MiB") as lms:
+            for _ in range(5): step(net, optimizer)
+        for _ in range(2): step(net, optimizer)
+        print(lms.stats()["budget_bytes"])
+    """
+    found = figures(tmp_path, write(tmp_path, textwrap.dedent(body)))
+    assert found["said"].count(OWN) == 1
+    assert found["state"] == "off"
+    assert "LMS was never on" not in found["said"]
+
+
+def test_the_script_switches_lms_off(tmp_path: Path) -> None:
+    body = (
+        "import torchlms\nstep(net, optimizer)\ntorchlms.disable()\nfor _ in range(3): step(net, optimizer)"
+    )
+    assert OWN in figures(tmp_path, write(tmp_path, body))["said"]
+
+
+# -- when it goes wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "net(torch.randn(4, 64)).sum().backward()\nnet(torch.randn(4, 65))",
+        "class Bad(nn.Module):\n  def forward(self, x):\n    return net(x) @ x\nBad()(torch.randn(3, 64))",
+        "y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()",
+        "step(net, optimizer)\nraise SystemExit(9)",
+        "step(net, optimizer)\nraise KeyboardInterrupt",
+        "step(net, optimizer)\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\nstep(net, optimizer)",
+        "step(net, optimizer)\nimport os\nos._exit(3)",
+    ],
+)
+def test_the_same_traceback_and_status(body: str, tmp_path: Path) -> None:
+    plain, ours = both(write(tmp_path, body), cwd=tmp_path)
+    assert (ours.status, ours.out) == (plain.status, plain.out)
+    # Where hooks are, torch calls a module by way of one more function of its own.
+    own = re.compile(r'  File ".*/torch/nn/modules/module.py".*\n    .*\n( +[~^]+\n)?')
+    assert own.sub("", ours.err) == own.sub("", plain.err)
+
+
+def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
+    ours = under_lms("--budget=500KiB", write(tmp_path, USUAL), cwd=tmp_path)
+    assert ours.status == 1
+    assert "torchlms.errors.BudgetTooSmall: aten." in ours.err
+    assert "train.py" in ours.err
+    assert "eager/engine.py" not in ours.err
+
+
+def test_lms_that_cannot_be_put_on(tmp_path: Path) -> None:
+    """The error comes from within the script; it is one line all the same, and not the script's to catch."""
+    body = "try:\n    step(net, optimizer)\nexcept Exception:\n    print('caught')"
+    (tmp_path / "plan.json").write_text("{}")
+    ours = under_lms("--plan=plan.json", write(tmp_path, body), cwd=tmp_path)
+    assert (ours.status, ours.out) == (2, "")
+    assert ours.err.startswith("torchlms: ")
+    assert len(ours.err.splitlines()) == 1
+
+
+def test_running_out_of_memory_all_the_same(tmp_path: Path) -> None:
+    script = write(tmp_path, "step(net, optimizer)\nraise MemoryError")
+    ours = under_lms("--quiet", script, cwd=tmp_path)
+    assert ours.status == 1
+    advice = ours.err.splitlines()[-1]
+    assert advice.startswith("torchlms: memory ran out although LMS was on, for 1 steps")
+    script = write(tmp_path, "torch.empty(1 << 60)")
+    ours = under_lms("--quiet", script, cwd=tmp_path)
+    assert ours.err.splitlines()[-1].startswith("torchlms: memory ran out before LMS was on")
+
+
+def test_another_device_than_asked_for(tmp_path: Path) -> None:
+    found = figures(tmp_path, write(tmp_path, USUAL), "--device=cuda")
+    assert "was seen in this process's main thread on cuda" in found["said"]
+
+
+# -- plans and processes ---------------------------------------------------------------------
+
+
+def test_a_plan_is_kept_and_used_again(tmp_path: Path) -> None:
+    script = write(tmp_path, USUAL)
+    figures(tmp_path, script, "--save-plan=plan.json")
+    found = figures(tmp_path, script, "--plan=plan.json")
+    assert found["bytes_out_per_step"] > 0
+    assert found["plan_s"] == json.loads((tmp_path / "plan.json").read_text())["plan_s"]
+
+
+def test_recomputing(tmp_path: Path) -> None:
+    body = """
+        net = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Sigmoid()) for _ in range(8)])
+        for _ in range(2): step(net, optimizer)
+    """
+    for options in ([], ["--recompute"]):
+        figures(tmp_path, write(tmp_path, body), "--save-tape=tape.json", *options)
+        tape = Tape.load(tmp_path / "tape.json")
+        assert any(value.recipe for value in tape.values) == bool(options)
+
+
+def test_forks_are_left_alone(tmp_path: Path) -> None:
+    """A child neither starts LMS nor reports, whether it was forked before LMS was on or after."""
+    body = """
+        import os
+        def fork():
+            child = os.fork()
+            if child:
+                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            return child == 0
+        if fork():
+            step(net, optimizer)
+            raise SystemExit(1)
+        for _ in range(4): step(net, optimizer)
+        if fork():
+            step(net, optimizer)
+        else:
+            step(net, optimizer)
+    """
+    found = figures(tmp_path, write(tmp_path, body), "--report")
+    assert found["steps"] == 5
+    assert found["said"].count("following a plan") == 1
+
+
+def test_other_threads_are_left_alone(tmp_path: Path) -> None:
+    body = """
+        import threading
+        thread = threading.Thread(target=step, args=(net, optimizer))
+        thread.start()
+        thread.join()
+    """
+    assert figures(tmp_path, write(tmp_path, body))["steps"] == 0
+
+
+def test_quiet(tmp_path: Path) -> None:
+    ours = under_lms("--quiet", BUDGET, write(tmp_path, USUAL), cwd=tmp_path)
+    assert (ours.status, ours.err) == (0, "")
