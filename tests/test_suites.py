@@ -250,6 +250,7 @@ def test_a_suite_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert made["counts"]["same bits"] == made["cases"] >= 2
     assert 0 < made["moved"] == made["planned"] < made["cases"]  # some samples are empty
     assert made["others"] == []
+    assert made["command"] == "python benchmarks/suites.py operators --only 'sigmoid float64' --most 2"
     assert result.why_stale(made) == ""
     assert provenance.stale_results(tmp_path) == []
 
