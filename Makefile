@@ -64,8 +64,8 @@ loops: $(READY)  ## write docs/loops.md from a run of the training loops in test
 	$(PY) -m pytest tests/matrix --write-loops -n 0 $(ARGS)
 
 suites: $(READY) ## other projects' own tests under LMS: PyTorch's samples, transformers' architectures
-	$(PY) benchmarks/suites.py operators --most 20
-	$(PY) benchmarks/suites.py modules
+	$(PY) benchmarks/suites.py operators --most 12
+	$(PY) benchmarks/suites.py modules --most 12
 	$(PY) benchmarks/suites.py transformers
 
 stale: $(READY)  ## list result files whose code has changed since they were made

@@ -85,14 +85,17 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     if asked.worker:
         return _work(asked)
+    from borrowed.result import code
+
     progress = Progress()
+    made_by = code(SUITES[asked.suite].module)
     started_s = time.monotonic()
     while not progress.done:
         _run_worker(asked, progress)
-    return _conclude(asked, progress, time.monotonic() - started_s)
+    return _conclude(asked, progress, made_by, time.monotonic() - started_s)
 
 
-def _conclude(asked: argparse.Namespace, progress: Progress, seconds: float) -> int:
+def _conclude(asked: argparse.Namespace, progress: Progress, made_by: dict[str, str], seconds: float) -> int:
     """Write what was found, say it, and fail if LMS is to blame for something."""
     from borrowed.result import COLUMNS, FILE, part, save, table
     from borrowed.trial import Finding, Verdict
@@ -108,7 +111,7 @@ def _conclude(asked: argparse.Namespace, progress: Progress, seconds: float) -> 
     command += ["--only", asked.only] if asked.only else []
     command += ["--most", str(asked.most)] if asked.most else []
     command += ["--recompute"] if asked.recompute else []
-    made = part(SUITES[asked.suite].module, shlex.join(command), progress.groups, findings)
+    made = part(SUITES[asked.suite].module, shlex.join(command), progress.groups, findings, made_by)
     for line in plain_table(COLUMNS, table({name: made})):
         print(line)
     for other in made["others"]:

@@ -265,7 +265,9 @@ def sample() -> dict[str, Any]:
         "prod float64 #1": Finding(Verdict.ANY_MODE, "step 0: gradient"),
         "cov float64 #0": Finding(Verdict.DIFFERS, "step 1: result"),
     }
-    return result.part("operators", "python benchmarks/suites.py operators", 3, findings)
+    return result.part(
+        "operators", "python benchmarks/suites.py operators", 3, findings, result.code("operators")
+    )
 
 
 def test_the_file_and_the_table_say_what_is_not_a_plain_success(tmp_path: Path) -> None:
