@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest lint trainers format bench figures loops stale wheel test-torch clean
+.PHONY: help env demo test pytest lint trainers format bench suites figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -62,6 +62,11 @@ figures: $(READY)  ## write the tables of the READMEs from benchmarks/results/
 
 loops: $(READY)  ## write docs/loops.md from a run of the training loops in tests/matrix
 	$(PY) -m pytest tests/matrix --write-loops -n 0 $(ARGS)
+
+suites: $(READY) ## other projects' own tests under LMS: PyTorch's samples, transformers' architectures
+	$(PY) benchmarks/suites.py operators --most 12
+	$(PY) benchmarks/suites.py modules --most 12
+	$(PY) benchmarks/suites.py transformers
 
 stale: $(READY)  ## list result files whose code has changed since they were made
 	$(PY) benchmarks/run.py --stale

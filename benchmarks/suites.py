@@ -4,7 +4,7 @@
     python benchmarks/suites.py modules              PyTorch's samples of its modules
     python benchmarks/suites.py transformers         a small model of each of many architectures
     python benchmarks/suites.py operators --recompute      values are also dropped and made again
-    python benchmarks/suites.py operators --only linalg    groups whose names match; nothing is written
+    python benchmarks/suites.py operators --only linalg    some groups; written only where --out says
 
 Each case runs plainly twice and then under LMS: results, gradients, inputs, parameters, buffers and the
 generator's state must be the same to the last bit. The cases run in a process of their own. One that dies
@@ -19,6 +19,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -84,14 +85,17 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     if asked.worker:
         return _work(asked)
+    from borrowed.result import code
+
     progress = Progress()
+    made_by = code(SUITES[asked.suite].module)
     started_s = time.monotonic()
     while not progress.done:
         _run_worker(asked, progress)
-    return _conclude(asked, progress, time.monotonic() - started_s)
+    return _conclude(asked, progress, made_by, time.monotonic() - started_s)
 
 
-def _conclude(asked: argparse.Namespace, progress: Progress, seconds: float) -> int:
+def _conclude(asked: argparse.Namespace, progress: Progress, made_by: dict[str, str], seconds: float) -> int:
     """Write what was found, say it, and fail if LMS is to blame for something."""
     from borrowed.result import COLUMNS, FILE, part, save, table
     from borrowed.trial import Finding, Verdict
@@ -103,11 +107,11 @@ def _conclude(asked: argparse.Namespace, progress: Progress, seconds: float) -> 
         for name, found in progress.findings.items()
     }
     name = asked.suite + (", recompute" if asked.recompute else "")
-    options = [f"--most {asked.most}"] if asked.most else []
-    command = " ".join(
-        ["python benchmarks/suites.py", asked.suite, *options, *(["--recompute"] if asked.recompute else [])]
-    )
-    made = part(SUITES[asked.suite].module, command, progress.groups, findings)
+    command = ["python", "benchmarks/suites.py", asked.suite]
+    command += ["--only", asked.only] if asked.only else []
+    command += ["--most", str(asked.most)] if asked.most else []
+    command += ["--recompute"] if asked.recompute else []
+    made = part(SUITES[asked.suite].module, shlex.join(command), progress.groups, findings, made_by)
     for line in plain_table(COLUMNS, table({name: made})):
         print(line)
     for other in made["others"]:

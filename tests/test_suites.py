@@ -250,6 +250,7 @@ def test_a_suite_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert made["counts"]["same bits"] == made["cases"] >= 2
     assert 0 < made["moved"] == made["planned"] < made["cases"]  # some samples are empty
     assert made["others"] == []
+    assert made["command"] == "python benchmarks/suites.py operators --only 'sigmoid float64' --most 2"
     assert result.why_stale(made) == ""
     assert provenance.stale_results(tmp_path) == []
 
@@ -264,7 +265,9 @@ def sample() -> dict[str, Any]:
         "prod float64 #1": Finding(Verdict.ANY_MODE, "step 0: gradient"),
         "cov float64 #0": Finding(Verdict.DIFFERS, "step 1: result"),
     }
-    return result.part("operators", "python benchmarks/suites.py operators", 3, findings)
+    return result.part(
+        "operators", "python benchmarks/suites.py operators", 3, findings, result.code("operators")
+    )
 
 
 def test_the_file_and_the_table_say_what_is_not_a_plain_success(tmp_path: Path) -> None:

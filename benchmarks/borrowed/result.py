@@ -35,7 +35,14 @@ def driver_hash(module: str) -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def part(module: str, command: str, groups: int, findings: Findings) -> dict[str, Any]:
+def code(module: str) -> dict[str, str]:
+    """The code as it is now, to be noted before a suite runs."""
+    return {"code": provenance.code_hash(), "driver": driver_hash(module)}
+
+
+def part(
+    module: str, command: str, groups: int, findings: Findings, made_by: dict[str, str]
+) -> dict[str, Any]:
     """What is written of one suite: counts, and each case that is not a plain success, with the reason."""
     counts = collections.Counter(finding.verdict for finding in findings.values())
     others = [
@@ -58,8 +65,7 @@ def part(module: str, command: str, groups: int, findings: Findings) -> dict[str
         "planned": sum(finding.planned > 0 for finding in findings.values()),
         "counts": {verdict.value: counts[verdict] for verdict in Verdict},
         "others": others,
-        "code": provenance.code_hash(),
-        "driver": driver_hash(module),
+        **made_by,
     }
 
 
@@ -86,8 +92,9 @@ def save(name: str, made: dict[str, Any], path: Path = FILE) -> None:
 
 def why_stale(made: dict[str, Any]) -> str:
     """What has changed since; empty if nothing that the suite depends on."""
-    changed = ["the package"] if made["code"] != provenance.code_hash() else []
-    if made["driver"] != driver_hash(made["module"]):
+    now = code(made["module"])
+    changed = ["the package"] if made["code"] != now["code"] else []
+    if made["driver"] != now["driver"]:
         changed.append("benchmarks/borrowed/")
     return " and ".join(changed) + " changed" if changed else ""
 
