@@ -235,7 +235,9 @@ class LMS:
         if engine is None or installation is None or not engine.device.is_cuda:
             return
         input_bytes = _bytes_in(args, kwargs)
-        largest_bytes = self._largest_input_bytes.get(module, 0)
+        # One of several models that so far was called for its results alone saves nothing now either.
+        unseen_bytes = 0 if torch.is_grad_enabled() else input_bytes
+        largest_bytes = self._largest_input_bytes.get(module, unseen_bytes)
         if not installation.on:
             grew = input_bytes > _GREW * largest_bytes
             if grew or engine.failed_alone() or engine.outgrown():

@@ -282,6 +282,7 @@ def run(
     from torchlms.runner.request import Request
 
     names = {field.name for field in dataclasses.fields(Request)} & asked.keys()
+    # Carried out by torchlms.__main__: here typer stands around us and catches what the script raises.
     _session.script = Request(
         target=script[0],
         arguments=tuple(script[1:]),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runner.runs import EXAMPLES, both, plainly, under_lms
+from tests.runner.runs import EXAMPLES, Ended, both, plainly, under_lms
 from torchlms.core.tape import Kind, Tape
 
 pytest.importorskip("typer")
@@ -40,9 +42,16 @@ def write(tmp_path: Path, body: str, head: str = HEAD) -> str:
     return "train.py"
 
 
+@functools.cache
+def plain_run(text: str) -> Ended:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "train.py").write_text(text)
+        return plainly("train.py", cwd=Path(folder))
+
+
 def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     """Of a run under LMS that prints what the plain run prints."""
-    plain = plainly(script, cwd=tmp_path)
+    plain = plain_run((tmp_path / script).read_text())
     ours = under_lms(BUDGET, "--json=figures.json", *options, script, cwd=tmp_path)
     assert (ours.status, ours.out) == (plain.status, plain.out), ours.err
     found: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())

@@ -84,8 +84,7 @@ class Finder:
                 self._look_no_more()
         elif self.lms is not None:
             self._meet(self.lms, module)
-        elif torch.is_grad_enabled() and self._may_start(module.parameters()):
-            model = _outermost(module)
+        elif torch.is_grad_enabled() and self._may_start((model := _outermost(module)).parameters()):
             self._models.add(model)
             self._start()
             self._meet(self.lms, model)
