@@ -74,6 +74,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def settable_flags() -> None:
+    """torch's own test helpers, once imported, forbid to set the flags of cuDNN for the whole process."""
+    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010
+
+
 @pytest.fixture
 def spill_dir(tmp_path: Path) -> Path:
     """An empty directory for ``disk_dir=``; the leak check looks into it."""
