@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest lint trainers format bench suites figures loops stale wheel test-torch clean
+.PHONY: help env demo test pytest slow lint trainers format bench suites figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -44,6 +44,9 @@ lint: $(READY)   ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+slow: $(READY)   ## the tests that `make test` leaves out because they take long
+	$(PY) -m pytest -v -n 2 --dist loadfile -m slow $(ARGS)
 
 TRAINERS := EXTRAS=cli,examples,huggingface,keras,lightning ALSO=peft
 

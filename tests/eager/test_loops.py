@@ -57,6 +57,7 @@ def test_a_budget_that_the_recorded_step_kept(name: str, loop: Loop, spill_dir: 
     assert_same_bits(NETWORKS[name], loop, spill_dir, share=SHARES.get(name, 0.7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "loop"), CASES, ids=_named)
 def test_same_bits_when_values_are_made_again(
     name: str, loop: Loop, spill_dir: Path, monkeypatch: pytest.MonkeyPatch

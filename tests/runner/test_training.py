@@ -81,6 +81,7 @@ def test_examples(arguments: list[str], budget: int, tmp_path: Path) -> None:
     assert found["peak_device_bytes"] <= budget
 
 
+@pytest.mark.slow
 def test_a_script_that_reads_its_text_from_a_pipe(tmp_path: Path) -> None:
     text = "to be or not to be, that is the question; " * 10
     script = str(EXAMPLES / "language_model.py")
@@ -136,6 +137,7 @@ def test_two_models_and_two_optimizers(tmp_path: Path) -> None:
     assert any(op.module.startswith("0.") for op in tape.ops)
 
 
+@pytest.mark.slow
 def test_a_model_is_not_kept_alive(tmp_path: Path) -> None:
     body = """
         import gc, weakref
@@ -152,6 +154,7 @@ def test_a_model_is_not_kept_alive(tmp_path: Path) -> None:
     assert figures(tmp_path, write(tmp_path, body))["state"] == "guard"
 
 
+@pytest.mark.slow
 def test_parameters_without_a_module(tmp_path: Path) -> None:
     body = """
         weights = [torch.randn(64, 64, requires_grad=True) for _ in range(12)]
@@ -167,6 +170,7 @@ def test_parameters_without_a_module(tmp_path: Path) -> None:
     assert found["steps"] == 5, "all but the first, in which nothing told of a training step"
 
 
+@pytest.mark.slow
 def test_other_modules_do_not_count(tmp_path: Path) -> None:
     """A preprocessing module in front, a frozen network and an evaluation before the first step."""
     body = """
@@ -181,12 +185,14 @@ def test_other_modules_do_not_count(tmp_path: Path) -> None:
     assert said.index("now") < said.index("recording step 1")
 
 
+@pytest.mark.slow
 def test_forward_called_by_its_name(tmp_path: Path) -> None:
     body = "for _ in range(5): step(net.forward, optimizer)"
     figures(tmp_path, write(tmp_path, body), "--save-tape=tape.json")
     assert {"0", "1", "23"} <= {op.module for op in Tape.load(tmp_path / "tape.json").ops}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "whole", ["net = torch.compile(net, backend='aot_eager')", "net.compile(backend='eager')"]
 )
@@ -196,6 +202,7 @@ def test_a_compiled_model(whole: str, tmp_path: Path) -> None:
     assert ours == plain, "and no warning of global hooks"
 
 
+@pytest.mark.slow
 def test_a_compiled_step_in_one_graph(tmp_path: Path) -> None:
     body = """
         graphs = []
@@ -212,6 +219,7 @@ def test_a_compiled_step_in_one_graph(tmp_path: Path) -> None:
     assert (ours.status, ours.out) == (plain.status, plain.out), ours.err
 
 
+@pytest.mark.slow
 def test_modes_of_the_script_are_waited_for(tmp_path: Path) -> None:
     """LMS put on within them would be taken off in their place."""
     body = """
@@ -244,6 +252,7 @@ def test_the_scripts_own_lms_wins(before: str, tmp_path: Path) -> None:
     assert "LMS was never on" not in found["said"]
 
 
+@pytest.mark.slow
 def test_the_script_switches_lms_off(tmp_path: Path) -> None:
     body = (
         "import torchlms\nstep(net, optimizer)\ntorchlms.disable()\nfor _ in range(3): step(net, optimizer)"
@@ -282,6 +291,7 @@ def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
     assert "eager/engine.py" not in ours.err
 
 
+@pytest.mark.slow
 def test_lms_that_cannot_be_put_on(tmp_path: Path) -> None:
     """The error comes from within the script; it is one line all the same, and not the script's to catch."""
     body = "try:\n    step(net, optimizer)\nexcept Exception:\n    print('caught')"
@@ -303,6 +313,7 @@ def test_running_out_of_memory_all_the_same(tmp_path: Path) -> None:
     assert ours.err.splitlines()[-1].startswith("torchlms: memory ran out before LMS was on")
 
 
+@pytest.mark.slow
 def test_another_device_than_asked_for(tmp_path: Path) -> None:
     found = figures(tmp_path, write(tmp_path, USUAL), "--device=cuda")
     assert "was seen in this process's main thread on cuda" in found["said"]
@@ -311,6 +322,7 @@ def test_another_device_than_asked_for(tmp_path: Path) -> None:
 # -- plans and processes ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_is_kept_and_used_again(tmp_path: Path) -> None:
     script = write(tmp_path, USUAL)
     figures(tmp_path, script, "--save-plan=plan.json")
@@ -319,6 +331,7 @@ def test_a_plan_is_kept_and_used_again(tmp_path: Path) -> None:
     assert found["plan_s"] == json.loads((tmp_path / "plan.json").read_text())["plan_s"]
 
 
+@pytest.mark.slow
 def test_recomputing(tmp_path: Path) -> None:
     body = """
         net = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Sigmoid()) for _ in range(8)])
@@ -330,6 +343,7 @@ def test_recomputing(tmp_path: Path) -> None:
         assert any(value.recipe for value in tape.values) == bool(options)
 
 
+@pytest.mark.slow
 def test_forks_are_left_alone(tmp_path: Path) -> None:
     """A child neither starts LMS nor reports, whether it was forked before LMS was on or after."""
     body = """
@@ -353,6 +367,7 @@ def test_forks_are_left_alone(tmp_path: Path) -> None:
     assert found["said"].count("following a plan") == 1
 
 
+@pytest.mark.slow
 def test_other_threads_are_left_alone(tmp_path: Path) -> None:
     body = """
         import threading
