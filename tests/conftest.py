@@ -77,7 +77,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def settable_flags() -> None:
     """torch's own test helpers, once imported, forbid to set the flags of cuDNN for the whole process."""
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 @pytest.fixture
