@@ -8,7 +8,7 @@
 
 Each case runs plainly twice and then under LMS: results, gradients, inputs, parameters, buffers and the
 generator's state must be the same to the last bit. The cases run in a process of their own. One that dies
-or hangs is an entry, and a new process goes on after it.
+or hangs twice is an entry, and a new process goes on after it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Progress:
     running: bool = False
     done: bool = False
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)  # what ran when a worker ended
 
     def take(self, item: dict[str, Any]) -> None:
         """One line of what a worker wrote."""
@@ -73,7 +74,12 @@ class Progress:
             self.case += 1
 
     def lost(self, why: str) -> None:
-        """The worker ended in the middle: note where, and go on behind it."""
+        """The worker ended in the middle. What ran is tried once more, for it may have been ended from
+        outside; the second time that is noted, and the next one begins behind it."""
+        if self.name not in self.suspects:
+            self.suspects.add(self.name)
+            self.running = False
+            return
         self.findings[self.name] = {"verdict": "ended", "why": why}
         if self.running:
             self.running, self.case = False, self.case + 1

@@ -224,6 +224,9 @@ def test_a_case_that_ends_its_process_does_not_end_the_run(
     assert said == why
     assert not progress.done
     progress.lost(said)
+    assert (progress.group, progress.case, len(progress.findings)) == (1, 1, 1)  # it is tried once more
+    progress.take({"begin": "g #1"})
+    progress.lost(said)
     assert progress.findings["g #1"] == {"verdict": "ended", "why": why}
     assert (progress.groups, progress.group, progress.case) == (3, 1, 2)  # where the next one begins
 
@@ -236,7 +239,8 @@ def test_some_cases_are_from_all_over() -> None:
 def test_samples_that_cannot_be_made_cost_one_group() -> None:
     progress = suites.Progress()
     progress.take({"group": 4, "first": 0, "name": "bad samples"})
-    progress.lost("killed by signal 11")
+    for _ in range(2):
+        progress.lost("killed by signal 11")
     assert (progress.group, progress.case) == (5, 0)
     assert list(progress.findings) == ["bad samples"]
 
