@@ -74,7 +74,7 @@ def result(found: list[Found], seed: int, seconds: float) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "code_hash": code_hash(),
+        "code": code_hash(),
         "host": host_facts(),
     }
 

@@ -85,7 +85,7 @@ def stale_results(folder: Path) -> list[Path]:
         except ValueError:
             continue
         schema = str(result.get("schema", "")) if isinstance(result, dict) else ""
-        if schema.startswith("torchlms.bench/"):
+        if schema.startswith(("torchlms.bench/", "torchlms.faults/", "torchlms.soak/")):
             fresh = result.get("code") == here
         elif schema.startswith("torchlms.result/"):
             fresh = all(run.get("code") == (here if run.get("lms") else rivals) for run in result["entries"])
