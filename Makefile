@@ -64,7 +64,7 @@ figures: $(READY)  ## write the tables of the READMEs from benchmarks/results/
 	$(PY) benchmarks/run.py --table
 
 loops: $(READY)  ## write docs/loops.md from a run of the training loops in tests/matrix
-	$(PY) -m pytest tests/matrix --write-loops -n 0 $(ARGS)
+	$(PY) -m pytest tests/matrix --write-loops -n 0 -m "slow or not slow" $(ARGS)
 
 suites: $(READY) ## other projects' own tests under LMS: PyTorch's samples, transformers' architectures
 	$(PY) benchmarks/suites.py operators --most 12

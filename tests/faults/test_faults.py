@@ -17,7 +17,10 @@ SEED = 20
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize(("snapshot", "recompute"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("snapshot", "recompute"),
+    [pytest.param(False, True, marks=pytest.mark.slow), (True, False)],
+)
 def test_a_fault_at_any_moment(kind: str, snapshot: bool, recompute: bool, spill_dir: Path) -> None:
     count = moments(kind, recompute=recompute, spill_dir=spill_dir)
     draw = random.Random(f"{SEED} {kind} {snapshot}")

@@ -16,6 +16,13 @@ from tests.matrix.trial import tried
 Found = "dict[tuple[str, str], str] | None"
 
 
+def _marks(row: Row, way: str) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if WAYS[way].get("recompute") else []  # sets of drops take long to search
+    if way not in row.wrong:
+        return slow
+    return [*slow, pytest.mark.xfail(strict=True, reason=row.wrong[way])]
+
+
 def each_row_each_way() -> list[Any]:
     """What is known to go wrong fails strictly: the day it works, its row has to say so."""
     return [
@@ -23,7 +30,7 @@ def each_row_each_way() -> list[Any]:
             row,
             way,
             id=f"{row.name}-{way}",
-            marks=pytest.mark.xfail(strict=True, reason=row.wrong[way]) if way in row.wrong else (),
+            marks=_marks(row, way),
         )
         for row in ROWS
         for way in WAYS
