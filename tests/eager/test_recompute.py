@@ -453,10 +453,13 @@ def test_a_source_that_is_saved_only_after_the_drop(spill_dir: Path) -> None:
                 sent.append(lms._engine.store.bytes_out if lms is not None and lms._engine is not None else 0)
         if lms is not None:
             assert lms.plan is not None
+            assert lms.tape is not None
             dropped = [move for move in lms.plan.moves if move.choice is Choice.RECOMPUTE]
             assert dropped
             assert lms.stats()["replayed_ops"]
-            assert sent[-1] - sent[-2] <= lms.plan.predicted.bytes_out
+            # Moved in place of being dropped, they would be half as much again. One may have to make room.
+            dropped_bytes = sum(lms.tape.values[move.value].size_bytes for move in dropped)
+            assert sent[-1] - sent[-2] <= lms.plan.predicted.bytes_out + dropped_bytes / 4
         return losses, lms
 
     assert run(spill_dir)[0] == run(None)[0]
