@@ -28,8 +28,8 @@ from stream import Stream
 from torch import Tensor, nn
 
 import torchlms
-from torchlms.core.plan import Choice
-from torchlms.core.tape import Value
+from torchlms.core.plan import Choice, Plan
+from torchlms.core.tape import Tape, Value
 from torchlms.eager.provenance import Call, Cell
 from torchlms.eager.slot import Slot
 
@@ -124,7 +124,7 @@ def train(
     else:
         with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=DROPPING) as lms:
             losses = [loop(model, optimizer, step) for step in range(STEPS)]
-            stats = lms.stats()
+            stats = {**lms.stats(), "plan made": lms.plan, "tape": lms.tape}
     return losses, [item.detach().clone() for item in model.state_dict().values()], stats
 
 
@@ -151,8 +151,53 @@ def test_chains_views_and_in_place_ops(spill_dir: Path) -> None:
     assert stats["replayed_ops"]
 
 
-def test_dropout_is_not_made_again_with_other_numbers(spill_dir: Path) -> None:
-    assert_same(lambda model, x: F.relu(F.dropout(F.gelu(x), 0.3)), spill_dir)
+def replayed_names(plan: Plan, tape: Tape) -> set[str]:
+    recipes = [tape.values[move.value].recipe for move in plan.moves if move.choice is Choice.RECOMPUTE]
+    return {tape.ops[op].name for recipe in recipes for op in recipe}
+
+
+def test_random_numbers_are_drawn_again_and_leave_the_generator_as_it_was(spill_dir: Path) -> None:
+    stats = assert_same(lambda model, x: F.relu(F.dropout(F.gelu(x), 0.3)), spill_dir, budget_bytes=1_200_000)
+    assert "aten.bernoulli_.float" in replayed_names(stats["plan made"], stats["tape"])  # type: ignore[arg-type]
+
+
+def test_products_of_matrices_are_made_again(spill_dir: Path) -> None:
+    stats = assert_same(lambda model, x: torch.tanh(x), spill_dir, budget_bytes=900_000)
+    assert "aten.addmm.default" in replayed_names(stats["plan made"], stats["tape"])  # type: ignore[arg-type]
+
+
+def test_convolutions_are_made_again(spill_dir: Path) -> None:
+    network = NETWORKS["resnet"]
+    session = new_session(network)
+    with open_lms(session, int(0.5 * plain_peak(network)), spill_dir, rules=DROPPING) as lms:
+        for step in range(STEPS):
+            plain_step(session, step)
+        assert lms.plan is not None
+        assert lms.tape is not None
+        assert "aten.convolution.default" in replayed_names(lms.plan, lms.tape)
+    assert outcome(session).differences(run_plain(network, steps=STEPS)) == []
+
+
+def test_what_is_older_than_the_step_and_written_in_it_is_not_made_again(spill_dir: Path) -> None:
+    """The write is known, but not what it wrote to."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        factor = torch.rand(512, 64, generator=torch.Generator().manual_seed(step))
+        entered = model.enter(x)  # the step begins here
+        factor.mul_(2.0)
+        h = entered * factor
+        del factor, entered
+        for layer in model.inner:
+            h = layer(F.gelu(h))
+        loss = F.cross_entropy(model.leave(h), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    stats = assert_same(lambda model, x: x, spill_dir, loop)
+    assert "aten.mul_.Tensor" not in replayed_names(stats["plan made"], stats["tape"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("since", [0, 5])

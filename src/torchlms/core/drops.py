@@ -159,10 +159,11 @@ def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
             for value in births.get(op, ())
             if value.id != dropped.id
         )
+        workspace_bytes = max((tape.ops[op].scratch_bytes for op in dropped.recipe), default=0)
         ops[stop] = replace(
             ops[stop],
             time_s=ops[stop].time_s + replay_s(tape, dropped),
-            scratch_bytes=max(ops[stop].scratch_bytes, between_bytes),
+            scratch_bytes=max(ops[stop].scratch_bytes, between_bytes + workspace_bytes),
         )
         for source in dropped.sources:
             if source not in returns:

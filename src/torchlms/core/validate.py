@@ -244,7 +244,9 @@ def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterat
         if decision.choice is Choice.RECOMPUTE and decision.reload_op < count:
             between = [other for other in tape.values if other.birth in value.recipe and other.id != value.id]
             between_bytes = sum(other.size_bytes for other in between)
-            scratch[decision.reload_op] = max(scratch[decision.reload_op], between_bytes)
+            workspace_bytes = max(tape.ops[op].scratch_bytes for op in value.recipe)
+            extra_bytes = between_bytes + workspace_bytes
+            scratch[decision.reload_op] = max(scratch[decision.reload_op], extra_bytes)
             for source in value.sources:
                 kept_until[source] = max(kept_until.get(source, -1), decision.reload_op)
     for source, last in kept_until.items():

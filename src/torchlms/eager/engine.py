@@ -12,6 +12,7 @@ pass has run since the last beginning or nothing saved since then is alive any m
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -55,6 +56,7 @@ _MOST_MET = 3
 _KEPT_TIMES = 1000
 _FITTING_SHARE = 0.97  # of the budget; the rest is for holes
 EVERYTHING_BYTES = 1 << 62
+_COMPARED_BYTES = 32 << 20  # at a time
 _LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
 
 
@@ -148,9 +150,14 @@ class Engine(SlotOwner):
         provenance = self.provenance
         if provenance is None or (self._backward_seen and not writes_anything(func)):
             return self._run(func, args, kwargs)
+        if self.follower is not None and self.follower.program.leaves_out(self._clock, _name_of_op(func)):
+            result = self._run(func, args, kwargs)
+            if writes_anything(func):
+                provenance.written(func, args, kwargs, self._clock)
+            return result
         call = provenance.before(func, args, kwargs, self._clock, forward=not self._backward_seen)
         if self.follower is not None and self._clock in self.follower.program.holding:
-            provenance.hold_inputs(call, args, kwargs)
+            provenance.hold(self._to_hold(self.follower.program, func, args, kwargs))
         result = self._run(func, args, kwargs)
         provenance.after(call, args, kwargs, result)
         return result
@@ -169,9 +176,9 @@ class Engine(SlotOwner):
         elif self.device.is_cuda and self.rooms.concerns(func) and not self.rooms.knows(func, args):
             result = self._run_new_convolution(func, args, kwargs)
         elif self.timer is not None:
-            begin = self.timer.begin()
+            self.timer.begin()
             result = self._attempt(func, args, kwargs)
-            self.timer.end(func, begin)
+            self.timer.end(func)
         else:
             result = self._attempt(func, args, kwargs)
         if not self.device.is_cuda:
@@ -181,6 +188,17 @@ class Engine(SlotOwner):
             self.holes.note(self._clock)
         self._clock += 1
         return result
+
+    def _to_hold(
+        self, program: Program, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """Of what ``func`` is about to read, what the tape says some recipe needs held."""
+        op, device = program.tape.ops[self._clock], self.device.torch_device
+        tensors = [tensor for tensor in tensors_in(args, kwargs) if tensor.device == device]
+        if op.name != _name_of_op(func) or len(op.reads) != len(tensors):
+            return []
+        wanted = program.holding[self._clock]
+        return [tensor for tensor, value in zip(tensors, op.reads, strict=True) if value in wanted]
 
     def _make_readers_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``func`` writes: make again what would later be made from what it overwrites."""
@@ -234,8 +252,17 @@ class Engine(SlotOwner):
             if not (self.rooms.concerns(func) and starved_engine(error)):
                 raise
             want_bytes = 0
+
+        def begin_again() -> None:
+            if rewind is not None:
+                rewind()
+            if self.recorder is not None:
+                self.recorder.begin_again()
+            if self.timer is not None:
+                self.timer.begin()
+
         # Outside the handler: the exception's frames hold the op's tensors.
-        return self.ladder.retry(func, args, kwargs, self._where, want_bytes, rewind)
+        return self.ladder.retry(func, args, kwargs, self._where, want_bytes, begin_again)
 
     def _torn(self, func: Any, error: torch.OutOfMemoryError) -> Exception:
         """What to raise when memory ran out inside an op that may have changed some of its list already."""
@@ -427,21 +454,42 @@ class Engine(SlotOwner):
             follower.catch_up(self._clock)
         if slot.where is Where.AWAY:
             self.late_fetches += 1
-        if slot.suspect is not None:
-            self._prove(follower.program, slot)
 
-    def _prove(self, program: Program, slot: Slot) -> None:
-        """Make bytes again that are still there, and compare: a recipe is trusted only after that."""
-        recipe, slot.suspect = slot.suspect, None
-        assert recipe is not None
-        storage = slot.take()
+    def _prove(self, slot: Slot, recipe: Recipe) -> bool | None:
+        """Whether ``recipe`` gives the bytes that ``slot`` has now; None if that could not be found out.
+
+        What it is made from and was gone comes back for it, and goes again.
+        """
+        gone = [
+            (other, other.recipe) for other in self.living() if other.where in (Where.DROPPED, Where.AWAY)
+        ]
+        self._proving = True
         try:
             again = self.replay(recipe)
-        except LMSError as error:
+            return self._same_bytes(slot.take(), again)
+        except (LMSError, torch.OutOfMemoryError) as error:
             log.debug("a recipe could not be tried: %s", error)
-            return
-        program.judge(slot.ordinal, same=_same_bytes(storage, again))
-        self._proving = True
+            return None
+        finally:
+            for other, its_recipe in gone:
+                if other.where is Where.HELD and other.alone():
+                    self._let_go(other, its_recipe)
+
+    def _let_go(self, slot: Slot, recipe: Recipe | None) -> None:
+        if recipe is not None:
+            slot.drop(recipe)
+        else:
+            slot.send(self.store.place(slot.size_bytes))
+            slot.release()
+
+    def _same_bytes(self, left: torch.UntypedStorage, right: torch.UntypedStorage) -> bool:
+        """Compared piece by piece, which takes next to no memory."""
+        if left.nbytes() != right.nbytes():
+            return False
+        if self.device.is_cuda:
+            self.ladder.reserve((_COMPARED_BYTES,))
+        pieces = zip(_whole(left).split(_COMPARED_BYTES), _whole(right).split(_COMPARED_BYTES), strict=True)
+        return all(bool(torch.equal(one, other)) for one, other in pieces)
 
     def _backward_ended(self) -> None:
         if self.recorder is not None:
@@ -500,7 +548,9 @@ class Engine(SlotOwner):
             self.verifier.begin_step(self.steps)
         self._ooms = self._allocator_ooms() - self.ladder.ooms
         if program is not None:
-            self.follower = Follower(program, self._by_ordinal, self.store, self.holes, self.provenance)
+            self.follower = Follower(
+                program, self._by_ordinal, self.store, self.holes, self.provenance, self._prove
+            )
 
     def _new_provenance(self, routine: Routine) -> Provenance | None:
         """Provenance is kept while recording, and where the program drops something."""
@@ -741,6 +791,9 @@ def _drop_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_in_child)
 
 
+_name_of_op = functools.cache(str)  # of an op, which takes long
+
+
 def _bring_home(slot: Slot) -> Exception | None:
     """Have the slot's bytes on the device for good; the error that this led to."""
     try:
@@ -755,10 +808,6 @@ def _whole(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of ``storage``."""
     empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return empty.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
-
-
-def _same_bytes(left: torch.UntypedStorage, right: torch.UntypedStorage) -> bool:
-    return left.nbytes() == right.nbytes() and bool(torch.equal(_whole(left), _whole(right)))
 
 
 def _rounded(size_bytes: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torchlms.core.plan import Choice
@@ -14,7 +14,7 @@ from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, SpillError
 
 if TYPE_CHECKING:
     from torchlms.eager.holes import Holes
-    from torchlms.eager.provenance import Provenance
+    from torchlms.eager.provenance import Provenance, Recipe
     from torchlms.memory.store import Place, Store
 
 NEVER = 1 << 62  # no action is due before this op
@@ -26,7 +26,7 @@ class Follower:
     A plan is advice: what has no room now stays where it is, and whoever needs it asks again.
     """
 
-    __slots__ = ("_cursor", "_holes", "_provenance", "_slots", "_store", "due", "program")
+    __slots__ = ("_cursor", "_holes", "_prove", "_provenance", "_slots", "_store", "due", "program")
 
     def __init__(
         self,
@@ -35,8 +35,10 @@ class Follower:
         store: Store,
         holes: Holes,
         provenance: Provenance | None = None,
+        prove: Callable[[Slot, Recipe], bool | None] = lambda slot, recipe: None,
     ) -> None:
         self._provenance = provenance
+        self._prove = prove
         self.program = program
         self._slots = slots  # by ordinal, filled as the step goes
         self._store = store
@@ -82,18 +84,27 @@ class Follower:
             self._fetch(action, slot)
 
     def _drop(self, slot: Slot) -> None:
-        """Let go of what can be made again. What cannot, or was not yet shown to, is moved instead."""
+        """Let go of what can be made again, once that has been tried. What cannot is moved instead."""
         if self._provenance is None or not slot.first_use or slot.place is not None or not slot.alone():
             return
         recipe = self._provenance.recipe(slot)
-        if recipe is not None and slot.ordinal in self.program.trust.proven:
+        if recipe is not None and self._trusted(slot, recipe):
             slot.drop(recipe)
             return
         if recipe is None:
             self.program.miss(slot.ordinal)
-        slot.suspect = recipe
-        slot.send(self._store.place(slot.size_bytes))
-        slot.release()
+        if slot.alone():  # and not evicted while it was tried
+            slot.send(self._store.place(slot.size_bytes))
+            slot.release()
+
+    def _trusted(self, slot: Slot, recipe: Recipe) -> bool:
+        """Whether ``recipe`` has given the right bytes, now or in an earlier step."""
+        trust = self.program.trust
+        if slot.ordinal not in trust.proven and slot.ordinal not in trust.refuted:
+            same = self._prove(slot, recipe)
+            if same is not None:
+                self.program.judge(slot.ordinal, same=same)
+        return slot.ordinal in trust.proven
 
     def _send(self, slot: Slot) -> None:
         decision = self.program.expected[slot.ordinal].decision

@@ -154,16 +154,16 @@ class Ladder:
         kwargs: dict[str, Any],
         where: Callable[[], str],
         want_bytes: int,
-        rewind: Callable[[], None] | None = None,
+        begin_again: Callable[[], None] | None = None,
     ) -> Any:
         """Run ``func`` again, each time after evicting more; BudgetTooSmall when nothing is left.
 
-        ``rewind`` undoes what an attempt that failed has changed (a generator's offset)."""
+        ``begin_again`` is called before each: it undoes what the last one changed (a generator's offset)."""
         want_bytes = max(want_bytes, _ROUND_BYTES)
         while self.reclaim(want_bytes):
             self.retries += 1
-            if rewind is not None:
-                rewind()
+            if begin_again is not None:
+                begin_again()
             try:
                 return func(*args, **kwargs)
             except torch.OutOfMemoryError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from torchlms.core.plan import Choice, Decision, Plan
-from torchlms.core.tape import Tape
+from torchlms.core.tape import Tape, Value
 
 
 class Deed(IntEnum):
@@ -83,14 +83,16 @@ class Program:
         }
         self.saves = 1 + max(self.expected, default=-1)
         actions = []
-        self.holding: set[int] = set()  # ops that read what autograd does not save and a recipe needs
+        self.told: set[int] = set()  # ops that some recipe runs again
+        # Which values have to be held when an op reads them, because a recipe needs them and autograd does
+        # not save them, or only later.
+        self.holding: dict[int, set[int]] = {}
         for value in saved:
             decision = decisions.get(value.id)
             if decision is not None and decision.choice is Choice.RECOMPUTE:
                 actions.append(Action(decision.release_op, Deed.DROP, value.saved))
-                sources = [tape.values[source] for source in value.sources]
-                if any(item.saved < 0 or item.saved_at >= decision.release_op for item in sources):
-                    self.holding.update(value.recipe)
+                self.told.update(value.recipe)
+                self._hold_sources(value, decision.release_op)
             if decision is None or decision.choice not in (Choice.HOST, Choice.DISK):
                 continue
             start = value.idle[decision.stretch].start
@@ -104,7 +106,20 @@ class Program:
         self.lessons = _LESSONS if actions else 0  # steps left in which both are learned
         self.scattered = True  # free memory may be mapped in pieces
         self._calm = False  # a step has passed without a pinch
-        self._births: dict[int, list[int]] | None = None
+        self._blocks: dict[int, list[int]] | None = None
+
+    def _hold_sources(self, dropped: Value, release_op: int) -> None:
+        sources = [self.tape.values[source] for source in dropped.sources]
+        late = {item.id for item in sources if item.saved < 0 or item.saved_at >= release_op}
+        for op in dropped.recipe if late else ():
+            held = late.intersection(self.tape.ops[op].reads)
+            if held:
+                self.holding.setdefault(op, set()).update(held)
+
+    def leaves_out(self, op: int, name: str) -> bool:
+        """Whether op ``op`` is the one that the tape has there, and no recipe runs it again."""
+        ops = self.tape.ops
+        return op not in self.told and op < len(ops) and ops[op].name == name
 
     def judge(self, ordinal: int, *, same: bool) -> None:
         """A recipe has been tried."""
@@ -147,14 +162,28 @@ class Program:
         ]
 
     def blocks_bytes(self, op: int) -> list[int]:
-        """What op ``op`` allocates, as far as the tape knows: its results and its workspace."""
+        """What is allocated at op ``op``, as far as the tape knows: what is made again before it, and
+        its own results and workspace."""
         if not 0 <= op < len(self.tape.ops):
             return []
-        if self._births is None:
-            self._births = {}
-            for value in self.tape.values:
-                self._births.setdefault(value.birth, []).append(value.size_bytes)
-        return [*self._births.get(op, []), self.tape.ops[op].scratch_bytes]
+        if self._blocks is None:
+            self._blocks = self._all_blocks()
+        return self._blocks.get(op, [])
+
+    def _all_blocks(self) -> dict[int, list[int]]:
+        made: dict[int, list[int]] = {}
+        for value in self.tape.values:
+            made.setdefault(value.birth, []).append(value.size_bytes)
+        for op, known in enumerate(self.tape.ops):
+            made.setdefault(op, []).append(known.scratch_bytes)
+        blocks: dict[int, list[int]] = {}
+        for decision in self.plan.moves:
+            if decision.choice is Choice.RECOMPUTE:
+                for op in self.tape.values[decision.value].recipe:
+                    blocks.setdefault(decision.reload_op, []).extend(made.get(op, ()))
+        for op, own in made.items():
+            blocks.setdefault(op, []).extend(own)
+        return blocks
 
     def _order(self, action: Action) -> tuple[int, int, int]:
         """By op and deed; sends in order of value id, fetches in order of need."""

@@ -19,7 +19,7 @@ bytes is taken.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ import torch
 from torchlms.core.tape import Kind
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.saved import memoryless_alias
-from torchlms.eager.tensors import is_plain, tensors_in
+from torchlms.eager.tensors import is_plain
+from torchlms.eager.traits import generator_of
 
 if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
@@ -43,13 +44,20 @@ class Cell:
 
     lap: int
     place: int = 0  # among the results of the call that made it
+    first_version: int = 0  # before the first write
+    made: bool = False  # the history begins with the call that made it
     history: list[Call] = field(default_factory=list)
     slot: weakref.ref[Slot] | None = None
     saved_version: int = -1  # of the tensor that autograd saved last
     counter: torch.Tensor | None = None  # shares that tensor's version, and holds none of its memory
     value: int = -1  # the tape's id while recording, if the storage could be held
     size_bytes: int = 0
-    readers: weakref.WeakSet[Slot] = field(default_factory=weakref.WeakSet)  # dropped, and made from this
+    readers: weakref.WeakSet[Slot] | None = None  # dropped, and made from this
+
+    def accounts_for(self, writes: int, version: int) -> bool:
+        """Whether the first ``writes`` calls are all that has happened until ``version``. A write from
+        another thread or a compiled region is told of by the version alone."""
+        return version - self.first_version == writes - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +83,8 @@ class Call:
     kwargs: dict[str, Any]
     op: int  # its place on the tape
     replayable: bool
+    drawn: tuple[torch.Generator, torch.Tensor] | None = None  # from which generator, in which state
+    blank: bool = False  # what it makes has no bytes of its own yet
 
 
 class _Foreign(Exception):
@@ -107,20 +117,21 @@ class Provenance:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int, *, forward: bool = True
     ) -> Call:
         """What is about to be called, with its arguments as they are now."""
-        if not forward or not may_replay(func, self._device.type):
+        blank = func in _BLANK
+        if not forward or not (blank or may_replay(func, self._device.type)):
             return Call(func, (), {}, op, False)
         try:
-            return Call(func, self._refs(without_statistics(func, args)), self._refs(kwargs), op, True)
+            refs, named = self._refs(without_statistics(func, args)), self._refs(kwargs)
         except _Foreign:
             return Call(func, (), {}, op, False)
+        generator = generator_of(func, (), kwargs, self._device)
+        drawn = (generator, generator.get_state()) if generator is not None else None
+        return Call(func, refs, named, op, True, drawn, blank)
 
-    def hold_inputs(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what ``call`` reads and could not be had again later."""
-        for tensor in tensors_in(args, kwargs):
-            if not call.replayable or not self._ours(tensor):
-                continue
-            ref = self._ref(tensor)
-            if ref.cell.slot is None and not Recipe(ref.cell, ref.writes, self._device.type).reaches(ref):
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Keep what a recipe will ask for and nobody else may."""
+        for tensor in tensors:
+            if self._ours(tensor) and self._cell(tensor).slot is None:
                 slot = self._hold(tensor)
                 if slot is not None:
                     self.saved(tensor, slot)
@@ -142,6 +153,12 @@ class Provenance:
             lasts = self._lasts(tensor.untyped_storage())
             told = Call(call.func, (), {}, call.op, False) if lasts else call
             self._cell(tensor).history.append(told)
+
+    def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int) -> None:
+        """A call that no recipe runs again has ended: what it wrote is no longer what is told of it."""
+        for tensor in written_tensors(func, args, kwargs):
+            if self._ours(tensor) and self._known(tensor):
+                self._cell(tensor).history.append(Call(func, (), {}, op, False))
 
     def saved(self, tensor: torch.Tensor, slot: Slot) -> None:
         """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``."""
@@ -196,7 +213,16 @@ class Provenance:
 
     def _new_cell(self, tensor: torch.Tensor, place: int, history: list[Call]) -> Cell:
         value = self.value_of(tensor) if self.value_of is not None else -1
-        return Cell(self._lap, place, history, value=value, size_bytes=tensor.untyped_storage().nbytes())
+        size_bytes = tensor.untyped_storage().nbytes()
+        return Cell(
+            self._lap,
+            place,
+            first_version=tensor._version,
+            made=bool(history),
+            history=history,
+            value=value,
+            size_bytes=size_bytes,
+        )
 
     def _lasts(self, storage: torch.UntypedStorage) -> bool:
         return self._kinds(storage) in (Kind.PARAMETER, Kind.BUFFER)
@@ -210,7 +236,9 @@ class Provenance:
     def recipe(self, slot: Slot) -> Recipe | None:
         """How to make the slot's bytes again, or None if that cannot be done from what there is."""
         cell = slot.cell
-        if cell is None or cell.lap != self._lap or not cell.history:
+        if cell is None or cell.lap != self._lap or not cell.made:
+            return None
+        if cell.counter is not None and not cell.accounts_for(len(cell.history), cell.counter._version):
             return None
         recipe = Recipe(cell, len(cell.history), self._device.type)
         return recipe if recipe.follow(cell, len(cell.history), target=slot) else None
@@ -227,26 +255,26 @@ class Recipe:
     slots: dict[int, tuple[Cell, Slot]] = field(default_factory=dict)  # by the cell's identity
     lasting: dict[int, Ref] = field(default_factory=dict)
     asked: dict[int, Cell] = field(default_factory=dict)  # would have to be held
+    dear: int = 0  # calls that take long for the bytes they make
     _cut: set[int] = field(default_factory=set)  # where the way back has been found dearer than holding
 
     def follow(self, cell: Cell, writes: int, *, target: Slot | None) -> bool:
         """Note all that is needed for ``cell`` after ``writes`` writes; False where the way is barred."""
-        if not writes:
+        if not writes or not cell.made:
             return False
         for call in cell.history[:writes]:
             if id(call) in self.calls:
                 continue
             if not call.replayable or len(self.calls) >= _MOST_CALLS:
                 return False
+            self.dear += is_dear(call.func)
+            if call.blank and not _filled(cell, writes):
+                return False
             self.calls[id(call)] = call
             for ref in refs_in((call.args, call.kwargs)):
                 if not self._find(ref, cell, target):
                     return False
         return True
-
-    def reaches(self, ref: Ref) -> bool:
-        """Whether ``ref`` could be made again without holding anything for it."""
-        return ref.lasting is not None or (self.follow(ref.cell, ref.writes, target=None) and not self.asked)
 
     def _find(self, ref: Ref, reader: Cell, target: Slot | None) -> bool:
         """Whether ``ref`` can be had when the recipe is carried out."""
@@ -264,19 +292,21 @@ class Recipe:
         return self._follow_or_ask(ref, target)
 
     def _follow_or_ask(self, ref: Ref, target: Slot | None) -> bool:
-        """Follow ``ref`` further back, or ask for it, whichever holds fewer bytes."""
+        """Follow ``ref`` further back, or ask for it: whichever holds fewer bytes, and nothing dear is
+        done again where holding would gain something."""
         cell = ref.cell
         can_ask = cell.value >= 0 and cell.slot is None and ref.writes == len(cell.history)
-        before = self._lengths()
-        asked_bytes = self.asked_bytes
-        if id(cell) not in self._cut and self.follow(cell, ref.writes, target=target):
-            if not can_ask or self.asked_bytes == asked_bytes:
-                return True
-            if self.asked_bytes - asked_bytes < cell.size_bytes:
+        before, dear, asked_bytes = self._lengths(), self.dear, self.asked_bytes
+        known = cell.accounts_for(ref.writes, ref.version)
+        if known and id(cell) not in self._cut and self.follow(cell, ref.writes, target=target):
+            held_bytes = self.asked_bytes - asked_bytes
+            asking_pays = cell.size_bytes < self.cell.size_bytes and self.dear > dear
+            if not can_ask or (held_bytes < max(cell.size_bytes, 1) and not asking_pays):
                 return True
         if not can_ask:
             return False
         self._undo(before)
+        self.dear = dear
         self._cut.add(id(cell))
         self.asked[id(cell)] = cell
         return True
@@ -308,10 +338,11 @@ class Recipe:
 
     def read_by(self, slot: Slot) -> None:
         """Have writes to any source heard of by ``slot``, which is dropped and will need it."""
-        for cell, _ in self.slots.values():
+        cells = [cell for cell, _ in self.slots.values()] + [ref.cell for ref in self.lasting.values()]
+        for cell in cells:
+            if cell.readers is None:
+                cell.readers = weakref.WeakSet()
             cell.readers.add(slot)
-        for ref in self.lasting.values():
-            ref.cell.readers.add(slot)
 
 
 def mark(storage: torch.UntypedStorage, cell: Cell) -> None:
@@ -334,6 +365,45 @@ def results_of(result: Any) -> list[torch.Tensor | None]:
     if isinstance(result, (list, tuple)):
         return [found for part in result for found in results_of(part)]
     return [result if isinstance(result, torch.Tensor) else None]
+
+
+_DEAR = frozenset(
+    ("convolution", "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "attention", "trilinear")
+)
+_KNOWN_DEAR: dict[Any, bool] = {}
+
+
+def is_dear(func: Any) -> bool:
+    """Whether ``func`` computes far longer than it reads and writes."""
+    known = _KNOWN_DEAR.get(func)
+    if known is None:
+        name = str(getattr(func, "_opname", func))
+        known = _KNOWN_DEAR[func] = not _DEAR.isdisjoint(name.split("_"))
+    return known
+
+
+# What these make holds whatever lay there before.
+_BLANK = frozenset(
+    overload
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    for packet in (getattr(torch.ops.aten, name),)
+    for overload in (getattr(packet, name) for name in packet.overloads())
+)
+# And these write every element of their first argument, whatever was there.
+_FILLS = frozenset(
+    ("bernoulli_", "uniform_", "normal_", "exponential_", "log_normal_", "random_", "fill_", "zero_", "copy_")
+)
+
+
+def _filled(cell: Cell, writes: int) -> bool:
+    """Whether all of a storage that was made blank is written by the call after that."""
+    if writes < 2 or len(cell.history) < 2:
+        return False
+    filling = cell.history[1]
+    target = filling.args[0] if filling.args else None
+    if getattr(filling.func, "_opname", "") not in _FILLS or not isinstance(target, Ref):
+        return False
+    return target.cell is cell and target.shape.numel() * target.dtype.itemsize == cell.size_bytes
 
 
 # Their running statistics, by position, and where they say that they are training. They update the

@@ -111,12 +111,25 @@ class Recorder:
     def before(self, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
         self._find_idle()
         reads = [self.value_of(tensor) for tensor in self._here(args, kwargs)]
-        allocated = 0
-        if isinstance(self.device, CudaDevice):
-            torch.cuda.reset_peak_memory_stats(self.device.torch_device)
-            stats = private.allocator_stats(self.device.torch_device)
-            allocated = stats["allocated_bytes"]["all"]["current"]
-        self._running = _Running(self.device.mark(), allocated, [value for value in reads if value >= 0])
+        allocated_bytes = self._measure_from_here()
+        self._running = _Running(
+            self.device.mark(), allocated_bytes, [value for value in reads if value >= 0]
+        )
+
+    def begin_again(self) -> None:
+        """The op that is running is tried once more, after room was made: neither the time that took nor
+        the memory in use before is its own."""
+        if self._running is not None:
+            self._running.allocated_bytes = self._measure_from_here()
+            self._running.begin = self.device.mark()
+
+    def _measure_from_here(self) -> int:
+        """Bytes in use, from which the allocator's peak counts now; 0 on the CPU."""
+        if not isinstance(self.device, CudaDevice):
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+        stats = private.allocator_stats(self.device.torch_device)
+        return int(stats["allocated_bytes"]["all"]["current"])
 
     def abandon(self) -> None:
         """The op that was about to be recorded raised: it never happened."""

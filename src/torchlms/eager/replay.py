@@ -5,7 +5,8 @@ Runs without gradients and with autocast off: what was captured below autograd h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,21 @@ def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
     """
     with torch.no_grad(), torch.autocast(recipe.device_type, enabled=False):
         return _Replay(recipe, run).storage(recipe.cell, recipe.writes)
+
+
+@contextlib.contextmanager
+def _drawing(call: Call) -> Iterator[None]:
+    """The call's generator as the call found it, and afterwards as it is now."""
+    if call.drawn is None:
+        yield
+        return
+    generator, state = call.drawn
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(now)
 
 
 class _Replay:
@@ -62,7 +78,8 @@ class _Replay:
     def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
         args = tuple(self._item(item, here) for item in call.args)
         kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
-        return results_of(self._run_op(call.func, args, kwargs))
+        with _drawing(call):
+            return results_of(self._run_op(call.func, args, kwargs))
 
     def _item(self, item: Any, here: dict[int, torch.UntypedStorage]) -> Any:
         if isinstance(item, Ref):

@@ -15,12 +15,9 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("replayable.json")
 
-_GOOD = ("pure", "in place")
-# Same bits on the same device, but made by libraries that choose their algorithm by what is free, or
-# so dear that moving is always the better choice.
-_NEVER = (
-    "convolution", "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "attention", "rnn", "lstm", "gru",
-)  # fmt: skip
+_GOOD = ("pure", "in place", "seeded")
+# Keep a state of their own between calls, which no sample shows.
+_NEVER = ("rnn", "lstm", "gru")
 # Write running statistics that no schema names, and are not given any (provenance.without_statistics).
 _WITHOUT_STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 

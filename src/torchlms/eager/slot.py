@@ -97,7 +97,6 @@ class Slot:
         "recipe",
         "saved",
         "size_bytes",
-        "suspect",
         "value",
         "where",
     )
@@ -115,7 +114,6 @@ class Slot:
         self.value = -1  # the tape's id, while recording
         self.cell: Cell | None = None  # where its provenance is told, if anybody keeps it
         self.recipe: Recipe | None = None
-        self.suspect: Recipe | None = None  # not shown yet to give these bytes
         self.first_use = True  # not unpacked yet
         self.pid = os.getpid()
         link(storage_bytes.untyped_storage(), self)

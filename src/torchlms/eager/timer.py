@@ -41,13 +41,16 @@ class OpTimer:
 
     def __init__(self, device: CudaDevice | CpuDevice) -> None:
         self._device = device
+        self._begin: Mark | None = None
         self._marks: list[tuple[Any, Mark, Mark]] = []
 
-    def begin(self) -> Mark:
-        return self._device.mark()
+    def begin(self) -> None:
+        """An op is about to be tried, perhaps not for the first time: what came before does not count."""
+        self._begin = self._device.mark()
 
-    def end(self, func: Any, begin: Mark) -> None:
-        self._marks.append((func, begin, self._device.mark()))
+    def end(self, func: Any) -> None:
+        assert self._begin is not None
+        self._marks.append((func, self._begin, self._device.mark()))
 
     def times(self) -> list[tuple[str, float]]:
         """Name and seconds of each op, in order; waits for the device."""

@@ -63,14 +63,30 @@ def _seeded(func: Any) -> bool:
     return known
 
 
-def rewind_of(device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]) -> Callable[[], None] | None:
-    """What gives a random op's generator back, if it is one on a device that can run out inside it."""
-    if not device.is_cuda or not _seeded(func):
+def generator_of(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None = None
+) -> torch.Generator | None:
+    """The generator that ``func`` draws from: the one it is given, or that of ``device``, which by
+    default is where its tensors are. None if it draws nothing."""
+    if not _seeded(func):
         return None
     given = kwargs.get("generator")
-    if isinstance(given, torch.Generator) and given.device.type != "cuda":
+    if isinstance(given, torch.Generator):
+        return given
+    if device is None:
+        first = _first_tensor((*args, *kwargs.values()))
+        device = first.device if first is not None else torch.device(kwargs.get("device") or "cpu")
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
+def rewind_of(device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any]) -> Callable[[], None] | None:
+    """What gives a random op's generator back, if it is one on a device that can run out inside it."""
+    generator = generator_of(func, (), kwargs, device.torch_device) if device.is_cuda else None
+    if generator is None or generator.device.type != "cuda":
         return None
-    generator = given if given is not None else torch.cuda.default_generators[device.torch_device.index or 0]
     offset = generator.get_offset()
 
     def rewind() -> None:

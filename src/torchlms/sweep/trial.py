@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from torchlms.eager.traits import generator_of
+
 
 class Verdict(str, Enum):
     """What trials have shown of an op. In the order of the list the first that applies is its verdict."""
 
     DIFFERS = "differs"  # another run gave other bits, or another layout
     WRITES = "writes"  # it changed an input that its schema does not name
-    RANDOM = "random"  # it draws numbers from a generator
+    RANDOM = "random"  # it draws numbers, and others from the same state of its generator
+    SEEDED = "seeded"  # it draws numbers: the same bits again from the same state of its generator
     VIEW = "view"  # its result lies in an input's storage: there is nothing to keep
     IN_PLACE = "in place"  # it changes what its schema says, and does the same to a copy
     PURE = "pure"  # same bits again, and nothing else changed
@@ -28,7 +31,8 @@ def try_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     No verdict on what does not return plain tensors.
 
     Copies keep shape, strides, offset and all of the storage, and tensors that share a storage share
-    their copy. Bits are compared, so that NaN equals NaN and -0.0 does not equal 0.0.
+    their copy. Bits are compared, so that NaN equals NaN and -0.0 does not equal 0.0. An op that draws
+    random numbers finds its generator as the first run did.
     """
     again = [_Copies() for _ in range(2)]
     inputs = [(copies.of(args), copies.of(kwargs)) for copies in again]
@@ -36,28 +40,32 @@ def try_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     before.of(args), before.of(kwargs)
     written = {id(tensor) for tensor in _written(func, args, kwargs)}
     given = list(leaves((args, kwargs)))
+    generator = generator_of(func, args, kwargs)
+    state = generator.get_state() if generator is not None else None
     result = func(*args, **kwargs)
     if not all(plain(tensor) for tensor in leaves(result)):
         return result, None, ""
     verdict, why = _judge_inputs(func, given, written, before, result)
-    if verdict in (Verdict.WRITES, Verdict.RANDOM, Verdict.VIEW):
+    if verdict in (Verdict.WRITES, Verdict.VIEW):
         return result, verdict, why
     for copies, (copied_args, copied_kwargs) in zip(again, inputs, strict=True):
+        if generator is not None and state is not None:
+            generator.set_state(state)  # which leaves it, in the end, as the first run did
         other = func(*copied_args, **copied_kwargs)
         difference = _difference(list(leaves(result)), list(leaves(other)))
         for tensor in given:
             if not difference and id(tensor) in written:
                 difference = _difference([tensor], [copies.of(tensor)])
         if difference:
-            return result, Verdict.DIFFERS, difference
+            return result, Verdict.DIFFERS if generator is None else Verdict.RANDOM, difference
+    if generator is not None:
+        return result, Verdict.SEEDED, "draws random numbers"
     return result, verdict, why
 
 
 def _judge_inputs(
     func: Any, given: Leaves, written: set[int], before: _Copies, result: Any
 ) -> tuple[Verdict, str]:
-    if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-        return Verdict.RANDOM, "draws random numbers"
     touched = {tensor.untyped_storage()._cdata for tensor in given if id(tensor) in written}
     for index, tensor in enumerate(given):
         if tensor.untyped_storage()._cdata in touched:
