@@ -145,7 +145,9 @@ def test_no_chain_is_longer_than_allowed(most: int, turn: int) -> None:
     ranked = candidates(tape)
     if turn == 3:
         ranked = ranked[::2] + ranked[1::2]
-    chosen = {value.id for value in short_chains(ranked[:: 1 if turn == 3 else turn], most)}
+    chosen = {
+        value.id for value in short_chains(ranked[:: 1 if turn == 3 else turn], most * ranked[0].size_bytes)
+    }
 
     def links(value: int) -> int:
         return 1 + max((links(s) for s in tape.values[value].sources if s in chosen), default=0)

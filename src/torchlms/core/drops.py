@@ -23,7 +23,6 @@ from torchlms.core.tape import Stretch, Tape, Value
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-LINKS = 8  # of the longest chain: values made one from the other
 GIVEN_UP = 0.25  # of what makes an op too large, at a time
 
 
@@ -58,25 +57,26 @@ def gain_bytes(tape: Tape, values: Iterable[Value]) -> dict[int, float]:
     }
 
 
-def short_chains(ranked: Iterable[Value], most: int = LINKS) -> list[Value]:
-    """Of ``ranked``, best first, those that can all be dropped without a chain of more than ``most``."""
+def short_chains(ranked: Iterable[Value], most_bytes: float) -> list[Value]:
+    """Of ``ranked``, best first, those that can be dropped without a chain of more than ``most_bytes``."""
     chosen: dict[int, Value] = {}
-    above: dict[int, int] = {}  # links of the longest chain that ends with the value
+    above: dict[int, int] = {}  # bytes of the largest chain that ends with the value
     below: dict[int, int] = {}  # and that begins with it
     made_from: dict[int, Sequence[int]] = {}
     makes: dict[int, list[int]] = {}
     for value in ranked:
-        up = 1 + max((above[source] for source in value.sources if source in chosen), default=0)
-        down = 1 + max((below[other] for other in makes.get(value.id, ())), default=0)
-        if up + down - 1 > most:
+        own = value.size_bytes
+        up = own + max((above[source] for source in value.sources if source in chosen), default=0)
+        down = own + max((below[other] for other in makes.get(value.id, ())), default=0)
+        if up + down - own > most_bytes:
             continue
         chosen[value.id] = value
         above[value.id] = below[value.id] = 0
         made_from[value.id] = value.sources
         for source in value.sources:
             makes.setdefault(source, []).append(value.id)
-        _lengthen(value.id, up, above, makes)
-        _lengthen(value.id, down, below, made_from)
+        _lengthen(chosen, value.id, up, above, makes)
+        _lengthen(chosen, value.id, down, below, made_from)
     return list(chosen.values())
 
 
@@ -181,11 +181,19 @@ def _present_at(source: Value, op: int) -> Value:
     return replace(source, idle=idle, movable=source.movable and bool(idle), death=max(source.death, op))
 
 
-def _lengthen(first: int, links: int, known: dict[int, int], next_ones: Mapping[int, Sequence[int]]) -> None:
-    """A chain of ``links`` now ends with ``first``: those that go on from there are longer."""
-    waiting = [(first, links)]
+def _lengthen(
+    chosen: Mapping[int, Value],
+    first: int,
+    size_bytes: int,
+    known: dict[int, int],
+    next_ones: Mapping[int, Sequence[int]],
+) -> None:
+    """A chain of ``size_bytes`` now ends with ``first``: those that go on from there are larger."""
+    waiting = [(first, size_bytes)]
     while waiting:
-        value, length = waiting.pop()
-        if value in known and known[value] < length:
-            known[value] = length
-            waiting += [(other, length + 1) for other in next_ones.get(value, ())]
+        value, chain_bytes = waiting.pop()
+        if value in known and known[value] < chain_bytes:
+            known[value] = chain_bytes
+            for other in next_ones.get(value, ()):
+                if other in chosen:
+                    waiting.append((other, chain_bytes + chosen[other].size_bytes))

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from torchlms.core.plan import Budget
     from torchlms.core.tape import Tape, Value
 
+CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 2  # then the interval around the best is halved as often
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
 TRIED_OPS = 60_000  # then groups are taken in or left out: tapes of that many ops are planned in all
-MOST_FLIPS = 24
+MOST_FLIPS = 64
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
@@ -59,8 +60,8 @@ def plan(
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
     started_s = time.perf_counter()
-    ranked = _ranked(tape, rules)
     limit_bytes = budget.device_bytes - headroom_bytes
+    ranked = _ranked(tape, rules)
 
     def make(drops: Sequence[Value], effort: float) -> Plan:
         return plan_moves(
@@ -76,9 +77,12 @@ def plan(
     trials = _Trials(make)
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
-        _try_shares(trials, feasible(tape, ranked, limit_bytes))
+        most = TRIED_OPS // len(tape.ops)
+        for share in CHAINS[:1] if quick or most < MOST_FLIPS else CHAINS:
+            chained = short_chains(ranked, share * limit_bytes)
+            _try_shares(trials, feasible(tape, chained, limit_bytes))
         if not quick:
-            _flip_groups(trials, ranked, min(MOST_FLIPS, TRIED_OPS // len(tape.ops) - trials.count))
+            _flip_groups(trials, ranked, min(MOST_FLIPS, most - trials.count))
         trials.of(trials.best, 1.0)
     drops, moves = trials.winner()
     return replace(
@@ -188,7 +192,7 @@ def _ranked(tape: Tape, rules: Rules) -> list[Value]:
     ]
     gains = gain_bytes(tape, free)
     worth = [value for value in free if gains[value.id] > 0]
-    return short_chains(sorted(worth, key=lambda value: replay_s(tape, value) / gains[value.id]))
+    return sorted(worth, key=lambda value: replay_s(tape, value) / gains[value.id])
 
 
 def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -> Plan:
