@@ -166,6 +166,8 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
         found["of_plain"] = found.pop("lms_of_plain")
         found["identity"] = identity = _identity(lms, plain)
         found["same_bits"] = identity["first_difference"] is None and identity["steps"] >= IDENTITY_STEPS
+    if "checkpoint" in done:
+        found["over_checkpoint"] = done["checkpoint"]["step_s"]["median"] / lms["step_s"]["median"]
     if "save_on_cpu" in done:
         found["over_save_on_cpu"] = done["save_on_cpu"]["step_s"]["median"] / lms["step_s"]["median"]
     if lms.get("best_s"):

@@ -129,6 +129,13 @@ def _resnet(batch: int, rivals: tuple[Rival, ...], targets: tuple[Target, ...], 
 _SWAP = (Target("of_best", at_least=0.90), Target("over_save_on_cpu", at_least=2.5))
 _SWAP_PROVES = "moving alone: near what the link allows, and far from save_on_cpu"
 
+_JOINT_ALWAYS = (
+    Target("same_bits", at_least=1),
+    Target("within_budget", at_least=1),
+    Target("peak_error", at_most=0.03),
+    Target("step_error", at_most=0.07),
+    Target("host_over_out", at_most=1.10),
+)
 _JOINT_PROVES = "keep, host, disk and recompute in one plan"
 
 
@@ -141,10 +148,49 @@ def _joint(row: Row, of_plain: float) -> Row:
         proves=_JOINT_PROVES,
         options=replace(row.options, recompute=True),
         rivals=(),
-        targets=(*ALWAYS, Target("of_plain", at_least=of_plain)),
+        targets=(*_JOINT_ALWAYS, Target("of_plain", at_least=of_plain)),
     )
 
 
+def _large(
+    name: str,
+    label: str,
+    options: BenchOptions,
+    *,
+    share: float = 0.0,
+    of_plain: float | None = None,
+    proves: str = _JOINT_PROVES,
+) -> Row:
+    """A network of its own under a joint plan; without ``of_plain`` it has to beat its rivals."""
+    aim = Target("of_plain", at_least=of_plain) if of_plain else Target("over_checkpoint", at_least=1)
+    return Row(
+        name=name,
+        label=label,
+        proves=proves,
+        options=replace(options, device="cuda", recompute=True),
+        warmup=3,
+        rivals=(CHECKPOINT,),
+        targets=(*_JOINT_ALWAYS, aim),
+        share=share,
+        seconds=60,
+    )
+
+
+def _shares(name: str, label: str, options: BenchOptions, shares: tuple[int, ...], proves: str) -> list[Row]:
+    return [
+        _large(
+            f"joint-{name}-{share}",
+            f"{label}, {share}% of its need",
+            options,
+            share=share / 100,
+            proves=proves,
+        )
+        for share in shares
+    ]
+
+
+_LLAMA = BenchOptions(model="llama", batch_size=8, dtype="bfloat16", optimizer="adamw")
+_UNTOUCHED_PROVES = "a family that nobody tuned for, picked after the planner was done"
 _CPU_TARGETS = tuple(
     Target(figure, at_least=1) for figure in ("same_bits", "within_budget", "fixed_below_half")
 )
@@ -187,6 +233,60 @@ ROWS: dict[str, Row] = {
             rivals=(CAPPED, CHECKPOINT),
             targets=ALWAYS,
             seconds=110,
+        ),
+        replace(
+            _large(
+                "joint-googlenet-8192",
+                "GoogLeNet, one image of 8192x8192, recomputing allowed",
+                BenchOptions(model="googlenet", batch_size=1, image_size=8192, budget=CAP, optimizer="sgd"),
+                of_plain=0.50,
+            ),
+            steps=5,
+            rivals=(),
+        ),
+        *(
+            _large(
+                f"joint-llama-{gib}",
+                f"Llama-shaped, 24 layers of 2048, 8 x 4096 tokens, bfloat16, in {gib} GiB",
+                replace(_LLAMA, budget=f"{gib}GiB"),
+                of_plain=of_plain,
+            )
+            for gib, of_plain in ((24, 0.88), (40, 0.95))
+        ),
+        *_shares(
+            "vit-large",
+            "ViT-L/16, batch 256",
+            BenchOptions(model="large:vit_large", batch_size=256, optimizer="adamw"),
+            (50, 25),
+            _JOINT_PROVES,
+        ),
+        *_shares(
+            "bert-large",
+            "BERT-large, 128 x 512 tokens",
+            BenchOptions(model="large:bert_large", batch_size=128, optimizer="adamw"),
+            (50, 25),
+            _JOINT_PROVES,
+        ),
+        *_shares(
+            "unet3d",
+            "3D U-Net, 4 x 192x192x192",
+            BenchOptions(model="unet3d", batch_size=1, image_size=192, optimizer="adamw"),
+            (25,),
+            _JOINT_PROVES,
+        ),
+        *_shares(
+            "convnext-large",
+            "ConvNeXt-L, batch 128",
+            BenchOptions(model="large:convnext_large", batch_size=128, optimizer="adamw"),
+            (40,),
+            _UNTOUCHED_PROVES,
+        ),
+        *_shares(
+            "t5-large",
+            "T5-large, 32 x 512 tokens",
+            BenchOptions(model="large:t5_large", batch_size=32, optimizer="adamw"),
+            (40,),
+            _UNTOUCHED_PROVES,
         ),
         Row(
             name="cifar10-full",

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     Emit = Callable[[dict[str, Any]], None]
 
-_MOST_EXTRA_WARMUP = 26  # steps, while LMS still plans anew or learns where memory is tight
+_MOST_EXTRA_WARMUP = 40  # steps, while LMS still plans anew, learns where memory is tight, or races plans
 _CALM_STEPS = 2  # steps without a new plan before timing begins
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
 _ASIDE_ROUNDS = 4
@@ -171,8 +171,10 @@ def measure_row(row: Row, emit: Emit) -> None:
     else:
         plain = measure_plain(options, row.warmup, row.steps)
     if row.share:
+        need_bytes = plain["whole_run_reserved_bytes" if row.cuda else "peak_device_bytes"]
+        options = replace(options, budget=str(int(row.share * need_bytes)))
+    if row.share and not row.cuda:
         fixed_bytes = plain["fixed_bytes"] = _fixed_bytes(options)
-        options = replace(options, budget=str(int(row.share * plain["peak_device_bytes"])))
         plain["fixed_share"] = fixed_bytes / plain["peak_device_bytes"]
     emit(plain)
     try:
@@ -262,7 +264,8 @@ def warm_up(trainer: Trainer, lms: Any, least: int) -> None:
         stats = lms.stats()
         trainer.ledger_bytes = max(trainer.ledger_bytes, stats.get("peak_device_bytes", 0))
         now = (stats.get("replans", 0), stats.get("record_steps", 0))
-        calm = calm + 1 if now == before and not stats.get("lessons") else 0
+        busy = now != before or stats.get("lessons") or stats.get("racing")
+        calm = 0 if busy else calm + 1
         before = now
 
 

@@ -328,7 +328,8 @@ class LMS:
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, as plain numbers; the keys are those of ``torchlms bench --json``."""
-        return session_stats(self._engine, state=self.state)
+        racing = self._director is not None and self._director.racing
+        return {**session_stats(self._engine, state=self.state), "racing": racing}
 
     def report(self) -> str:
         """What was decided, why, what was predicted and what was measured, as text."""

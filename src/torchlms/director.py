@@ -58,6 +58,11 @@ class Director:
         self.given = None
         self._races.clear()
 
+    @property
+    def racing(self) -> bool:
+        """Whether plans are being timed against each other."""
+        return any(not race.over for race in self._races.values())
+
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
         if routine.verdict is Verdict.RECORD and routine.tape is not None:
