@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     Emit = Callable[[dict[str, Any]], None]
 
-_MOST_EXTRA_WARMUP = 40  # steps, while LMS still plans anew, learns where memory is tight, or races plans
+_MOST_EXTRA_WARMUP = 50  # steps, while LMS still plans anew, learns where memory is tight, or races plans
 _CALM_STEPS = 2  # steps without a new plan before timing begins
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
 _ASIDE_ROUNDS = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -157,6 +158,7 @@ class LMS:
             disk_dir=options.disk_dir,
         )
         undo.callback(store.close)
+        _spare_the_collector(undo)
         self._kinds.label()
         undo.callback(self._kinds.unlabel)
         self._guard.put_on(undo)
@@ -328,8 +330,8 @@ class LMS:
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, as plain numbers; the keys are those of ``torchlms bench --json``."""
-        racing = self._director is not None and self._director.racing
-        return {**session_stats(self._engine, state=self.state), "racing": racing}
+        found = session_stats(self._engine, state=self.state)
+        return found | {"racing": self._director.racing} if self._director is not None else found
 
     def report(self) -> str:
         """What was decided, why, what was predicted and what was measured, as text."""
@@ -395,6 +397,19 @@ def measured_machine(
     fields = dataclasses.asdict(found)
     fields["link"] = tuple(CopyTime(*point) for point in found.link)
     return Machine(**fields)
+
+
+def _spare_the_collector(undo: ExitStack) -> None:
+    """Have Python's cycle collector pass by what is there already.
+
+    Saved tensors become Python objects, some ten each, so that full collections come every few steps.
+    Each would look at all modules ever imported: a quarter of a second in which the device starves.
+    """
+    if gc.get_freeze_count():
+        return  # somebody sees to it
+    gc.collect()
+    gc.freeze()
+    undo.callback(gc.unfreeze)
 
 
 def _use_remappable_segments(undo: ExitStack) -> None:

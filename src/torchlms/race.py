@@ -39,6 +39,7 @@ class Race:
     contenders: list[Contender]
     factor: float = 1.0  # on all rates of copying, to explain the times measured
     calibrations: int = 0
+    roomier: bool = False  # a plan with more room has been asked for
     over: bool = False
 
     @property

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
-HALVINGS = 2  # then the interval around the best is halved as often
+HALVINGS = 4  # then the interval around the best is halved as often; half as often on long tapes
+MANY = 15  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
-TRIED_OPS = 60_000  # then groups are taken in or left out: tapes of that many ops are planned in all
+TRIED_OPS = 100_000
 MOST_FLIPS = 64
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
@@ -78,9 +79,13 @@ def plan(
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
         most = TRIED_OPS // len(tape.ops)
-        for share in CHAINS[:1] if quick or most < MOST_FLIPS else CHAINS:
+        for share in CHAINS if most >= MOST_FLIPS and not quick else CHAINS[:1]:
             chained = short_chains(ranked, share * limit_bytes)
-            _try_shares(trials, feasible(tape, chained, limit_bytes))
+            _try_shares(
+                trials,
+                feasible(tape, chained, limit_bytes),
+                halvings=HALVINGS if most > MANY else HALVINGS // 2,
+            )
         if not quick:
             _flip_groups(trials, ranked, min(MOST_FLIPS, most - trials.count))
         trials.of(trials.best, 1.0)
@@ -151,12 +156,12 @@ def _key(drops: Sequence[Value]) -> frozenset[int]:
     return frozenset(value.id for value in drops)
 
 
-def _try_shares(trials: _Trials, ranked: Sequence[Value]) -> None:
+def _try_shares(trials: _Trials, ranked: Sequence[Value], *, halvings: int) -> None:
     """The first so many of ``ranked``, closer and closer to the best number."""
     counts = {0} | {max(1, round(share * len(ranked))) for share in SHARES if ranked}
     for count in sorted(counts):
         trials.of(ranked[:count])
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         best = len(trials.best)
         below = max((count for count in counts if count < best), default=0)
         above = min((count for count in counts if count > best), default=len(ranked))

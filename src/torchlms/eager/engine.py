@@ -81,6 +81,7 @@ class Engine(SlotOwner):
         self.recompute = recompute
         self.verifier = verifier
         self.guard = guard if guard is not None else OptimizerGuard(None)
+        self.guard.may_look_away = self._may_look_away
         self.empty_before_backward = False  # everything that may leaves before the next backward pass
         self.device = device
         self.store = store
@@ -334,6 +335,8 @@ class Engine(SlotOwner):
 
     def pack(self, tensor: torch.Tensor) -> Kept | Saved:
         """What autograd keeps instead of ``tensor``."""
+        if self.guard.looks_away:
+            self.guard.look_again()  # a step of the optimizer was given up
         if type(tensor) not in _OWN_DISPATCH_FREE:
             return Kept(tensor.detach())  # whose detach may be its own, and must see its own dispatch
         with private.unwatched():
@@ -490,6 +493,16 @@ class Engine(SlotOwner):
             self.ladder.reserve((_COMPARED_BYTES,))
         pieces = zip(_whole(left).split(_COMPARED_BYTES), _whole(right).split(_COMPARED_BYTES), strict=True)
         return all(bool(torch.equal(one, other)) for one, other in pieces)
+
+    def _may_look_away(self) -> bool:
+        """Whether the optimizer's step may run unseen: no recipe reads what it writes, and by the tape it
+        has so much room that it cannot run out."""
+        follower = self.follower
+        known = self.device.is_cuda and follower is not None and self._backward_seen
+        if not known or self._dropped or follower is None:
+            return False
+        self.guard.timer = self.timer
+        return follower.program.roomy_at_end
 
     def _backward_ended(self) -> None:
         if self.recorder is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchlms.eager import private
 from torchlms.errors import NotSupported, StepTorn
+
+if TYPE_CHECKING:
+    from torchlms.eager.timer import OpTimer
 
 
 class OptimizerGuard:
@@ -23,6 +27,9 @@ class OptimizerGuard:
         self._snapshot = snapshot
         self._before: _Snapshot | None = None
         self.inside = False
+        self.may_look_away: Callable[[], bool] = _never
+        self.timer: OpTimer | None = None
+        self._unwatched: Any = None  # the context in which a step runs that nobody needs to watch
 
     def put_on(self, undo: ExitStack) -> None:
         """Hook into the optimizer; ``undo`` gets the opposite.
@@ -35,6 +42,7 @@ class OptimizerGuard:
         try:
             undo.callback(inner.register_step_pre_hook(self._begin).remove)
             undo.callback(inner.register_step_post_hook(self._end).remove)
+            undo.callback(self.look_again)
         except AttributeError:
             if self._snapshot:
                 kind = type(inner).__name__
@@ -42,8 +50,20 @@ class OptimizerGuard:
 
     def outside(self) -> None:
         """A forward pass: a step that had begun was given up."""
+        self.look_again()
         self.inside = False
         self._before = None
+
+    @property
+    def looks_away(self) -> bool:
+        """Whether a step runs, or was given up, that nobody watches."""
+        return self._unwatched is not None
+
+    def look_again(self) -> None:
+        """Watch ops again; must not be called from within another such context."""
+        unwatched, self._unwatched = self._unwatched, None
+        if unwatched is not None:
+            unwatched.__exit__(None, None, None)
 
     def torn(self, error: Exception) -> StepTorn:
         """What to raise instead of ``error``, with which an op of the step has failed."""
@@ -55,15 +75,44 @@ class OptimizerGuard:
         return StepTorn(f"optimizer.step() failed half-way: {error}. {_ADVICE[restored]}", restored=restored)
 
     def _begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
         self.inside = True
         if self._snapshot:
             with private.unwatched():
                 self._before = _Snapshot(optimizer)
+        # Many small ops, each of which costs more to watch than to run.
+        if not _calls_back(args, kwargs) and self.may_look_away() and _is_plain(optimizer):
+            if self.timer is not None:
+                self.timer.begin()
+            self._unwatched = private.unwatched()
+            self._unwatched.__enter__()
 
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs
+        if self.looks_away and self.timer is not None:
+            self.timer.end(_WHOLE_STEP)
         self.outside()
+
+
+_WHOLE_STEP = "optimizer.step"
+
+
+def _calls_back(args: Any, kwargs: Any) -> bool:
+    """Whether the step is given a closure, which runs forward and backward passes."""
+    return any(callable(item) for item in (*args[1:], *kwargs.values()))
+
+
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether nothing else wants to see its ops: tensors with a dispatch of their own would not."""
+    if not private.sole_dispatch_mode():
+        return False
+    states = (item for state in optimizer.state.values() for item in state.values())
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    known = (torch.Tensor, torch.nn.Parameter)
+    return all(type(item) in known for item in (*parameters, *states) if isinstance(item, torch.Tensor))
+
+
+def _never() -> bool:
+    return False
 
 
 _ADVICE = {

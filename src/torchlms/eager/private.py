@@ -159,6 +159,12 @@ def top_dispatch_mode() -> Any:
     return _get_current_dispatch_mode()
 
 
+def sole_dispatch_mode() -> bool:
+    """Whether no more than one dispatch mode is on in this thread; False where torch does not tell."""
+    count = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return count is not None and count() <= 1
+
+
 def faking() -> bool:
     """Whether a ``FakeTensorMode`` is on, which torch puts below all other modes: nothing is real then."""
     get_mode = getattr(torch._C, "_get_dispatch_mode", None)

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Choice, Decision, Plan
-from torchlms.core.tape import Tape, Value
+from torchlms.core.tape import Phase, Tape, Value
 
 
 class Deed(IntEnum):
@@ -41,9 +42,10 @@ class Expected:
     decision: Decision | None
 
 
+_ROOMY = 0.75  # of the budget: what stays below needs no eye on running out
 _LESSONS = 16
 _MORE_LESSONS = 2
-_CALM_LESSON = 3  # a step without pinches counts for as many
+_DULL_LESSON = 3  # a step in which nothing new is learned counts for as many
 _NO_SLOT = -1
 _OBSTACLE_BYTES = 20 << 20  # smaller blocks find a place anywhere
 _OBSTACLE_OPS = 64  # how long before a pinch its obstacles may have been made
@@ -99,6 +101,7 @@ class Program:
             actions.append(Action(start, Deed.SEND, value.saved))
             actions.append(Action(decision.release_op, Deed.RELEASE, value.saved))
             actions.append(Action(decision.reload_op, Deed.FETCH, value.saved))
+        self.roomy_at_end = _peak_at_end(tape) <= _ROOMY * plan.budget.device_bytes
         self.drops = any(action.deed is Deed.DROP for action in actions)
         self.actions = sorted(actions, key=self._order)
         self.pinches: set[int] = set()  # ops before which the allocator remapped
@@ -131,12 +134,14 @@ class Program:
 
     def learn(self, pinched: set[int], *, disturbed: bool) -> None:
         """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""
-        if disturbed and self._calm and not self.lessons:
+        again = disturbed and self._calm and not self.lessons
+        if again:
             self.lessons = _MORE_LESSONS  # something else has scattered the memory
         stuck = pinched & self.pinches
         opened = pinched - self.pinches
         tucked = {op for pinch in stuck for op in self._obstacles(pinch)} - self.tucked
-        self.lessons = max(0, self.lessons - (1 if disturbed else _CALM_LESSON))
+        fruitful = again or (disturbed and (opened or tucked))
+        self.lessons = max(0, self.lessons - (1 if fruitful else _DULL_LESSON))
         self.scattered = disturbed and self.lessons > 0
         self._calm = not disturbed
         self.pinches |= opened
@@ -193,3 +198,11 @@ class Program:
         if action.deed is Deed.FETCH:
             return action.op, action.deed, expected.needed_at
         return action.op, action.deed, expected.decision.value if expected.decision is not None else 0
+
+
+def _peak_at_end(tape: Tape) -> int:
+    """The most memory in use after the backward pass, while the optimizer works."""
+    curve = baseline_curve(tape)
+    return max(
+        (int(curve[index]) for index, op in enumerate(tape.ops) if op.phase is Phase.BETWEEN), default=0
+    )
