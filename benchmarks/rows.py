@@ -168,7 +168,6 @@ def _large(
         label=label,
         proves=proves,
         options=replace(options, device="cuda", recompute=True),
-        warmup=3,
         rivals=(CHECKPOINT,),
         targets=(*_JOINT_ALWAYS, aim),
         share=share,

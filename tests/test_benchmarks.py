@@ -125,10 +125,8 @@ def test_rows_are_well_formed() -> None:
         assert row.warmup + row.steps >= rows.IDENTITY_STEPS
         json.dumps(row.definition())
         assert len(worker.all_jobs(row)) == len(worker.all_jobs(rows.tiny(row)))
-        if row.cuda:
-            assert row.options.budget == rows.CAP
-        else:
-            assert 0 < row.share < 1
+        assert (row.options.budget is None) is (0 < row.share < 1)
+        assert row.cuda or row.share
     assert rows.ROWS["resnet50-b200"].definition() != rows.ROWS["resnet50-b225"].definition()
 
 

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 4  # then the interval around the best is halved as often; half as often on long tapes
-MANY = 15  # sets that can be tried at least: below that a tape is long
+MANY = 12  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
-TRIED_OPS = 100_000
+TRIED_OPS = 80_000  # then groups are taken in or left out: tapes of that many ops are planned in all
 MOST_FLIPS = 64
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
