@@ -382,6 +382,48 @@ def test_expandable_segments_can_be_switched() -> None:
         private.set_expandable_segments(before)
 
 
+@pytest.mark.gpu
+def test_pages_have_the_size_that_is_asked_for() -> None:
+    before = private.expandable_segments()
+    torch.cuda.empty_cache()
+    reserved_bytes = torch.cuda.memory_reserved()
+    try:
+        page_bytes = private.set_expandable_segments(True, 64 << 20)
+        # On a stream of its own, so that it cannot be put into a segment that is there.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tensor = torch.empty(2 << 20, dtype=torch.uint8, device="cuda")
+        assert page_bytes == 64 << 20
+        assert torch.cuda.memory_reserved() - reserved_bytes == page_bytes
+        del tensor
+    finally:
+        private.set_expandable_segments(before)
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused", "said", "page_mib"),
+    [
+        ("", "", "large_segment_size_mb:64,expandable_segments:True", 64),
+        ("", "large_segment_size_mb", "expandable_segments:True", 20),
+        ("large_segment_size_mb:32", "", "large_segment_size_mb:32,expandable_segments:True", 32),
+        ("", "expandable", "", 0),
+    ],
+)
+def test_what_the_allocator_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, environment: str, refused: str, said: str, page_mib: int
+) -> None:
+    heard = []
+
+    def setter(text: str) -> None:
+        if refused and refused in text:
+            raise ValueError(text)
+        heard.append(text)
+
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", environment)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", setter, raising=False)
+    assert private.set_expandable_segments(True, 64 << 20) == page_mib << 20
+    assert heard == ([said] if said else [])
+
+
 def test_the_allocators_other_settings_are_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     text = "max_split_size_mb:64, roundup_power2_divisions:[256:1,512:2],expandable_segments:False"

@@ -53,7 +53,9 @@ def test_same_bits_within_the_budget(name: str, share: float, spill_dir: Path) -
     assert watched.stats["replayed_ops"] > 0
     assert watched.stats["recompute_s_per_step"] > 0
     assert watched.peak_bytes <= budget_bytes
-    assert watched.stats["peak_device_bytes"] == watched.stats["predicted"]["peak_device_bytes"]
+    # Which plan is made depends on times. What a plan that drops takes is foretold from above, and closely.
+    predicted_bytes = watched.stats["predicted"]["peak_device_bytes"]
+    assert 0.97 * predicted_bytes <= watched.stats["peak_device_bytes"] <= predicted_bytes
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(DROPPERS)))

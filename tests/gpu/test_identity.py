@@ -39,6 +39,33 @@ def test_same_bits_under_a_cap(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_same_bits_with_values_made_again(name: str) -> None:
+    case = CASES[name]
+    losses, end = plain(case, STEPS)
+    model, optimizer = make(case)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes, recompute=True) as lms:
+        assert train(model, optimizer, case, STEPS) == losses
+        stats = lms.stats()
+    assert same(end, state(model))
+    assert stats["state"] == "guard"
+    assert stats["plan"]["recompute"]["values"] > 0
+    assert stats["peak_reserved_bytes"] <= case.budget_bytes
+
+
+def test_most_ops_of_a_planned_step_are_only_run() -> None:
+    case = CASES["transformer"]
+    model, optimizer = make(case)
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes) as lms:
+        train(model, optimizer, case, 30)
+        engine = lms._engine
+        assert engine is not None
+        (program,) = engine.programs()
+        assert program.lessons == 0
+        quiet = sum(func is not None for func in program.quiet)
+    assert quiet > 0.5 * len(program.tape.ops)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_same_bits_through_the_disk(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     losses, end = plain(case, STEPS)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from torchlms.eager.per_op import PerOp
 from torchlms.eager.sizes import Key, ResultSizes
 
 _AMPLE_FACTOR = 8
@@ -60,16 +61,14 @@ class ConvolutionRoom:
 
     def __init__(self, sizes: ResultSizes) -> None:
         self._sizes = sizes
-        self._ops = convolution_ops()
+        # Whether an op is a convolution.
+        self.concerns = PerOp(convolution_ops().__contains__)
         self._flags = _flags()
         self.starved = 0
 
     def begin_step(self) -> None:
         """Look at the switches that change which algorithm is chosen; not at every op."""
         self._flags = _flags()
-
-    def concerns(self, func: Any) -> bool:
-        return func in self._ops
 
     def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Blocks to reserve before this call, in bytes and in the op's order."""

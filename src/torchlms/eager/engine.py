@@ -12,7 +12,6 @@ pass has run since the last beginning or nothing saved since then is alive any m
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import time
@@ -41,7 +40,7 @@ from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where, find
 from torchlms.eager.tensors import is_plain, tensors_in
 from torchlms.eager.timer import Lap, OpTimer
-from torchlms.eager.traits import Careful, makes_cpu_tensors, rewind_of, writes_list
+from torchlms.eager.traits import careful_ops, makes_cpu_tensors, name_of, rewind_of, writes_list
 from torchlms.eager.verifier import Verifier
 from torchlms.errors import HostBudgetTooSmall, LMSError, SpillError, StepTorn
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
@@ -120,7 +119,9 @@ class Engine(SlotOwner):
         self._lap: Lap | None = None
         self._met: tuple[tuple[int, ...], ...] = ()
         self._plainly = False  # ops only need an eye on running out of memory
-        self._careful = Careful(self.rooms)
+        self._careful = careful_ops(self.rooms)
+        self._quiet: list[Any] = []  # of the program that is followed
+        self._quiet_until = 0  # before this op nothing is due
         self._backward_seen = False
         self._strayed = False
         self._began_s = 0.0
@@ -131,6 +132,10 @@ class Engine(SlotOwner):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op: act on the plan, make room, survive running out."""
+        clock = self._clock
+        quiet = clock < self._quiet_until and self._quiet[clock] is func
+        if quiet and not self.orphans and not self.guard.inside:
+            return self._run_quietly(func, args, kwargs)
         if self.dead:
             return func(*args, **kwargs)
         if not self.guard.inside:
@@ -141,19 +146,32 @@ class Engine(SlotOwner):
             failure = error.with_traceback(None)  # its frames hold the op's tensors
         raise self.guard.torn(failure)
 
+    def _run_quietly(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op that needs no more than an eye on running out of memory."""
+        self._clock += 1
+        try:
+            return func(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            want_bytes = self._heard(error)
+        return self.ladder.retry(func, args, kwargs, self._where, want_bytes)
+
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.orphans:
             self._bury()
         if self.follower is not None and self._clock >= self.follower.due:
             self.follower.catch_up(self._clock)
-        if self._dropped and writes_anything(func):
+            self._look_ahead()
+        writes = writes_anything(func)
+        if self._dropped and writes:
             self._make_readers_real(func, args, kwargs)
         provenance = self.provenance
-        if provenance is None or (self._backward_seen and not writes_anything(func)):
+        if provenance is None or (self._backward_seen and not writes):
+            self._note_quiet(func, writes=writes)
             return self._run(func, args, kwargs)
-        if self.follower is not None and self.follower.program.leaves_out(self._clock, _name_of_op(func)):
+        if self.follower is not None and self.follower.program.leaves_out(self._clock, name_of(func)):
+            self._note_quiet(func, writes=writes)
             result = self._run(func, args, kwargs)
-            if writes_anything(func):
+            if writes:
                 provenance.written(func, args, kwargs, self._clock)
             return result
         call = provenance.before(func, args, kwargs, self._clock, forward=not self._backward_seen)
@@ -164,13 +182,8 @@ class Engine(SlotOwner):
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._plainly and func not in self._careful:
-            self._clock += 1
-            try:
-                return func(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                want_bytes = self._heard(error)
-            return self.ladder.retry(func, args, kwargs, self._where, want_bytes)
+        if self._plainly and not self._careful(func):
+            return self._run_quietly(func, args, kwargs)
         self._make_room(func, args, kwargs)
         if self.recorder is not None:
             result = self._run_recorded(self.recorder, func, args, kwargs)
@@ -190,13 +203,25 @@ class Engine(SlotOwner):
         self._clock += 1
         return result
 
+    def _note_quiet(self, func: Any, *, writes: bool) -> None:
+        """Here the program runs ``func``, and nobody needs to know: next time it is only run."""
+        heeded = self.guard.inside or (writes and self.recompute)
+        if self._plainly and self._clock < len(self._quiet) and not heeded and not self._careful(func):
+            self._quiet[self._clock] = func
+
+    def _look_ahead(self) -> None:
+        """Until which op there is nothing to do but to run those that are known to be quiet."""
+        follower = self.follower if self._plainly and not self.dead else None
+        self._quiet = follower.program.quiet if follower is not None else []
+        self._quiet_until = min(follower.due, len(self._quiet)) if follower is not None else 0
+
     def _to_hold(
         self, program: Program, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor]:
         """Of what ``func`` is about to read, what the tape says some recipe needs held."""
         op, device = program.tape.ops[self._clock], self.device.torch_device
         tensors = [tensor for tensor in tensors_in(args, kwargs) if tensor.device == device]
-        if op.name != _name_of_op(func) or len(op.reads) != len(tensors):
+        if op.name != name_of(func) or len(op.reads) != len(tensors):
             return []
         wanted = program.holding[self._clock]
         return [tensor for tensor, value in zip(tensors, op.reads, strict=True) if value in wanted]
@@ -416,6 +441,7 @@ class Engine(SlotOwner):
             return
         self._strayed = True
         self.follower = None
+        self._look_ahead()
 
     def _hold(self, tensor: torch.Tensor) -> Slot | None:
         """A slot that no saved tensor has: recipes hold it. It stays where it is."""
@@ -455,6 +481,7 @@ class Engine(SlotOwner):
         self._clock = max(self._clock, expected.needed_at)
         if self._clock >= follower.due:
             follower.catch_up(self._clock)
+            self._look_ahead()
         if slot.where is Where.AWAY:
             self.late_fetches += 1
 
@@ -564,6 +591,7 @@ class Engine(SlotOwner):
             self.follower = Follower(
                 program, self._by_ordinal, self.store, self.holes, self.provenance, self._prove
             )
+        self._look_ahead()
 
     def _new_provenance(self, routine: Routine) -> Provenance | None:
         """Provenance is kept while recording, and where the program drops something."""
@@ -612,6 +640,7 @@ class Engine(SlotOwner):
         followed, self.follower = self.follower, None
         timer, self.timer = self.timer, None
         self._plainly = False
+        self._look_ahead()
         self.holes.end_step()
         if routine is None:
             return
@@ -727,6 +756,7 @@ class Engine(SlotOwner):
             self.end_microstep(closing=True)
         finally:
             self.dead = True
+            self._look_ahead()
             failures = list(filter(None, map(_bring_home, self.living())))
             self._bury()
         if failures:
@@ -802,9 +832,6 @@ def _drop_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_drop_in_child)
-
-
-_name_of_op = functools.cache(str)  # of an op, which takes long
 
 
 def _bring_home(slot: Slot) -> Exception | None:

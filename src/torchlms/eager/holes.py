@@ -32,7 +32,7 @@ _LEAST_BYTES = 20 << 20  # smaller allocations hardly ever fail for want of a ho
 _GRAIN_BYTES = 2 << 20  # what the allocator rounds to is less
 _MOST_ROUNDS = 3
 _MOST_TRIES = 8
-_SPARE_BYTES = 32 << 20  # left unmapped for pools that may still grow a little
+_SPARE_BYTES = 12 << 20  # beside a page, left unmapped for pools that may still grow a little
 
 
 class Holes:
@@ -92,9 +92,10 @@ class Holes:
         torch.cuda.empty_cache()
         given_back_bytes = elsewhere_bytes - self._elsewhere_bytes()  # and soon wanted again
         room_bytes = device.cap_bytes - torch.cuda.memory_reserved(device.torch_device) - given_back_bytes
-        if room_bytes > 2 * _SPARE_BYTES:
+        spare_bytes = device.page_bytes + _SPARE_BYTES
+        if room_bytes > 2 * spare_bytes:
             with contextlib.suppress(torch.OutOfMemoryError):
-                self._empty(room_bytes - _SPARE_BYTES)
+                self._empty(room_bytes - spare_bytes)
 
     def _elsewhere_bytes(self) -> int:
         """What other pools than that of large blocks on this stream have reserved."""

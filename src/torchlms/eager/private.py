@@ -108,8 +108,9 @@ def mapped_runs(device: torch.device) -> list[list[tuple[int, int, bool]]]:
     ]
 
 
-def set_expandable_segments(on: bool) -> bool:
-    """Ask the caching allocator to back new segments by remappable pages; False where it cannot.
+def set_expandable_segments(on: bool, page_bytes: int = 0) -> int:
+    """Ask the caching allocator to back new segments by remappable pages, of ``page_bytes`` each unless the
+    environment says how large. Returns the size of a page, 0 where the allocator does not listen.
 
     The allocator reads its settings as a whole, so those of the environment are said again with it.
     Settings that the program made while it ran are not known here, and are lost.
@@ -118,13 +119,23 @@ def set_expandable_segments(on: bool) -> bool:
         torch.cuda.memory, "_set_allocator_settings", None
     )
     if setter is None:
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with contextlib.suppress(RuntimeError, ValueError):
-            setter(",".join((*_allocator_settings(), f"expandable_segments:{on}")))
-            return True
-    return False
+        return 0
+    settings = _allocator_settings()
+    given_mib = [item.partition(":")[2] for item in settings if item.startswith(_PAGE_SETTING)]
+    if given_mib:
+        page_bytes = int(given_mib[-1]) << 20
+    pages = [] if given_mib else [f"{_PAGE_SETTING}:{(page_bytes or PAGE_BYTES) >> 20}"]
+    for sized in (pages, []):  # not every allocator has pages of other sizes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(RuntimeError, ValueError):
+                setter(",".join((*settings, *sized, f"expandable_segments:{on}")))
+                return page_bytes if page_bytes and (sized or given_mib) else PAGE_BYTES
+    return 0
+
+
+PAGE_BYTES = 20 << 20  # what the allocator maps at a time unless told otherwise
+_PAGE_SETTING = "large_segment_size_mb"
 
 
 def _allocator_settings() -> list[str]:

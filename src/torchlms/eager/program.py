@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Choice, Decision, Plan
@@ -104,6 +105,8 @@ class Program:
         self.roomy_at_end = _peak_at_end(tape) <= _ROOMY * plan.budget.device_bytes
         self.drops = any(action.deed is Deed.DROP for action in actions)
         self.actions = sorted(actions, key=self._order)
+        # By op, what runs there if all it needs is an eye on running out of memory; learned by the engine.
+        self.quiet: list[Any] = [None] * len(tape.ops)
         self.pinches: set[int] = set()  # ops before which the allocator remapped
         self.tucked: set[int] = set()  # ops whose results stood in the way of opening a hole at a pinch
         self.lessons = _LESSONS if actions else 0  # steps left in which both are learned

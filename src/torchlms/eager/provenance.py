@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.core.tape import Kind
+from torchlms.eager.per_op import PerOp
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.saved import memoryless_alias
 from torchlms.eager.tensors import is_plain
@@ -117,7 +118,7 @@ class Provenance:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int, *, forward: bool = True
     ) -> Call:
         """What is about to be called, with its arguments as they are now."""
-        blank = func in _BLANK
+        blank = _is_blank(func)
         if not forward or not (blank or may_replay(func, self._device.type)):
             return Call(func, (), {}, op, False)
         try:
@@ -370,16 +371,14 @@ def results_of(result: Any) -> list[torch.Tensor | None]:
 _DEAR = frozenset(
     ("convolution", "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "attention", "trilinear")
 )
-_KNOWN_DEAR: dict[Any, bool] = {}
 
 
-def is_dear(func: Any) -> bool:
-    """Whether ``func`` computes far longer than it reads and writes."""
-    known = _KNOWN_DEAR.get(func)
-    if known is None:
-        name = str(getattr(func, "_opname", func))
-        known = _KNOWN_DEAR[func] = not _DEAR.isdisjoint(name.split("_"))
-    return known
+def _is_dear(func: Any) -> bool:
+    return not _DEAR.isdisjoint(str(getattr(func, "_opname", func)).split("_"))
+
+
+# Whether an op computes far longer than it reads and writes.
+is_dear = PerOp(_is_dear)
 
 
 # What these make holds whatever lay there before.
@@ -389,6 +388,7 @@ _BLANK = frozenset(
     for packet in (getattr(torch.ops.aten, name),)
     for overload in (getattr(packet, name) for name in packet.overloads())
 )
+_is_blank = PerOp(_BLANK.__contains__)
 # And these write every element of their first argument, whatever was there.
 _FILLS = frozenset(
     ("bernoulli_", "uniform_", "normal_", "exponential_", "log_normal_", "random_", "fill_", "zero_", "copy_")
@@ -423,12 +423,19 @@ def without_statistics(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(None if index in places else item for index, item in enumerate(args))
 
 
-_WRITES: dict[Any, tuple[tuple[int, str], ...]] = {}
+def _declared_writes(func: Any) -> tuple[tuple[int, str], ...]:
+    schema = getattr(func, "_schema", None)
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments if schema is not None else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
-def writes_anything(func: Any) -> bool:
-    """Whether the schema of ``func`` declares a write."""
-    return bool(_written(func))
+# The arguments, by position and name, that the schema of an op says it writes.
+_written = PerOp(_declared_writes)
+# Whether there are any.
+writes_anything = PerOp(lambda func: bool(_declared_writes(func)))
 
 
 def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
@@ -438,22 +445,6 @@ def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for part in item if isinstance(item, (list, tuple)) else (item,):
             if isinstance(part, torch.Tensor):
                 yield part
-
-
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    known = _WRITES.get(func)
-    if known is None:
-        schema = getattr(func, "_schema", None)
-        known = _WRITES[func] = (
-            ()
-            if schema is None
-            else tuple(
-                (position, argument.name)
-                for position, argument in enumerate(schema.arguments)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            )
-        )
-    return known
 
 
 def readers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Slot]:

@@ -31,12 +31,8 @@ def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
 
 
 @contextlib.contextmanager
-def _drawing(call: Call) -> Iterator[None]:
-    """The call's generator as the call found it, and afterwards as it is now."""
-    if call.drawn is None:
-        yield
-        return
-    generator, state = call.drawn
+def _drawn_again(generator: torch.Generator, state: torch.Tensor) -> Iterator[None]:
+    """The generator as a call found it, and afterwards as it is now."""
     now = generator.get_state()
     generator.set_state(state)
     try:
@@ -78,7 +74,9 @@ class _Replay:
     def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
         args = tuple(self._item(item, here) for item in call.args)
         kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
-        with _drawing(call):
+        if call.drawn is None:
+            return results_of(self._run_op(call.func, args, kwargs))
+        with _drawn_again(*call.drawn):
             return results_of(self._run_op(call.func, args, kwargs))
 
     def _item(self, item: Any, here: dict[int, torch.UntypedStorage]) -> Any:

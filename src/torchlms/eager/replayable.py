@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torchlms.eager.per_op import PerOp
+
 TABLE = Path(__file__).with_name("replayable.json")
 
 _GOOD = ("pure", "in place", "seeded")
@@ -24,7 +26,13 @@ _WITHOUT_STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_no
 
 def may_replay(func: Any, device_type: str) -> bool:
     """Whether ``func`` has been shown to give the same bits again on such a device."""
-    return str(func) in _good(device_type)
+    return _answers(device_type)(func)
+
+
+@functools.cache
+def _answers(device_type: str) -> PerOp[bool]:
+    good = _good(device_type)
+    return PerOp(lambda func: str(func) in good)
 
 
 @functools.cache

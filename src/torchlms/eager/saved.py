@@ -54,7 +54,7 @@ class Saved:
     def rebuild(self) -> torch.Tensor:
         """The tensor, same shape, strides, offset and bits; waits for a copy if one is under way."""
         storage = self.slot.take()
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        empty = self.alias.new_empty(0)
         rebuilt = self.alias.detach()  # shares the version: a backward that writes to it is noticed
         rebuilt.data = empty.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload]
         return rebuilt

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.eager import private
+from torchlms.eager.per_op import PerOp
 from torchlms.eager.tensors import is_plain
 
 if TYPE_CHECKING:
@@ -37,30 +38,28 @@ def _first_tensor(items: Iterable[Any]) -> torch.Tensor | None:
     return None
 
 
-class Careful(dict[Any, bool]):
-    """Whether an op needs more than an eye on running out of memory; worked out once per op."""
-
-    def __init__(self, rooms: ConvolutionRoom) -> None:
-        super().__init__()
-        self._rooms = rooms
-
-    def __contains__(self, func: object) -> bool:
-        careful = self.get(func)
-        if careful is None:
-            careful = self[func] = self._rooms.concerns(func) or _seeded(func) or writes_list(func)
-        return careful
+def careful_ops(rooms: ConvolutionRoom) -> PerOp[bool]:
+    """Whether an op needs more than an eye on running out of memory."""
+    return PerOp(lambda func: rooms.concerns(func) or seeded(func) or writes_list(func))
 
 
-_SEEDED: dict[Any, bool] = {}
-_LISTS: dict[Any, bool] = {}
+def _is_seeded(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
-def _seeded(func: Any) -> bool:
-    """Whether ``func`` draws random numbers from a generator."""
-    known = _SEEDED.get(func)
-    if known is None:
-        known = _SEEDED[func] = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-    return known
+def _writes_list(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and any(
+        argument.alias_info is not None and argument.alias_info.is_write and "[]" in str(argument.type)
+        for argument in schema.arguments
+    )
+
+
+# Whether an op draws random numbers from a generator.
+seeded = PerOp(_is_seeded)
+# Whether it writes a list of tensors, so that a failure may leave it half done.
+writes_list = PerOp(_writes_list)
+name_of: PerOp[str] = PerOp(str)  # which takes long
 
 
 def generator_of(
@@ -68,7 +67,7 @@ def generator_of(
 ) -> torch.Generator | None:
     """The generator that ``func`` draws from: the one it is given, or that of ``device``, which by
     default is where its tensors are. None if it draws nothing."""
-    if not _seeded(func):
+    if not seeded(func):
         return None
     given = kwargs.get("generator")
     if isinstance(given, torch.Generator):
@@ -93,15 +92,3 @@ def rewind_of(device: CudaDevice | CpuDevice, func: Any, kwargs: dict[str, Any])
         generator.set_offset(offset)
 
     return rewind
-
-
-def writes_list(func: Any) -> bool:
-    """Whether ``func`` writes a list of tensors, so that a failure may leave it half done."""
-    known = _LISTS.get(func)
-    if known is None:
-        schema = getattr(func, "_schema", None)
-        known = _LISTS[func] = schema is not None and any(
-            argument.alias_info is not None and argument.alias_info.is_write and "[]" in str(argument.type)
-            for argument in schema.arguments
-        )
-    return known

@@ -19,7 +19,7 @@ from torchlms.errors import BadOption, BudgetTooSmall, NotSupported
 from torchlms.memory.ledger import Ledger
 from torchlms.memory.limits import format_bytes
 
-_PAGE_BYTES = 24 << 20  # the allocator's largest page and its smallest together
+_SMALL_PAGE_BYTES = 4 << 20  # what the allocator maps at a time for small blocks, and some more
 
 
 class Copy(Protocol):
@@ -127,6 +127,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.total_bytes = int(torch.cuda.get_device_properties(index).total_memory)
         self.cap_bytes = self.total_bytes  # what the allocator may reserve
+        self.page_bytes = 20 << 20  # what the allocator maps at a time for large blocks
         self._fraction_before: float | None = None
 
     def available_bytes(self) -> int:
@@ -144,7 +145,7 @@ class CudaDevice:
         if self._fraction_before is None:
             self._fraction_before = float(torch.cuda.get_per_process_memory_fraction(self.torch_device))
         # The allocator compares what is asked for, and then maps whole pages.
-        self.cap_bytes = min(self.total_bytes, max(1, budget_bytes - _PAGE_BYTES))
+        self.cap_bytes = min(self.total_bytes, max(1, budget_bytes - self.page_bytes - _SMALL_PAGE_BYTES))
         fraction = self.cap_bytes / self.total_bytes
         torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
