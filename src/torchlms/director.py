@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
-from torchlms.core.calibrate import explaining_factor, lap_s, scaled
+from torchlms.core.calibrate import Rates, explanation, foretold, lap_s, scaled, stretched
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.rules import unmatched
@@ -211,38 +211,65 @@ class Director:
         race.over = True
         if len(race.contenders) > 1:
             log.info("%s", race.result())
-        if race.winner() is not race.running:
-            self._adopt(engine, routine, tape, race.winner().plan)
+        winner = race.winner()
+        plan = self._corrected(tape, winner)
+        if winner is not race.running:
+            self._adopt(engine, routine, tape, plan)
+        elif routine.program is not None:
+            routine.program.plan = plan
+        winner.plan = plan
+
+    def _corrected(self, tape: Tape, winner: Contender) -> Plan:
+        """The winner's plan, which from here on predicts what its steps have shown."""
+        plan, between_s = (
+            winner.plan,
+            winner.plan.predicted.step_s - lap_s(tape, winner.plan.predicted.step_s),
+        )
+        if not winner.done or not self._off(tape, winner):
+            return plan
+        rates = explanation(tape, self.machine, plan, winner.median_s)
+        log.info(
+            "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
+            (winner.median_s + between_s) * 1e3,
+            plan.predicted.step_s * 1e3,
+            rates,
+        )
+        return replace(plan, predicted=foretold(tape, self.machine, plan, rates))
+
+    def _off(self, tape: Tape, contender: Contender) -> bool:
+        """Whether its laps took clearly more or less than was predicted."""
+        predicted_s = lap_s(tape, contender.plan.predicted.step_s)
+        return abs(contender.median_s / predicted_s - 1) > _AS_PREDICTED
 
     def _contender(self, tape: Tape, race: Race) -> Contender | None:
         """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
         best = race.winner()
-        predicted_s = lap_s(tape, best.plan.predicted.step_s)
+        predicted_s = lap_s(tape, foretold(tape, self.machine, best.plan, race.rates).step_s)
         if not race.roomier and self.machine.link and best.median_s > (1 + _AS_PREDICTED) * predicted_s:
             # The allocator has to close holes; a plan that leaves more free lets it be.
             race.roomier = True
-            made = self._made_or_none(tape, race.factor, drops=True, more_headroom=_ROOMIER)
+            made = self._made_or_none(tape, race.rates, drops=True, more_headroom=_ROOMIER)
             if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.factor = explaining_factor(tape, self.machine, best.plan, best.median_s)
-            made = self._made_or_none(tape, race.factor, drops=True)
+            race.rates = explanation(tape, self.machine, best.plan, best.median_s)
+            made = self._made_or_none(tape, race.rates, drops=True)
             if made is not None and all(made.decisions != other.plan.decisions for other in race.contenders):
-                return Contender(made, f"copies taken to be {race.factor:.2f} times as fast")
+                return Contender(made, str(race.rates))
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
-        made = self._made_or_none(tape, race.factor, drops=False)
+        made = self._made_or_none(tape, race.rates, drops=False)
         if made is None or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
             return None
         return Contender(made, _MOVES_ONLY)
 
     def _made_or_none(
-        self, tape: Tape, factor: float, *, drops: bool, more_headroom: float = 0.0
+        self, tape: Tape, rates: Rates, *, drops: bool, more_headroom: float = 0.0
     ) -> Plan | None:
-        headroom = self.headroom + more_headroom
+        headroom, machine = self.headroom + more_headroom, scaled(self.machine, rates.copies)
         try:
-            return self._make(tape, headroom, machine=scaled(self.machine, factor), drops=drops)
+            return self._make(stretched(tape, rates.ops), headroom, machine=machine, drops=drops)
         except LMSError:
             return None
 

@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torchlms.core.calibrate import AS_MEASURED, Rates
+
 if TYPE_CHECKING:
     from torchlms.core.plan import Plan
 
@@ -37,7 +39,7 @@ class Race:
     """``contenders`` in the order in which they run; the last one is running."""
 
     contenders: list[Contender]
-    factor: float = 1.0  # on all rates of copying, to explain the times measured
+    rates: Rates = AS_MEASURED  # that explain the times measured
     calibrations: int = 0
     roomier: bool = False  # a plan with more room has been asked for
     over: bool = False

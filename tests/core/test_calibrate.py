@@ -7,7 +7,7 @@ from tapes import gpu
 from test_drops import LOTS, RULES, blocks
 
 from torchlms.core import joint, planner
-from torchlms.core.calibrate import FASTEST, SLOWEST, explaining_factor, lap_s, scaled
+from torchlms.core.calibrate import LEAST, MOST, Rates, explanation, foretold, lap_s, scaled, stretched
 from torchlms.core.curve import baseline_curve
 from torchlms.core.drops import with_drops
 from torchlms.core.plan import Budget, Choice
@@ -25,17 +25,32 @@ def test_the_factor_is_found_again(factor: float, recompute: bool) -> None:
     assert moves
     assert bool(drops) is recompute
     measured = Simulator(with_drops(tape, drops), scaled(machine, factor)).run(moves).step_s
-    assert explaining_factor(tape, machine, plan, lap_s(tape, measured)) == pytest.approx(factor, rel=0.01)
+    found = explanation(tape, machine, plan, lap_s(tape, measured))
+    assert found.copies == pytest.approx(factor, rel=0.01)
+    assert found.ops == 1.0
+    assert foretold(tape, machine, plan, found).step_s == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.7])
+def test_what_copies_do_not_explain_is_said_of_ops(factor: float) -> None:
+    tape, machine = blocks(4), gpu()
+    plan = planner.plan(tape, machine, Budget(LOTS, LOTS, 0), RULES)
+    measured = Simulator(stretched(tape, factor), machine).run([]).step_s
+    found = explanation(tape, machine, plan, lap_s(tape, measured))
+    assert found.ops == pytest.approx(factor, rel=0.01)
+    assert found.copies == 1.0
+    predicted = foretold(tape, machine, plan, found)
+    assert predicted.step_s == pytest.approx(measured, rel=0.01)
+    assert predicted.peak_device_bytes == plan.predicted.peak_device_bytes
 
 
 def test_it_is_not_carried_too_far() -> None:
     tape, machine = blocks(10), gpu(link=4e9)
     plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
-    assert explaining_factor(tape, machine, plan, 1e9) == pytest.approx(SLOWEST, rel=0.01)
-    assert explaining_factor(tape, machine, plan, 0.0) == pytest.approx(FASTEST, rel=0.01)
+    assert explanation(tape, machine, plan, 1e9).ops == pytest.approx(MOST, rel=0.01)
+    assert explanation(tape, machine, plan, 0.0).ops == pytest.approx(LEAST, rel=0.01)
 
 
-def test_a_plan_that_copies_nothing_says_nothing_about_copies() -> None:
-    tape, machine = blocks(4), gpu()
-    plan = planner.plan(tape, machine, Budget(LOTS, LOTS, 0), RULES)
-    assert explaining_factor(tape, machine, plan, 123.0) == 1.0
+def test_rates_in_words() -> None:
+    assert str(Rates(copies=0.5)) == "copies taken to be 0.50 times as fast"
+    assert str(Rates(ops=1.25)) == "ops taken to be 1.25 times as long"

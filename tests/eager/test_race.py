@@ -14,6 +14,7 @@ from small_networks import NETWORKS
 from torchlms.core.plan import Choice
 from torchlms.eager import provenance
 from torchlms.eager.replayable import may_replay
+from torchlms.eager.timer import OpTimer
 from torchlms.memory.disk import SpillFile
 from torchlms.race import TIMED_LAPS, WARM_LAPS, Contender, Race
 
@@ -107,3 +108,18 @@ def test_making_again_wins_where_the_disk_is_slow(
     assert len(said) == 1
     assert not said[0].endswith("moving alone stays")
     assert any(move.choice is Choice.RECOMPUTE for move in plan.moves)
+
+
+def test_ops_that_were_timed_too_long(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once the race is over the plan predicts what its steps have shown."""
+    slow_disk(monkeypatch)
+    right = OpTimer.times
+    monkeypatch.setattr(OpTimer, "times", lambda self: [(name, 20 * time_s) for name, time_s in right(self)])
+    plan, _ = raced(spill_dir, caplog)
+    said = [text for text in map(logging.LogRecord.getMessage, caplog.records) if "as was predicted" in text]
+    assert len(said) == 1
+    assert "ops taken to be 0.50 times as long" in said[0]
+    first_s = float(said[0].split(" and not ")[1].split()[0]) / 1e3
+    assert plan.predicted.step_s < 0.7 * first_s

@@ -1,8 +1,13 @@
-"""Calibrate: what rates of copying would explain the time that a step has really taken."""
+"""Calibrate: what would explain the time that a step has really taken.
+
+Copies, first of all: a link is shared with others. Where no speed of the copies explains it, the ops do
+not take as long as was measured: their marks slow a host that is hardly faster than its device, and so
+does the watching that the marks were taken without.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torchlms.core.drops import with_drops
@@ -11,12 +16,30 @@ from torchlms.core.simulate import Simulator
 from torchlms.core.tape import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchlms.core.machine import Machine
-    from torchlms.core.plan import Plan
+    from torchlms.core.plan import Plan, Prediction
     from torchlms.core.tape import Tape
 
 FASTEST, SLOWEST = 2.0, 0.25  # times the measured rates: beyond that something else is the matter
+LEAST, MOST = 0.5, 2.0  # times the measured op times: likewise
 _HALVINGS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Corrections: ops take ``ops`` times as long as was measured, copies are ``copies`` times as fast."""
+
+    ops: float = 1.0
+    copies: float = 1.0
+
+    def __str__(self) -> str:
+        copies = f"copies taken to be {self.copies:.2f} times as fast"
+        return copies if self.ops == 1.0 else f"ops taken to be {self.ops:.2f} times as long"
+
+
+AS_MEASURED = Rates()
 
 
 def lap_s(tape: Tape, step_s: float) -> float:
@@ -36,24 +59,47 @@ def scaled(machine: Machine, factor: float) -> Machine:
     )
 
 
-def explaining_factor(tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float) -> float:
-    """The factor on all rates of copying with which the simulator comes nearest to the measured time.
+def stretched(tape: Tape, factor: float) -> Tape:
+    """``tape`` if the ops of forward and backward took ``factor`` times as long."""
+    return replace(
+        tape,
+        ops=tuple(
+            op if op.phase is Phase.BETWEEN else replace(op, time_s=op.time_s * factor) for op in tape.ops
+        ),
+    )
 
-    Between ``SLOWEST`` and ``FASTEST``; 1.0 for a plan that copies nothing.
-    """
+
+def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURED) -> Prediction:
+    """What ``plan`` predicts, with the times that follow from ``rates``."""
     drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
     moves = [move for move in plan.moves if move.choice in (Choice.HOST, Choice.DISK)]
-    if not moves:
-        return 1.0
-    changed = with_drops(tape, drops)
+    changed = with_drops(stretched(tape, rates.ops), drops)
+    timeline = Simulator(changed, scaled(machine, rates.copies)).run(moves)
+    return replace(
+        plan.predicted, step_s=timeline.step_s, compute_s=timeline.compute_s, stall_s=timeline.stall_s
+    )
 
-    def predicted_s(factor: float) -> float:
-        return lap_s(tape, Simulator(changed, scaled(machine, factor)).run(moves).step_s)
 
-    low, high = SLOWEST, FASTEST
+def explanation(tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float) -> Rates:
+    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``."""
+
+    def predicted_s(rates: Rates) -> float:
+        return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
+
+    unhindered_s = lap_s(tape, foretold(tape, machine, plan).compute_s)
+    if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
+        slower = _where(
+            lambda factor: predicted_s(Rates(copies=1 / factor)), measured_lap_s, 1 / FASTEST, 1 / SLOWEST
+        )
+        return Rates(copies=1 / slower)
+    return Rates(ops=_where(lambda factor: predicted_s(Rates(ops=factor)), measured_lap_s, LEAST, MOST))
+
+
+def _where(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Where, between ``low`` and ``high``, a function that rises comes nearest to ``wanted``."""
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5
-        if predicted_s(middle) > measured_lap_s:
+        if rising(middle) < wanted:
             low = middle
         else:
             high = middle
