@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
-HALVINGS = 4  # then the interval around the best is halved as often; half as often on long tapes
+HALVINGS = 4  # then the interval around the best is halved as often; once on long tapes
 MANY = 12  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
-TRIED_OPS = 80_000  # then groups are taken in or left out: tapes of that many ops are planned in all
+SETS = 95  # that are tried at the most, on a short tape
+HALF_WORK = 5_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
@@ -78,15 +79,16 @@ def plan(
     trials = _Trials(make)
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
-        most = TRIED_OPS // len(tape.ops)
+        most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
         for share in CHAINS if most >= MOST_FLIPS and not quick else CHAINS[:1]:
             chained = short_chains(ranked, share * limit_bytes)
             _try_shares(
                 trials,
                 feasible(tape, chained, limit_bytes),
-                halvings=HALVINGS if most > MANY else HALVINGS // 2,
+                halvings=HALVINGS if most > MANY else 1,
             )
         if not quick:
+            _turn(trials, ranked, most - trials.count)
             _flip_groups(trials, ranked, min(MOST_FLIPS, most - trials.count))
         trials.of(trials.best, 1.0)
     drops, moves = trials.winner()
@@ -140,6 +142,12 @@ class _Trials:
         return made is not None and made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
 
     @property
+    def moved(self) -> list[int]:
+        """The values that the best plan moves."""
+        made = self._made.get(_key(self.best))
+        return [move.value for move in made.moves] if made is not None else []
+
+    @property
     def smallest_bytes(self) -> int:
         return min(made.smallest_bytes for made in self._made.values() if made is not None)
 
@@ -168,6 +176,21 @@ def _try_shares(trials: _Trials, ranked: Sequence[Value], *, halvings: int) -> N
         for count in ((below + best) // 2, (best + above) // 2):
             counts.add(count)
             trials.of(ranked[:count])
+
+
+def _turn(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
+    """What the best plan moves is dropped instead, one value after the other, the largest first."""
+    rank = {value.id: place for place, value in enumerate(ranked)}
+    last = trials.count + most
+    improved = True
+    while improved:
+        improved = False
+        moved = sorted(
+            (rank[move] for move in trials.moved if move in rank), key=lambda place: -ranked[place].size_bytes
+        )
+        for place in moved:
+            if trials.count < last:
+                improved |= trials.of((*trials.best, ranked[place]))
 
 
 def _flip_groups(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
