@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 4  # then the interval around the best is halved as often; once on long tapes
-MANY = 12  # sets that can be tried at least: below that a tape is long
+MANY = 24  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
 SETS = 95  # that are tried at the most, on a short tape
-HALF_WORK = 5_000_000  # ops times droppable values of a tape on which half as many are tried
+HALF_WORK = 3_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
