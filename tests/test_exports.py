@@ -27,6 +27,8 @@ NAMES = [
     "__version__",
     "disable",
     "enable",
+    "reclaim",
+    "stats",
 ]
 
 pytestmark = pytest.mark.skipif(torchlms.__file__ is None, reason="no torchlms/__init__.py yet")

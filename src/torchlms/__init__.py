@@ -23,7 +23,7 @@ from torchlms.errors import (
 )
 
 if TYPE_CHECKING:
-    from torchlms.api import LMS, disable, enable
+    from torchlms.api import LMS, disable, enable, reclaim, stats
     from torchlms.core.rules import Rules
 
 __version__ = "0.1.0"
@@ -44,12 +44,14 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "reclaim",
+    "stats",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch, when first asked for: a script that we run imports torch in its own time."""
-    if name not in ("LMS", "Rules", "api", "disable", "enable"):
+    if name not in ("LMS", "Rules", "api", "disable", "enable", "reclaim", "stats"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = import_module("torchlms.core.rules" if name == "Rules" else "torchlms.api")
     found = place if name == "api" else getattr(place, name)

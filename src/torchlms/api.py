@@ -47,6 +47,7 @@ log = logging.getLogger("torchlms")
 
 _PAGES = 256  # of device memory in a budget; see _use_remappable_segments
 _LARGEST_PAGE_BYTES = 128 << 20
+_LEVELS = {"debug": logging.DEBUG, "warning": logging.WARNING, "error": logging.ERROR}
 _GREW = 1.02  # inputs this much larger than any seen end the standing aside
 
 _current = threading.local()
@@ -285,6 +286,13 @@ class LMS:
             installation.put_on()
         log.info("the budget is %s from here on", format_bytes(tiers.device_bytes))
 
+    def reclaim(self) -> int:
+        """Have everything leave the device that can, now; returns the bytes freed. It comes back when it is
+        needed. Saved tensors that somebody else holds, too, cannot leave."""
+        if self._engine is None or self._engine.dead:
+            raise NotSupported("reclaim() needs an LMS that is on: call it inside the with block")
+        return self._engine.reclaim()
+
     # -- checking ----------------------------------------------------------------------------
 
     def check(self, step: Callable[[], torch.Tensor]) -> int:
@@ -386,6 +394,18 @@ def current() -> LMS | None:
     return lms
 
 
+def stats() -> dict[str, Any]:
+    """``LMS.stats`` of the LMS that is on in this thread; ``{"state": "off"}`` if none is."""
+    lms = current()
+    return lms.stats() if lms is not None else {"state": "off"}
+
+
+def reclaim() -> int:
+    """``LMS.reclaim`` of the LMS that is on in this thread; nothing if none is."""
+    lms = current()
+    return lms.reclaim() if lms is not None else 0
+
+
 def measured_machine(
     device: torch.device,
     disk_dir: str | os.PathLike[str] | None = None,
@@ -440,10 +460,14 @@ def _bytes_in(*items: Any) -> int:
 
 
 def _show_log() -> None:
-    """Make the few lines LMS writes visible where the program has not set logging up itself."""
-    if not log.hasHandlers() and os.environ.get("TORCHLMS_LOG", "") != "off":
+    """Make the few lines LMS writes visible where the program has not set logging up itself.
+
+    TORCHLMS_LOG is the least level shown: debug, info (the default), warning, error or off.
+    """
+    wanted = os.environ.get("TORCHLMS_LOG", "").lower()
+    if not log.hasHandlers() and wanted != "off":
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
         log.addHandler(handler)
         if log.level == logging.NOTSET:
-            log.setLevel(logging.INFO)
+            log.setLevel(_LEVELS.get(wanted, logging.INFO))

@@ -85,6 +85,7 @@ def bench(
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
     recompute: opt.Recompute = False,
+    rule: opt.Rule = None,
     no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
     way: Annotated[
         Text,
@@ -126,6 +127,7 @@ def bench(
     from torchlms.bench import command as bench_command
     from torchlms.bench.options import BenchOptions, parse_ways
 
+    asked["rule"] = tuple(rule or ())
     names = {field.name for field in dataclasses.fields(BenchOptions)} - {"way"}
     options = BenchOptions(way=_way(way, no_lms), **{name: asked[name] for name in names})
     try:
@@ -270,6 +272,7 @@ def run(
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
     recompute: opt.Recompute = False,
+    rule: opt.Rule = None,
     device: Annotated[Text, typer.Option(help="cuda, cuda:1 or cpu. Default: the model's own.")] = None,
     save_plan: Annotated[File, typer.Option(help="Write the plan to this file at the end.")] = None,
     save_tape: Annotated[File, typer.Option(help="Write the recorded step to this file at the end.")] = None,
@@ -281,6 +284,7 @@ def run(
     asked = dict(locals())  # names of parameters are names of options
     from torchlms.runner.request import Request
 
+    asked["rule"] = tuple(rule or ())
     names = {field.name for field in dataclasses.fields(Request)} & asked.keys()
     # Carried out by torchlms.__main__: here typer stands around us and catches what the script raises.
     _session.script = Request(

@@ -21,6 +21,9 @@ Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw
 Budget = Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")]
 HostBudget = Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Let LMS also drop values and make them again.")]
+Rule = Annotated[
+    Words | None, typer.Option(help="What may leave, name=value as in docs/tuning.md; once for each rule.")
+]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]
 

@@ -74,7 +74,7 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype="bfloat16", optimizer="adam", learning_rate=0.5, way=Way.LMS, budget="1GiB", host_budget="2GiB",
         disk_dir="spill", disk_budget="3GB", plan="p.json", cap="4GiB", seed=9, cudnn_benchmark=True,
         deterministic=True, hidden=64, layers=2, heads=4, kv_heads=2, sequence=8, vocab=99,
-        width=32, norm="batch", recompute=True,
+        width=32, norm="batch", recompute=True, rule=("keep_ops=aten.relu*,aten.gelu*", "min_bytes=4MiB"),
     )  # fmt: skip
     defaults = BenchOptions()
     same = [f for f in BenchOptions.__slots__ if f != "way" and getattr(wanted, f) == getattr(defaults, f)]

@@ -296,6 +296,47 @@ def test_tapes_with_wrapping_values(tape: Tape) -> None:
     assert validate(tape, made, gpu()) == []
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_copies_back_begin_when_they_are_told_to(name: str) -> None:
+    tape, machine = NETWORKS[name], gpu()
+    budget = _budget(tape, 0.6)
+    stops = {value.id: [stretch.stop for stretch in value.idle] for value in tape.values}
+
+    def distances(rules: Rules) -> list[int]:
+        made = plan(tape, machine, budget, rules)
+        assert validate(tape, made, machine) == []
+        assert made.predicted.peak_device_bytes <= budget.device_bytes
+        assert made.moves
+        return [stops[move.value][move.stretch] - move.reload_op for move in made.moves]
+
+    assert max(distances(Rules(min_bytes=0, reload_within_ops=2))) <= 2
+    assert set(distances(Rules(min_bytes=0, copies="wait in"))) == {0}  # type: ignore[arg-type]
+    free, early = distances(Rules(min_bytes=0)), distances(Rules(min_bytes=0, reload_ahead_ops=6))
+    assert sum(early) / len(early) >= sum(free) / len(free)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_copies_out_that_are_waited_for(name: str) -> None:
+    tape, machine = NETWORKS[name], gpu()
+    budget = _budget(tape, 0.6)
+    made = plan(tape, machine, budget, Rules(min_bytes=0, copies="wait out"))  # type: ignore[arg-type]
+    assert validate(tape, made, machine) == []
+    starts = [tape.values[move.value].idle[move.stretch].start for move in made.moves]
+    assert [move.release_op for move in made.moves] == starts
+    assert made.predicted.step_s >= plan(tape, machine, budget, Rules(min_bytes=0)).predicted.step_s
+
+
+def test_no_more_values_leave_than_may() -> None:
+    tape = NETWORKS["resnet"]
+    budget = _budget(tape, 0.9)
+    most = len(plan(tape, gpu(), budget, Rules(min_bytes=0)).moves)
+    assert most > 2
+    made = plan(tape, gpu(), budget, Rules(min_bytes=0, most_values=most))
+    assert len(made.moves) <= most
+    with pytest.raises(BudgetTooSmall, match="Without the rules it is"):
+        plan(tape, gpu(), _budget(tape, 0.0), Rules(min_bytes=0, most_values=2))
+
+
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.0])
 @pytest.mark.parametrize("network", [resnet, transformer])
 def test_ten_thousand_ops_in_two_seconds(network: Callable[[int], Tape], share: float) -> None:

@@ -6,8 +6,8 @@ import pytest
 from tapes import MIB, resnet
 
 from torchlms.core.record import from_json, to_json
-from torchlms.core.rules import Rules, Verdict, unmatched
-from torchlms.core.tape import Kind, Value
+from torchlms.core.rules import Copies, Rules, Verdict, leavers, unmatched
+from torchlms.core.tape import Kind, Op, Phase, Value
 from torchlms.errors import BadOption
 
 
@@ -40,6 +40,72 @@ def test_keep_wins() -> None:
     assert Rules(keep_ops=("aten.*",), move_modules=("layer1",)).judge(_value())[0] is Verdict.KEEP
 
 
+def _reader(module: str, name: str) -> Op:
+    return Op(name, module, Phase.BACKWARD, 0.0, (0,), ())
+
+
+READERS = (_reader("layer1.0.bn1", "aten.native_batch_norm.default"), _reader("head", "aten.mm.default"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "verdict", "why"),
+    [
+        (Rules(only_modules=("layer1",)), Verdict.FREE, ""),
+        (Rules(only_modules=("layer2", "head")), Verdict.KEEP, "only_modules"),
+        (Rules(only_modules=("layer1",), only_ops=("aten.gelu*",)), Verdict.KEEP, "only_ops"),
+        (Rules(keep_read_by=("aten.mm*",)), Verdict.KEEP, "keep_read_by 'aten.mm*'"),
+        (Rules(keep_read_by=("aten.cat*",)), Verdict.FREE, ""),
+        (Rules(keep_read_in=("head",)), Verdict.KEEP, "keep_read_in 'head'"),
+        (Rules(only_read_in=("layer1",)), Verdict.FREE, ""),
+        (Rules(only_read_in=("stem",)), Verdict.KEEP, "only_read_in"),
+        (Rules(only_read_by=("aten.mm*",), move_ops=("aten.relu*",)), Verdict.MOVE, "move_ops 'aten.relu*'"),
+        (Rules(only_read_by=("aten.cat*",), move_ops=("*",)), Verdict.KEEP, "only_read_by"),
+    ],
+)
+def test_others_only_and_by_reader(rules: Rules, verdict: Verdict, why: str) -> None:
+    assert rules.judge(_value(), READERS) == (verdict, why)
+
+
+def test_readers_are_found_on_the_tape() -> None:
+    tape = resnet(2)
+    reading = {value for op in tape.ops if op.name == "aten.relu" for value in op.reads}
+    everything = set(leavers(Rules(), tape))
+    assert set(leavers(Rules(keep_read_by=("aten.relu",)), tape)) == everything - reading
+    assert set(leavers(Rules(only_read_by=("aten.relu",)), tape)) == everything & reading
+    assert everything & reading
+    assert everything - reading
+
+
+def test_the_largest_of_those_idle_long_enough() -> None:
+    tape = resnet(4)
+    sizes = {value.id: value.size_bytes for value in tape.values}
+    everything = leavers(Rules(), tape)
+    few = leavers(Rules(most_values=3), tape)
+    assert len(few) == 3
+    assert min(sizes[value] for value in few) >= max(sizes[value] for value in everything if value not in few)
+    idle = {
+        value.id: max(stretch.stop - stretch.start for stretch in value.idle)
+        for value in tape.values
+        if value.idle
+    }
+    long = leavers(Rules(min_idle_ops=10), tape)
+    assert set(long) == {value for value in everything if idle[value] >= 10}
+    assert 0 < len(long) < len(everything)
+    assert leavers(Rules(most_values=0), tape) == {}
+    demanded = leavers(Rules(most_values=0, move_ops=("*",)), tape)
+    assert set(demanded.values()) == {"move_ops '*'"}
+
+
+def test_which_copies_wait() -> None:
+    assert [(Rules(copies=name).waits_out, Rules(copies=name).within_ops) for name in Copies] == [
+        (False, None),
+        (True, None),
+        (False, 0),
+        (True, 0),
+    ]
+    assert Rules(reload_within_ops=7).within_ops == 7
+
+
 def test_patterns_that_match_nothing_are_reported() -> None:
     rules = Rules(keep_modules=("layer1", "layr2"), move_ops=("aten.conv*", "aten.gelu"))
     assert unmatched(rules, resnet()) == ("keep_modules 'layr2'", "move_ops 'aten.gelu'")
@@ -55,6 +121,11 @@ def test_patterns_that_match_nothing_are_reported() -> None:
         ({"min_bytes": -1}, "min_bytes must be a number of bytes"),
         ({"min_bytes": 1.5}, "min_bytes must be a number of bytes"),
         ({"min_bytes": True}, "min_bytes must be a number of bytes"),
+        ({"most_values": -1}, "most_values must be a number of values"),
+        ({"min_idle_ops": None}, "min_idle_ops must be a number of ops"),
+        ({"reload_ahead_ops": 5, "reload_within_ops": 3}, "no copy back could begin in time"),
+        ({"copies": "sync"}, "copies must be one of 'overlap', 'wait out'"),
+        ({"only_read_by": "aten"}, "only_read_by must be a list of patterns"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
@@ -63,6 +134,6 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 
 
 def test_read_and_round_trip() -> None:
-    rules = Rules.read({"keep_modules": ["stem"], "min_bytes": 0})
-    assert rules == Rules(keep_modules=("stem",), min_bytes=0)
+    rules = Rules.read({"keep_modules": ["stem"], "min_bytes": 0, "copies": "wait", "most_values": 9})
+    assert rules == Rules(keep_modules=("stem",), min_bytes=0, copies=Copies.WAIT, most_values=9)
     assert from_json(Rules, to_json(rules)) == rules

@@ -89,3 +89,38 @@ def test_too_little_is_refused_and_changes_nothing(spill_dir: Path) -> None:
     assert outcome(session).differences(run_plain(MLP)) == []
     with pytest.raises(torchlms.NotSupported, match="inside the with block"):
         lms.set_budget(ROOMY)
+
+
+# -- on demand -----------------------------------------------------------------------------------
+
+
+def test_everything_leaves_when_asked_to(spill_dir: Path) -> None:
+    """Between forward and backward, of a step that follows a plan for a budget with room to spare."""
+    session = new_session(MLP)
+    with open_lms(session, ROOMY, spill_dir) as lms:
+        for step in range(6):
+            plain_step(session, step)
+        inputs, target = MLP.batch(6)
+        session.optimizer.zero_grad()
+        loss = F.cross_entropy(session.model(inputs), target)
+        before = lms.stats()
+        assert before["inactive_device_bytes"] > 0
+        freed = lms.reclaim()
+        after = torchlms.stats()
+        assert freed == before["inactive_device_bytes"]
+        assert after["inactive_device_bytes"] == 0
+        assert after["active_device_bytes"] <= before["active_device_bytes"]
+        assert after["reclaims"] == before["reclaims"] + 1
+        assert after["full_reclaims"] == before["full_reclaims"] + 1
+        loss.backward()
+        session.optimizer.step()
+        session.losses.append(loss.item().hex())
+        assert torchlms.reclaim() == 0, "nothing is saved"
+    assert outcome(session).differences(run_plain(MLP, steps=7)) == []
+
+
+def test_without_one_that_is_on() -> None:
+    assert torchlms.stats() == {"state": "off"}
+    assert torchlms.reclaim() == 0
+    with pytest.raises(torchlms.NotSupported, match="inside the with block"):
+        torchlms.LMS(new_session(MLP).model, budget=ROOMY).reclaim()

@@ -20,6 +20,8 @@ def to_arguments(options: BenchOptions) -> list[str]:
         flag = "--" + field.name.replace("_", "-")
         if value is True:
             arguments.append(flag)
+        elif isinstance(value, tuple):
+            arguments += [part for item in value for part in (flag, item)]
         else:
             arguments += [flag, str(value.value if isinstance(value, Enum) else value)]
     return arguments

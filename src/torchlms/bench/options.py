@@ -11,6 +11,7 @@ from torchlms.bench.networks import Network, NetworkOptions
 from torchlms.errors import BadOption, LMSError
 from torchlms.memory.device import read_device, supported
 from torchlms.memory.limits import parse_bytes
+from torchlms.rule_text import read_rules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,6 +55,7 @@ class BenchOptions:
     disk_budget: str | None = None
     plan: str | None = None
     recompute: bool = False
+    rule: tuple[str, ...] = ()  # each as rule_text reads it
     cap: str | None = None
     seed: int = 1
     cudnn_benchmark: bool = False
@@ -82,8 +84,9 @@ class BenchOptions:
             raise BadOption("--cap is for runs without LMS; with LMS the budget is the cap")
         if self.way is not Way.LMS and self.plan is not None:
             raise BadOption("--plan needs LMS; drop --no-lms or --way")
-        if self.way is not Way.LMS and self.recompute:
-            raise BadOption("--recompute needs LMS; drop --no-lms or --way")
+        if self.way is not Way.LMS and (self.recompute or self.rule):
+            raise BadOption("--recompute and --rule need LMS; drop --no-lms or --way")
+        read_rules(self.rule, recompute=self.recompute)
         if self.batch_size < 0 or self.image_size < 0:
             raise BadOption("--batch-size and --image-size must not be negative")
         if 0 < self.image_size < network.least_image_size:

@@ -25,7 +25,7 @@ from torchlms.core.drops import (
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import NO_ELBOW, Elbow
 from torchlms.core.planner import plan as plan_moves
-from torchlms.core.rules import Rules, Verdict
+from torchlms.core.rules import Rules, leavers
 from torchlms.core.units import seconds_text
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
@@ -70,7 +70,7 @@ def plan(
             with_drops(tape, drops),
             machine,
             budget,
-            rules,
+            _left_for_moves(rules, drops),
             headroom_bytes=headroom_bytes,
             elbow=elbow,
             effort=effort,
@@ -209,14 +209,20 @@ def _flip_groups(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
                     trials.of(drops)
 
 
+def _left_for_moves(rules: Rules, drops: Sequence[Value]) -> Rules:
+    """The rules for what is not dropped."""
+    if rules.most_values is None:
+        return rules
+    return replace(rules, most_values=max(0, rules.most_values - len(drops)))
+
+
 def _ranked(tape: Tape, rules: Rules) -> list[Value]:
     """What may be dropped together, the fewest seconds for a byte gained first."""
+    reasons = leavers(rules, tape)
     free = [
         value
         for value in tape.values
-        if droppable(tape, value)
-        and value.size_bytes >= rules.min_bytes
-        and rules.judge(value)[0] is Verdict.FREE
+        if droppable(tape, value) and value.size_bytes >= rules.min_bytes and reasons.get(value.id) == ""
     ]
     gains = gain_bytes(tape, free)
     worth = [value for value in free if gains[value.id] > 0]

@@ -20,7 +20,7 @@ import numpy as np
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget, wraps
 from torchlms.core.plan import Budget, Decision, Plan
-from torchlms.core.rules import Rules, Verdict
+from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course, Move, Slot
 from torchlms.core.search import decision_of, search
 from torchlms.core.simulate import Simulator, prediction
@@ -85,7 +85,15 @@ def plan(
     if len(floor) and floor.max() > limit_bytes:
         raise _too_small(simulator, floor, budget, headroom_bytes)
     needed = simulator.baseline + np.minimum(_room_for_new(tape, elbow), limit_bytes - floor)
-    course = Course(tuple(op.time_s for op in tape.ops), needed, limit_bytes, elbow.flying)
+    course = Course(
+        tuple(op.time_s for op in tape.ops),
+        needed,
+        limit_bytes,
+        elbow.flying,
+        ahead_ops=rules.reload_ahead_ops,
+        within_ops=rules.within_ops,
+        waits_out=rules.waits_out,
+    )
     worthy = _worth_moving(needed, candidates, rules, limit_bytes)
     found = search(simulator, course, worthy, _room(machine, budget), effort=effort)
     decisions = tuple(_decision(slot, found.places) for slot in found.slots)
@@ -107,12 +115,11 @@ def plan(
 
 def _candidates(simulator: Simulator, rules: Rules) -> list[Move]:
     """Every idle stretch that could be spent elsewhere, whatever its size."""
+    reasons = leavers(rules, simulator.tape)
     return [
-        _move(simulator, value, index, forced=reason if verdict is Verdict.MOVE else "")
+        _move(simulator, value, index, forced=reasons[value.id])
         for value in simulator.tape.values
-        if value.movable and value.size_bytes > 0
-        for verdict, reason in [rules.judge(value)]
-        if verdict is not Verdict.KEEP
+        if value.id in reasons
         for index, stretch in enumerate(value.idle)
         if not wraps(stretch)
     ]

@@ -72,13 +72,18 @@ class Course:
     """What every schedule of one tape shares: seconds of each op, bytes with nothing moved, the limit.
 
     ``flight_room`` is what a value takes beyond its size, as a share of it, while a copy of it is in
-    flight: it cannot be moved out of the way then, so the memory around it is harder to use.
+    flight: it cannot be moved out of the way then, so the memory around it is harder to use. Copies back
+    are issued at least ``ahead_ops`` before the need where memory permits, and at most ``within_ops``;
+    with ``waits_out`` each copy out is waited for where it begins.
     """
 
     op_s: tuple[float, ...]
     baseline: Bytes
     limit_bytes: int
     flight_room: float = 0.0
+    ahead_ops: int = 0
+    within_ops: int | None = None
+    waits_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +153,9 @@ class _Forward:
         self._starts: dict[int, list[int]] = {}
         for index, move in enumerate(moves):
             self._starts.setdefault(move.start, []).append(index)
-            if move.forced or move in due:
-                self._last_calls.setdefault(due.get(move, move.stop - 1), []).append(index)
+            if move.forced or move in due or course.waits_out:
+                last_op = move.start if course.waits_out else due.get(move, move.stop - 1)
+                self._last_calls.setdefault(last_op, []).append(index)
         self.releases = [NEVER] * len(moves)
         self.moments_s = np.zeros(count + 1)
 
@@ -228,11 +234,14 @@ def _reload(
     last = [0, 0]  # by tier: a reload issued before one that is needed earlier would delay it
     for index in by_need:
         move, tier = moves[index], int(moves[index] in on_disk)
-        reload_op = min(max(wished[index], releases[index] + 1, last[tier]), move.stop)
+        wished_op = min(wished[index], move.stop - course.ahead_ops)
+        reload_op = min(max(wished_op, releases[index] + 1, last[tier]), move.stop)
         coming_bytes = int(move.size_bytes * (1 + course.flight_room))
         full = np.flatnonzero(bytes_at[reload_op : move.stop] > limit_bytes - coming_bytes)
         if len(full):
             reload_op += int(full[-1]) + 1
+        if course.within_ops is not None:
+            reload_op = max(reload_op, move.stop - course.within_ops)
         bytes_at[reload_op : move.stop] += coming_bytes
         reloads[index] = last[tier] = reload_op
     return reloads

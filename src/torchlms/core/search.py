@@ -259,7 +259,8 @@ class _Search:
             move = slot.move
             early_s = begins_s[move.value, move.stretch] - QUEUED_S
             op = int(np.searchsorted(timeline.start_s, early_s, side="right")) - 1
-            later.append(replace(slot, reload_op=min(max(slot.reload_op, op), move.stop)))
+            latest_op = move.stop - self._course.ahead_ops
+            later.append(replace(slot, reload_op=max(slot.reload_op, min(op, latest_op))))
         stall_s = self._simulator.stall_s(decision_of(slot) for slot in later)
         return tuple(later) if stall_s <= timeline.stall_s + ENOUGH * timeline.compute_s else slots
 

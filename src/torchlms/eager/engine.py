@@ -799,6 +799,15 @@ class Engine(SlotOwner):
         self.device.cap(budget_bytes)
         self.ladder.budget_bytes = budget_bytes
 
+    def inactive_bytes(self) -> int:
+        """On the device, and could leave it at once."""
+        return sum(slot.size_bytes for slot in self.living() if slot.alone())
+
+    def reclaim(self) -> int:
+        """Have everything leave that can; returns the bytes freed."""
+        with private.unwatched():
+            return self.ladder.reclaim(EVERYTHING_BYTES)
+
     def plan_again(self) -> None:
         """Have every routine planned anew when it comes next, from the tape that it has."""
         for routine in self.routines.values():

@@ -52,6 +52,7 @@ class Ladder:
         self.sizes = sizes
         self.budget_bytes = budget_bytes
         self.reclaims = 0  # times that room had to be made at once
+        self.full_reclaims = 0  # of these, those that had everything leave that could
         self.reclaimed_bytes = 0
         self.retries = 0  # ops that failed and were run again
         self.ooms = 0  # failed allocations that somebody heard of
@@ -73,6 +74,7 @@ class Ladder:
             raise full
         if freed:
             self.reclaims += 1
+            self.full_reclaims += freed < want_bytes
             self.reclaimed_bytes += freed
         return freed
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchlms.errors import BadOption
 from torchlms.memory.limits import parse_bytes
+from torchlms.rule_text import read_rules
 
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
 
@@ -27,6 +28,7 @@ class Request:
     disk_budget: str | None = None
     plan: str | None = None
     recompute: bool = False
+    rule: tuple[str, ...] = ()  # each as rule_text reads it
     device: str | None = None
     save_plan: Path | None = None
     save_tape: Path | None = None
@@ -40,6 +42,7 @@ class Request:
         for size in (self.budget, self.host_budget, self.disk_budget):
             if size is not None:
                 parse_bytes(size, whole_bytes=_SOME_WHOLE)
+        read_rules(self.rule)
         if not self.as_module and not Path(self.target).exists():
             raise BadOption(f"there is no script {self.target!r}; for a module write: torchlms run -m name")
         if self.plan is not None and not Path(self.plan).is_file():
@@ -58,5 +61,5 @@ class Request:
             "disk_dir": self.disk_dir,
             "disk_budget": self.disk_budget,
             "plan": self.plan,
-            "rules": {"recompute": True} if self.recompute else None,
+            "rules": read_rules(self.rule, recompute=self.recompute),
         }
