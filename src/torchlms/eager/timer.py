@@ -8,12 +8,16 @@ are then all that is added, and what the compute queue waits for copies lies bet
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core.tape import Op, Phase, Tape
 
 if TYPE_CHECKING:
     from torchlms.memory.device import CpuDevice, CudaDevice, Mark
+
+
+_BARE_MARKS = 9  # with nothing between them
 
 
 class Lap:
@@ -53,14 +57,12 @@ class OpTimer:
         self._marks.append((func, self._begin, self._device.mark()))
 
     def times(self) -> list[tuple[str, float]]:
-        """Name and seconds of each op, in order; waits for the device.
-
-        Without what two marks are apart when nothing lies between them, such as around a view.
-        """
+        """Name and seconds of each op, in order, without what two marks are apart by themselves; waits for
+        the device."""
+        bare = [self._device.mark() for _ in range(_BARE_MARKS)]
         self._device.synchronize()
-        times = [(str(func), end.since_s(begin)) for func, begin, end in self._marks]
-        apart_s = min((time_s for _, time_s in times), default=0.0)
-        return [(name, time_s - apart_s) for name, time_s in times]
+        apart_s = min(later.since_s(earlier) for earlier, later in pairwise(bare))
+        return [(str(func), max(0.0, end.since_s(begin) - apart_s)) for func, begin, end in self._marks]
 
 
 def retimed(tape: Tape, runs: list[list[tuple[str, float]]]) -> Tape:
