@@ -59,7 +59,7 @@ class OpTimer:
     def times(self) -> list[tuple[str, float]]:
         """Name and seconds of each op, in order, without what two marks are apart by themselves; waits for
         the device."""
-        bare = [self._device.mark() for _ in range(_BARE_MARKS)]
+        bare: list[Mark] = [self._device.mark() for _ in range(_BARE_MARKS)]
         self._device.synchronize()
         apart_s = min(later.since_s(earlier) for earlier, later in pairwise(bare))
         return [(str(func), max(0.0, end.since_s(begin) - apart_s)) for func, begin, end in self._marks]
