@@ -1,0 +1,85 @@
+"""A row per step, averages without the first ones, and a trace of some steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchlms
+from torchlms.steps import ProfileWindow, StepLog
+
+STEPS = 7
+
+
+class Scalars(list[tuple[str, float, int]]):
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.append((tag, scalar_value, global_step))
+
+
+@pytest.fixture
+def lms(tmp_path: Path) -> torchlms.LMS:
+    model = torch.nn.Linear(4, 4)
+    return torchlms.LMS(model, budget="1GiB", disk_dir=tmp_path)
+
+
+def test_a_row_per_step(lms: torchlms.LMS, tmp_path: Path) -> None:
+    scalars = Scalars()
+    path = tmp_path / "steps.csv"
+    with lms, StepLog(lms, path, writer=scalars, skip=2) as log:
+        assert log.averages() == {}
+        for step in range(STEPS):
+            torch.nn.functional.relu(torch.ones(2, requires_grad=True) * 2).sum().backward()
+            time.sleep(0.01 * (step < 2))
+            row = log.step()
+            assert row.step == step
+            assert len(list(csv.DictReader(path.open()))) == step + 1, "written at once"
+    rows = list(csv.DictReader(path.open()))
+    assert [int(row["step"]) for row in rows] == list(range(STEPS))
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    averages = log.averages()
+    assert averages["steps"] == STEPS - 2
+    assert averages["seconds"] < 0.01 < float(rows[0]["seconds"])
+    assert averages["reclaims"] == 0
+    assert ("torchlms/seconds", float(rows[3]["seconds"]), 3) in scalars
+    assert len(scalars) == STEPS * (len(rows[0]) - 1)
+
+
+def test_reclaims_are_those_since_the_row_before(lms: torchlms.LMS) -> None:
+    with lms, StepLog(lms, skip=0) as log:
+        assert lms._engine is not None
+        for reclaims in (2, 0, 3):
+            lms._engine.ladder.reclaims += reclaims
+            assert log.step().reclaims == reclaims
+    assert log.averages()["reclaims"] == pytest.approx(5 / 3)
+
+
+def test_a_bad_skip(lms: torchlms.LMS) -> None:
+    with pytest.raises(ValueError, match="skip must be 0 or more"):
+        StepLog(lms, skip=-1)
+
+
+@pytest.mark.parametrize("steps", [6, 4])
+def test_some_steps_are_profiled(steps: int, tmp_path: Path) -> None:
+    """Also of a loop that ends before the window does."""
+    path = tmp_path / "trace.json"
+    with ProfileWindow(path, first=3, last=4) as window:
+        for step in range(steps):
+            torch.ones(2) + 1 if step < 3 or step == 5 else torch.ones(2) * 2
+            window.step()
+            assert path.exists() is (step >= 4)
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert "aten::mul" in names
+    assert "aten::add" not in names
+
+
+def test_a_window_that_is_never_reached(tmp_path: Path) -> None:
+    with ProfileWindow(tmp_path / "trace.json", first=9, last=9) as window:
+        window.step()
+    assert not (tmp_path / "trace.json").exists()
+    with pytest.raises(ValueError, match="first comes first"):
+        ProfileWindow(tmp_path / "trace.json", first=3, last=2)
