@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest slow lint trainers format bench suites figures loops stale wheel test-torch clean
+.PHONY: help env demo test pytest slow lint trainers format bench docs suites figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -65,6 +65,11 @@ figures: $(READY)  ## write the tables of the READMEs from benchmarks/results/
 
 loops: $(READY)  ## write docs/loops.md from a run of the training loops in tests/matrix
 	$(PY) -m pytest tests/matrix --write-loops -n 0 -m "slow or not slow" $(ARGS)
+
+docs: $(READY)   ## build the pages of docs/ as a site in build/docs
+	$(PY) -m pip install --quiet -e '.[docs]'
+	$(PY) docs/api.py
+	$(PY) -m mkdocs build --strict
 
 suites: $(READY) ## other projects' own tests under LMS: PyTorch's samples, transformers' architectures
 	$(PY) benchmarks/suites.py operators --most 12

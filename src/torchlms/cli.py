@@ -24,7 +24,6 @@ app = typer.Typer(
     name="torchlms",
     help="Train networks that need more memory than the device has, on stock PyTorch.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
