@@ -25,19 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"core", "errors"}
 DOING = {"eager", "compile", "states"}
-TOP = {
-    "__main__",
-    "cli",
-    "cli_options",
-    "integrations",
-    "bench",
-    "doctor",
-    "fit",
-    "runner",
-    "report_page",
-    "steps",
-    "sweep",
-}
+TOP = {"__main__", "cli", "cli_options", "integrations", "bench", "doctor", "fit", "runner", "steps", "sweep"}
 
 # Part of the package -> what it may import, apart from itself. The bare `import torchlms` counts as api.
 MAY_IMPORT = {
@@ -58,16 +46,13 @@ MAY_IMPORT = {
     "__init__": BASE | {"api"},
     "integrations": {"api", "core", "errors"},
     "steps": {"api"},
-    "report_page": BASE | {"memory", "api", "fit"},
     "sweep": BASE | DOING,
     "bench": BASE | DOING | {"memory", "report", "api", "rule_text"},
     "fit": BASE | DOING | {"memory", "report", "api", "bench"},
     "cli_options": set(),
     "doctor": BASE | DOING | {"memory"},
-    "runner": BASE | DOING | {"memory", "report", "api", "rule_text", "report_page"},
-    "cli": BASE
-    | DOING
-    | {"memory", "report", "api", "bench", "doctor", "fit", "runner", "cli_options", "report_page"},
+    "runner": BASE | DOING | {"memory", "report", "api", "rule_text"},
+    "cli": BASE | DOING | {"memory", "report", "api", "bench", "doctor", "fit", "runner", "cli_options"},
     "__main__": {"cli", "bench", "runner", "api", "errors"},
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -276,7 +275,6 @@ def run(
     device: Annotated[Text, typer.Option(help="cuda, cuda:1 or cpu. Default: the model's own.")] = None,
     save_plan: Annotated[File, typer.Option(help="Write the plan to this file at the end.")] = None,
     save_tape: Annotated[File, typer.Option(help="Write the recorded step to this file at the end.")] = None,
-    save_run: Annotated[File, typer.Option(help="Write what torchlms report reads at the end.")] = None,
     json_path: Annotated[File, typer.Option("--json", help="Write figures to this file at the end.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
@@ -295,25 +293,6 @@ def run(
         whole_tracebacks=debugging(),
         **{name: asked[name] for name in names},
     )
-
-
-@app.command(epilog="Example: torchlms report run.json -o report.html --trace trace.json")
-def report(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN", help="A file from torchlms run --save-run.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
-    trace: Annotated[File, typer.Option(help="Also write a trace for Perfetto to this file.")] = None,
-) -> None:
-    """Draw a run: memory, queues, speed against budget, every value with its reason, as one HTML page."""
-    from torchlms.report_page.page import page
-    from torchlms.report_page.record import RunRecord
-    from torchlms.report_page.trace import trace_events
-
-    record = RunRecord.load(run_file)
-    output.write_text(page(record), encoding="utf-8")
-    _write(f"wrote {output}")
-    if trace is not None:
-        trace.write_text(json.dumps(trace_events(record)))
-        _write(f"wrote {trace}")
 
 
 @app.command(epilog="Example: torchlms doctor --disk-dir /scratch")

@@ -29,16 +29,7 @@ _NOT_MEASURED = {
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",
 }
-_PRESENTATION = (
-    "report",
-    "sweep",
-    "fit",
-    "runner",
-    "doctor",
-    "integrations",
-    "steps",
-    "report_page",
-)  # folders
+_PRESENTATION = ("report", "sweep", "fit", "runner", "doctor", "integrations", "steps")  # folders
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)

@@ -78,18 +78,6 @@ class Watch:
         if request.save_tape is not None:
             tape, path = lms.tape if lms is not None else None, request.save_tape
             _write(path, "tape", None if tape is None else lambda: tape.save(path))
-        if request.save_run is not None:
-            self._save_run(lms, stats, request.save_run)
-
-    def _save_run(self, lms: LMS | None, stats: dict[str, Any], path: Path) -> None:
-        from torchlms.report_page import RunRecord
-
-        tape, machine, plan = (lms.tape, lms.machine, lms.plan) if lms is not None else (None, None, None)
-        if tape is None or machine is None or plan is None:
-            _write(path, "run", None)
-            return
-        record = RunRecord(tape, machine, plan, stats)
-        _write(path, "run", lambda: record.save(path))
 
     def advice(self, error: BaseException) -> str:
         """What to do after ``error``, if it tells of memory running out; else nothing."""
