@@ -12,6 +12,7 @@ from tapes import resnet
 
 from tests.report_page.runs import NAMES, choices, run
 from torchlms.core.plan import Choice
+from torchlms.core.units import seconds_text
 from torchlms.report_page.axis import bytes_ticks, seconds_ticks
 from torchlms.report_page.bands import away_bands, memory_bands
 from torchlms.report_page.memory_chart import HEIGHT, memory_chart, pointed_at, shown_ops
@@ -113,6 +114,9 @@ def test_every_decision_is_a_row_with_its_reason(name: str) -> None:
     )
     assert sorted((r.size_bytes, r.choice, r.reason) for r in rows if r.choice != "keep") == expected
     assert all(row.reason for row in rows)
+    for row in rows:  # the planner's words for the same time
+        if row.reason.startswith("idle"):
+            assert f"idle {seconds_text(row.idle_s)}" in row.reason
     total = sum(sum(module.size_bytes.values()) for module in module_rows(rows))
     assert total == sum(row.size_bytes for row in rows)
 

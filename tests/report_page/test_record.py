@@ -14,6 +14,8 @@ import torchlms
 from tests.report_page.runs import NAMES, run
 from torchlms.report_page import save_run
 from torchlms.report_page.run import SCHEMA, Run
+from torchlms.runner.request import Request
+from torchlms.runner.watch import Watch
 
 typer_testing = pytest.importorskip("typer.testing")
 
@@ -36,11 +38,12 @@ def test_of_a_loop(tmp_path: Path, spill_dir: Path) -> None:
     with torchlms.LMS(model, budget="7MiB", disk_dir=spill_dir) as lms:
         with pytest.raises(torchlms.NotSupported, match="first step has to be recorded"):
             save_run(lms, tmp_path / "run.json")
-        for _ in range(6):
+        for _ in range(5):
             model(torch.randn(1024, 256)).relu().sum().backward()
             model.zero_grad()
         save_run(lms, tmp_path / "on.json")
-    save_run(lms, tmp_path / "run.json", state="guard")
+    # As `torchlms run` does at the end of a script.
+    Watch(Request("train.py", save_run=tmp_path / "run.json"))._hand_over(lms, "guard")
     found = Run.load(tmp_path / "run.json")
     assert found.plan is not None
     assert found.plan.fingerprint == found.tape.fingerprint

@@ -44,7 +44,7 @@ def memory_chart(run: Run, step: Step, bands: Sequence[Band]) -> Chart:
     plain = [_y(float(step.plain_bytes[op]), most) for op in shown_ops(step.plain_bytes)]
     xs = _xs(step, shown_ops(step.plain_bytes))
     shapes.append(svg.stairs(xs, plain, svg.WIDTH, "line plain"))
-    for key, _, level in levels:
+    for key, _, level in reversed(levels):  # the budget is dashed: what it lies upon is seen, too
         shapes.append(svg.line([(0, _y(level, most)), (svg.WIDTH, _y(level, most))], f"line {key}"))
     legend = _keys(bands)
     legend.append(

@@ -55,7 +55,7 @@ def comparison(run: Run, step: Step) -> list[tuple[str, str, str]]:
         ("smallest budget that works", bytes_text(plan.smallest_bytes), _MISSING),
         ("planning", _MISSING, seconds_text(plan.plan_s)),
     ]
-    return [row for row in rows if row[1:] != ("0 bytes", "0 bytes")]
+    return [row for row in rows if not set(row[1:]) <= {"0 bytes", _MISSING}]
 
 
 def settings(run: Run) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from torchlms.core.plan import Choice
@@ -22,7 +23,7 @@ _LASTING = (Kind.PARAMETER, Kind.BUFFER, Kind.STATE)
 
 @dataclass(frozen=True, slots=True)
 class ValueRow:
-    """``idle_s`` is the longest time that it lies idle in the planned step."""
+    """``idle_s`` is the longest time that it lies idle: of the ops in between, without their waits."""
 
     module: str
     op: str
@@ -44,9 +45,10 @@ class ModuleRow:
 
 def value_rows(step: Step) -> tuple[ValueRow, ...]:
     """Values that autograd saved, or that leave; the largest first. All others only come and go."""
+    moments_s = list(accumulate((op.time_s for op in step.tape.ops), initial=0.0))
     decisions = {move.value: move for move in (*step.moves, *step.drops)}
     rows = [
-        _row(step, value, decisions.get(value.id))
+        _row(moments_s, value, decisions.get(value.id))
         for value in step.recorded.values
         if value.id in decisions or value.movable or value.saved >= 0 or value.kind in _LASTING
     ]
@@ -72,7 +74,7 @@ def module_rows(rows: Sequence[ValueRow], *, depth: int = 1) -> tuple[ModuleRow,
     return tuple(sorted(made, key=lambda row: -sum(row.size_bytes.values())))
 
 
-def _row(step: Step, value: Value, decision: Decision | None) -> ValueRow:
+def _row(moments_s: Sequence[float], value: Value, decision: Decision | None) -> ValueRow:
     choice = decision.choice if decision is not None else Choice.KEEP
     return ValueRow(
         value.module,
@@ -80,7 +82,7 @@ def _row(step: Step, value: Value, decision: Decision | None) -> ValueRow:
         value.kind.value,
         value.size_bytes,
         choice.value,
-        _idle_s(step, value),
+        _idle_s(moments_s, value),
         decision.reason if decision is not None else value.why_not or _why_kept(value),
     )
 
@@ -93,13 +95,12 @@ def _why_kept(value: Value) -> str:
     )
 
 
-def _idle_s(step: Step, value: Value) -> float:
-    """Of its longest stretch; one that goes around the end of the step counts to the end."""
-    start_s, step_s = step.timeline.start_s, step.timeline.step_s
+def _idle_s(moments_s: Sequence[float], value: Value) -> float:
+    """Of its longest stretch, waits for copies not counted, as in the planner's reasons."""
+    last = len(moments_s) - 1
     spans = [
-        (float(start_s[stretch.stop]) if stretch.start < stretch.stop < len(start_s) else step_s)
-        - float(start_s[stretch.start])
-        for stretch in value.idle
-        if stretch.start < len(start_s)
+        moments_s[stop if start < stop else last] - moments_s[start]
+        for start, stop in ((stretch.start, min(stretch.stop, last)) for stretch in value.idle)
+        if start <= last
     ]
     return max(spans, default=0.0)
