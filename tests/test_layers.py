@@ -240,6 +240,8 @@ def committed_files() -> list[Path]:
         ("eager/save.py", "from torchlms import LMS"),
         ("eager/save.py", "from ..bench import networks"),
         ("bench/run.py", "from torchlms.fit.scale import Scale"),
+        ("fit/curve.py", "from torchlms.report_page import save_run"),
+        ("report_page/page.py", "from torchlms.eager.engine import Engine"),
         ("api.py", "from .cli import main"),
         ("attic.py", ""),
     ],

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tapes import resnet
+from tapes import resnet, unet
 
 from tests.report_page.runs import NAMES, choices, run
-from torchlms.core.plan import Choice
+from torchlms.core.plan import Choice, Decision
 from torchlms.core.units import seconds_text
 from torchlms.report_page.axis import bytes_ticks, seconds_ticks
 from torchlms.report_page.bands import away_bands, memory_bands
@@ -118,7 +118,7 @@ def test_every_decision_is_a_row_with_its_reason(name: str) -> None:
         if row.reason.startswith("idle"):
             assert f"idle {seconds_text(row.idle_s)}" in row.reason
     total = sum(sum(module.size_bytes.values()) for module in module_rows(rows))
-    assert total == sum(row.size_bytes for row in rows)
+    assert total == sum({row.value: row.size_bytes for row in rows}.values())
 
 
 def test_the_chosen_point() -> None:
@@ -156,3 +156,21 @@ def test_ticks_are_round() -> None:
         "200 ms",
     ]
     assert next(tick.label for tick in bytes_ticks(120 << 20, least=88 << 20)) == "90 MiB"
+
+
+def test_a_value_that_leaves_twice_by_different_choices() -> None:
+    one = run("host")
+    tape = unet()
+    twice = next(value for value in tape.values if len(value.idle) == 2)
+    moves = tuple(
+        Decision(twice.id, number, choice, stretch.start + 1, stretch.stop, 0, f"stretch {number}")
+        for number, (stretch, choice) in enumerate(zip(twice.idle, (Choice.HOST, Choice.DISK), strict=True))
+    )
+    assert one.plan is not None
+    step = step_of(replace(one, tape=tape, plan=replace(one.plan, decisions=moves)))
+    bands = memory_bands(step)
+    assert np.array_equal(sum(band.size_bytes for band in bands), step.timeline.memory_bytes)
+    assert all((band.size_bytes >= 0).all() for band in bands)
+    assert [band.key for band in away_bands(step)] == ["host", "disk"]
+    rows = [row for row in value_rows(step) if row.value == twice.id]
+    assert [(row.choice, row.reason) for row in rows] == [("host", "stretch 0"), ("disk", "stretch 1")]

@@ -12,9 +12,10 @@ from torchlms.core.plan import Choice
 from torchlms.core.tape import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torchlms.core.curve import Bytes
+    from torchlms.core.plan import Decision
     from torchlms.core.tape import Value
     from torchlms.report_page.step import Step
 
@@ -53,7 +54,8 @@ def memory_bands(step: Step) -> tuple[Band, ...]:
         bands.append(Band(kind.value, name, _present(count, values)))
     for choice, name in _LEAVES.items():
         values = [value for value in step.tape.values if choices.get(value.id) is choice]
-        away = _away(step, choice) if choice is not Choice.RECOMPUTE else 0
+        # Colours are of values: one that leaves twice may do so by different choices.
+        away = _away(step, [move for move in step.moves if choices[move.value] is choice])
         bands.append(Band(choice.value, name, _present(count, values) - away))
     scratch = np.array([op.scratch_bytes for op in step.tape.ops], dtype=np.int64)
     bands.append(Band("scratch", "workspace of the op", scratch))
@@ -62,7 +64,11 @@ def memory_bands(step: Step) -> tuple[Band, ...]:
 
 def away_bands(step: Step) -> tuple[Band, ...]:
     """What is not on the device at each op, by where it is."""
-    found = [Band(choice.value, name, _away(step, choice)) for choice, name in _AWAY.items()]
+    decisions = (*step.moves, *step.drops)
+    found = [
+        Band(choice.value, name, _away(step, [move for move in decisions if move.choice is choice]))
+        for choice, name in _AWAY.items()
+    ]
     return tuple(band for band in found if band.size_bytes.any())
 
 
@@ -84,8 +90,7 @@ def _present(count: int, values: Iterable[Value]) -> Bytes:
     )
 
 
-def _away(step: Step, choice: Choice) -> Bytes:
-    decisions = [move for move in (*step.moves, *step.drops) if move.choice is choice]
+def _away(step: Step, decisions: Sequence[Decision]) -> Bytes:
     return ring_occupancy(
         len(step.tape.ops),
         [move.release_op for move in decisions],

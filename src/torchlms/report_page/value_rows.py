@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchlms.core.plan import Decision
-    from torchlms.core.tape import Value
+    from torchlms.core.tape import Stretch, Value
     from torchlms.report_page.step import Step
 
 MOST_ROWS = 1200
@@ -25,6 +25,7 @@ _LASTING = (Kind.PARAMETER, Kind.BUFFER, Kind.STATE)
 class ValueRow:
     """``idle_s`` is the longest time that it lies idle: of the ops in between, without their waits."""
 
+    value: int
     module: str
     op: str
     kind: str
@@ -44,13 +45,17 @@ class ModuleRow:
 
 
 def value_rows(step: Step) -> tuple[ValueRow, ...]:
-    """Values that autograd saved, or that leave; the largest first. All others only come and go."""
+    """Values that autograd saved, or that leave; the largest first. All others only come and go. One that
+    leaves in several of its idle stretches has a row for each."""
     moments_s = list(accumulate((op.time_s for op in step.tape.ops), initial=0.0))
-    decisions = {move.value: move for move in (*step.moves, *step.drops)}
+    decisions: dict[int, list[Decision]] = {}
+    for move in (*step.moves, *step.drops):
+        decisions.setdefault(move.value, []).append(move)
     rows = [
-        _row(moments_s, value, decisions.get(value.id))
+        _row(step, moments_s, value, decision)
         for value in step.recorded.values
         if value.id in decisions or value.movable or value.saved >= 0 or value.kind in _LASTING
+        for decision in decisions.get(value.id, [None])
     ]
     return tuple(sorted(rows, key=lambda row: -row.size_bytes))
 
@@ -58,7 +63,8 @@ def value_rows(step: Step) -> tuple[ValueRow, ...]:
 def module_rows(rows: Sequence[ValueRow], *, depth: int = 1) -> tuple[ModuleRow, ...]:
     """The same by module, cut after ``depth`` names; the largest first."""
     found: dict[str, list[ValueRow]] = {}
-    for row in rows:
+    once = {row.value: row for row in reversed(rows)}
+    for row in once.values():
         found.setdefault(".".join(row.module.split(".")[:depth]), []).append(row)
     made = [
         ModuleRow(
@@ -74,15 +80,20 @@ def module_rows(rows: Sequence[ValueRow], *, depth: int = 1) -> tuple[ModuleRow,
     return tuple(sorted(made, key=lambda row: -sum(row.size_bytes.values())))
 
 
-def _row(moments_s: Sequence[float], value: Value, decision: Decision | None) -> ValueRow:
+def _row(step: Step, moments_s: Sequence[float], value: Value, decision: Decision | None) -> ValueRow:
     choice = decision.choice if decision is not None else Choice.KEEP
+    # Where a value is made again, its sources have to be there: their stretches end earlier on that tape.
+    idle = step.tape.values[value.id].idle or value.idle
+    if decision is not None and decision.stretch < len(idle):
+        idle = (idle[decision.stretch],)
     return ValueRow(
+        value.id,
         value.module,
         value.op,
         value.kind.value,
         value.size_bytes,
         choice.value,
-        _idle_s(moments_s, value),
+        _idle_s(moments_s, idle),
         decision.reason if decision is not None else value.why_not or _why_kept(value),
     )
 
@@ -95,12 +106,12 @@ def _why_kept(value: Value) -> str:
     )
 
 
-def _idle_s(moments_s: Sequence[float], value: Value) -> float:
+def _idle_s(moments_s: Sequence[float], idle: Sequence[Stretch]) -> float:
     """Of its longest stretch, waits for copies not counted, as in the planner's reasons."""
     last = len(moments_s) - 1
     spans = [
         moments_s[stop if start < stop else last] - moments_s[start]
-        for start, stop in ((stretch.start, min(stretch.stop, last)) for stretch in value.idle)
+        for start, stop in ((stretch.start, min(stretch.stop, last)) for stretch in idle)
         if start <= last
     ]
     return max(spans, default=0.0)
