@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchlms.report_page.tracks import Span, Track
 
 MOST_SPANS = 900  # of one lane
-_ROW, _GAP = 40.0, 18.0
+_ROW, _GAP = 40.0, 20.0
 _NAMES = {
     "forward": "forward",
     "backward": "backward",
@@ -34,7 +34,7 @@ def track_chart(tracks: Sequence[Track], step_s: float) -> Chart:
     shapes, names = [], []
     for row, track in enumerate(tracks):
         top = _GAP + row * (_ROW + _GAP)
-        names.append(Tick((top - _GAP) / height, f"{track.name}: busy {_busy(track, step_s)}"))
+        names.append(Tick((top - _GAP + 3) / height, f"{track.name}: busy {_busy(track, step_s)}"))
         thick = _ROW / len(track.lanes)
         for number, lane in enumerate(track.lanes):
             for span in fewer(lane, MOST_SPANS):
