@@ -26,7 +26,7 @@ _KEPT = {
     Kind.STATE: "optimizer states",
     Kind.INPUT: "inputs",
     Kind.OTHER: "other values",
-    Kind.ACTIVATION: "activations that stay",
+    Kind.ACTIVATION: "activations and interim results that stay",
 }
 _LEAVES = {
     Choice.HOST: "moves to host memory",

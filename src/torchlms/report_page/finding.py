@@ -27,8 +27,8 @@ class Finding:
 # Key in the stats, name, how bad, what it means and what to do.
 _COUNTED = (
     ("reclaims", "Room made at once", _NOTE, "Values left the device because memory ran out, not because the "
-     "plan said so. Some are usual while a step is recorded; if they go on, use a smaller budget= than the "
-     "card has, or close other programs on it."),
+     "plan said so. Some are usual while a step is recorded; if they go on, leave the plan more room: a "
+     "larger budget, or fewer other programs on the device."),
     ("full_reclaims", "Everything sent away at once", _NOTE, "One op needed so much room that all that could "
      "leave had to. Usual in a recorded step under a tight budget."),
     ("retries", "Ops run again", _NOTE, "An op ran out of memory and was run again after room was made."),
