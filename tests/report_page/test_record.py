@@ -33,9 +33,9 @@ def test_it_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
     assert Run.load(tmp_path / "run.json") == run(name)
 
 
-def test_of_a_loop(tmp_path: Path, spill_dir: Path) -> None:
+def test_of_a_loop(tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
-    with torchlms.LMS(model, budget="7MiB", disk_dir=spill_dir) as lms:
+    with torchlms.LMS(model, budget="7MiB") as lms:
         with pytest.raises(torchlms.NotSupported, match="first step has to be recorded"):
             save_run(lms, tmp_path / "run.json")
         for _ in range(5):
