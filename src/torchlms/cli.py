@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchlms import cli_options as opt
-from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchlms.core.machine import Machine
+    from torchlms.bench.options import BenchOptions
     from torchlms.doctor.finding import State
+    from torchlms.report_page.saving import Onlooker
     from torchlms.runner.request import Request
 
 app = typer.Typer(
@@ -113,6 +113,7 @@ def bench(
     report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
     json_path: Annotated[File, typer.Option("--json", help="Write the result to this file.")] = None,
     csv_path: Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")] = None,
+    save_run: opt.SaveRun = None,
     list_models: Annotated[bool, typer.Option("--list", help="List the networks and stop.")] = False,
     stale: Annotated[File, typer.Option(help="List results in this folder made by other code; stop.")] = None,
 ) -> None:
@@ -129,6 +130,7 @@ def bench(
     asked["rule"] = tuple(rule or ())
     names = {field.name for field in dataclasses.fields(BenchOptions)} - {"way"}
     options = BenchOptions(way=_way(way, no_lms), **{name: asked[name] for name in names})
+    onlooker = _onlooker(save_run, options)
     try:
         bench_command.bench(
             bench_command.BenchCommand(
@@ -141,7 +143,7 @@ def bench(
                 json_path=json_path,
                 csv_path=csv_path,
             ),
-            _write,
+            onlooker or _write,
             _write_table,
         )
     except bench_command.NotIdentical as error:
@@ -149,6 +151,8 @@ def bench(
             raise
         typer.echo(f"torchlms: {error}", err=True)
         raise typer.Exit(1) from None
+    if onlooker is not None and save_run is not None:
+        onlooker.save(save_run)
 
 
 @app.command(epilog="Example: torchlms demo")
@@ -171,11 +175,12 @@ def probe(
     """Measure what this machine can do: links, host memory, disk. Cached per machine."""
     from torchlms import api
     from torchlms.memory.device import read_device, supported
+    from torchlms.report_page.machine_rows import machine_rows
 
     machine = api.measured_machine(supported(read_device(device)), disk_dir, refresh=refresh, progress=_write)
     if json_path is not None:
         machine.save(json_path)
-    _write_table(("what", "figure"), _machine_rows(machine))
+    _write_table(("what", "figure"), machine_rows(machine))
 
 
 @app.command(
@@ -276,6 +281,7 @@ def run(
     save_plan: Annotated[File, typer.Option(help="Write the plan to this file at the end.")] = None,
     save_tape: Annotated[File, typer.Option(help="Write the recorded step to this file at the end.")] = None,
     json_path: Annotated[File, typer.Option("--json", help="Write figures to this file at the end.")] = None,
+    save_run: opt.SaveRun = None,
     report: Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
 ) -> None:
@@ -293,6 +299,22 @@ def run(
         whole_tracebacks=debugging(),
         **{name: asked[name] for name in names},
     )
+
+
+@app.command(epilog="Example: torchlms report run.json -o report.html --trace trace.json")
+def report(
+    run: Annotated[Path, typer.Argument(help="The record of a run: --save-run of bench or run.")],
+    page: Annotated[
+        File, typer.Option("--output", "-o", help="The page. Default: run.html for run.json.")
+    ] = None,
+    trace: Annotated[File, typer.Option(help="Also, or without -o only: a trace for Perfetto.")] = None,
+    curve: Annotated[bool, typer.Option(help="Draw speed against budget: some planning.")] = True,
+) -> None:
+    """Draw a run as one HTML page: memory, queues, speed against budget, every value with its reason."""
+    from torchlms.report_page.command import ReportOrder
+    from torchlms.report_page.command import report as make_report
+
+    make_report(ReportOrder(run, page, trace, curve), _write)
 
 
 @app.command(epilog="Example: torchlms doctor --disk-dir /scratch")
@@ -330,6 +352,21 @@ def _way(way: str | None, no_lms: bool) -> Any:
         raise BadOption(f"--way {way}: choose from {', '.join(known.value for known in Way)}") from None
 
 
+def _onlooker(save_run: Path | None, options: BenchOptions) -> Onlooker | None:
+    """What sees the run that is to be kept; None if none is."""
+    from torchlms.bench.options import Way
+    from torchlms.errors import BadOption
+    from torchlms.report_page.saving import Onlooker
+
+    if save_run is None:
+        return None
+    if options.way is not Way.LMS:
+        raise BadOption(f"--save-run keeps what LMS did, and --way {options.way.value} runs without it")
+    if not save_run.absolute().parent.is_dir():
+        raise BadOption(f"{save_run}: its folder does not exist")
+    return Onlooker(_write)
+
+
 def _list_stale(folder: Path) -> int:
     from torchlms.bench.provenance import stale_results
 
@@ -347,27 +384,6 @@ def _list_networks() -> None:
         for net in NETWORKS.values()
     ]
     _write_table(("name", "batch", "size", "what"), rows)
-
-
-def _machine_rows(machine: Machine) -> list[list[str]]:
-    rows: list[list[str]] = []
-    for field in dataclasses.fields(machine):
-        value = getattr(machine, field.name)
-        if field.name == "link":
-            for point in value:
-                out, back = (point.size_bytes / max(s, 1e-12) / 1e9 for s in (point.out_s, point.in_s))
-                size = format_bytes(point.size_bytes)
-                rows.append([f"link, {size}", f"{out:.1f} GB/s out, {back:.1f} GB/s in"])
-        elif field.name.endswith("_bytes_per_s"):
-            name = field.name.removesuffix("_bytes_per_s").replace("_", " ")
-            rows.append([name, f"{value / 1e9:.2f} GB/s" if value else "not measured"])
-        elif field.name.endswith("_bytes"):
-            name = field.name.replace("_", " ")
-            rows.append([name, format_bytes(value) if value >= 0 else "unlimited"])
-        else:
-            figure = f"{value:.3g}" if isinstance(value, float) else str(value)
-            rows.append([field.name.replace("_", " "), figure])
-    return rows
 
 
 def _write(line: str) -> None:

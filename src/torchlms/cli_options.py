@@ -24,6 +24,7 @@ Recompute = Annotated[bool, typer.Option("--recompute", help="Let LMS also drop 
 Rule = Annotated[
     Words | None, typer.Option(help="What may leave, name=value as in docs/tuning.md; once for each rule.")
 ]
+SaveRun = Annotated[File, typer.Option(help="Write the record of the run, for torchlms report.")]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]
 

@@ -29,7 +29,8 @@ _NOT_MEASURED = {
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",
 }
-_PRESENTATION = ("report", "sweep", "fit", "runner", "doctor", "integrations", "steps")  # folders
+# Folders, likewise.
+_PRESENTATION = ("report", "report_page", "sweep", "fit", "runner", "doctor", "integrations", "steps")
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)

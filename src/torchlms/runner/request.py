@@ -32,6 +32,7 @@ class Request:
     device: str | None = None
     save_plan: Path | None = None
     save_tape: Path | None = None
+    save_run: Path | None = None
     json_path: Path | None = None
     report: bool = False
     quiet: bool = False
@@ -49,7 +50,7 @@ class Request:
             raise BadOption(f"--plan {self.plan}: there is no such file")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise BadOption(f"cannot read --device {self.device!r}: write 'cuda', 'cuda:1' or 'cpu'")
-        for path in (self.save_plan, self.save_tape, self.json_path):
+        for path in (self.save_plan, self.save_tape, self.save_run, self.json_path):
             if path is not None and not os.access(path.absolute().parent, os.W_OK):
                 raise BadOption(f"{path} could not be written at the end: no such folder, or no permission")
 

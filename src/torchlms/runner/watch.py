@@ -78,6 +78,11 @@ class Watch:
         if request.save_tape is not None:
             tape, path = lms.tape if lms is not None else None, request.save_tape
             _write(path, "tape", None if tape is None else lambda: tape.save(path))
+        if request.save_run is not None:
+            from torchlms.report_page import save_run
+
+            path, known = request.save_run, lms if lms is not None and lms.tape is not None else None
+            _write(path, "tape", None if known is None else lambda: save_run(known, path, state=state))
 
     def advice(self, error: BaseException) -> str:
         """What to do after ``error``, if it tells of memory running out; else nothing."""
