@@ -310,7 +310,13 @@ def test_a_process_that_takes_too_long_is_ended() -> None:
     assert process.returncode == -9
 
 
-@pytest.mark.parametrize("arguments", [["cpu-transformer"], ["conv-health", "--only", "before,lms-4"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["cpu-transformer"], marks=pytest.mark.slow),
+        ["conv-health", "--only", "before,lms-4"],
+    ],
+)
 def test_a_row_from_end_to_end(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,13 @@ def a_tight_budget(network: Network, spill_dir: Path) -> int:
     return max(int(0.55 * plain_peak(network)), smallest_budget(network, spill_dir))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("unet3d", "transformer") else name
+        for name in NETWORKS
+    ],
+)
 def test_nothing_is_counted_for_ever(name: str, spill_dir: Path) -> None:
     """After a step there is what the model, its gradients, the states and the batch hold, to the byte."""
     network = NETWORKS[name]

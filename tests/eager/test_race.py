@@ -71,6 +71,7 @@ def test_a_disk_that_is_faster_than_was_thought(
     assert "copies taken to be 2.00 times as fast" in said[0]
 
 
+@pytest.mark.slow
 def test_moving_alone_wins_where_making_again_is_slow(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,6 +93,7 @@ def test_moving_alone_wins_where_making_again_is_slow(
     assert not any(move.choice is Choice.RECOMPUTE for move in plan.moves)
 
 
+@pytest.mark.slow
 def test_making_again_wins_where_the_disk_is_slow(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,6 +58,10 @@ def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     return found | {"said": ours.err}
 
 
+def slow(case: str) -> Any:
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 # -- the examples ----------------------------------------------------------------------------
 
 
@@ -65,9 +69,9 @@ def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     ("arguments", "budget"),
     [
         (["digits.py", "--epochs=1"], 52 << 20),
-        (["language_model.py", "--steps=5"], 30 << 20),
+        pytest.param(["language_model.py", "--steps=5"], 30 << 20, marks=pytest.mark.slow),
         (["images.py", "--workers=1", "--start-method=fork"], 15 << 20),
-        (["images.py", "--workers=1", "--start-method=spawn"], 15 << 20),
+        pytest.param(["images.py", "--workers=1", "--start-method=spawn"], 15 << 20, marks=pytest.mark.slow),
     ],
 )
 def test_examples(arguments: list[str], budget: int, tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def test_modes_of_the_script_are_waited_for(tmp_path: Path) -> None:
 OWN = "the script uses torchlms itself: its settings hold, those of `torchlms run` do not"
 
 
-@pytest.mark.parametrize("before", ["", "step(net, optimizer)\n"])
+@pytest.mark.parametrize("before", ["", slow("step(net, optimizer)\n")])
 def test_the_scripts_own_lms_wins(before: str, tmp_path: Path) -> None:
     body = f"""
         import torchlms
@@ -267,9 +271,11 @@ def test_the_script_switches_lms_off(tmp_path: Path) -> None:
     "body",
     [
         "net(torch.randn(4, 64)).sum().backward()\nnet(torch.randn(4, 65))",
-        "class Bad(nn.Module):\n  def forward(self, x):\n    return net(x) @ x\nBad()(torch.randn(3, 64))",
-        "y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()",
-        "step(net, optimizer)\nraise SystemExit(9)",
+        slow(
+            "class Bad(nn.Module):\n  def forward(self, x):\n    return net(x) @ x\nBad()(torch.randn(3, 64))"
+        ),
+        slow("y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()"),
+        slow("step(net, optimizer)\nraise SystemExit(9)"),
         "step(net, optimizer)\nraise KeyboardInterrupt",
         "step(net, optimizer)\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\nstep(net, optimizer)",
         "step(net, optimizer)\nimport os\nos._exit(3)",
