@@ -21,6 +21,7 @@ import torch
 
 from torchlms.check import check_step
 from torchlms.core.bound import lower_bound
+from torchlms.core.headroom import SMALLEST_PAGE_BYTES, page_bytes
 from torchlms.core.machine import CopyTime, Machine
 from torchlms.core.plan import Budget, Plan
 from torchlms.core.rules import Rules
@@ -45,8 +46,6 @@ from torchlms.statistics import session_stats
 
 log = logging.getLogger("torchlms")
 
-_PAGES = 256  # of device memory in a budget; see _use_remappable_segments
-_LARGEST_PAGE_BYTES = 128 << 20
 _LEVELS = {"debug": logging.DEBUG, "warning": logging.WARNING, "error": logging.ERROR}
 _GREW = 1.02  # inputs this much larger than any seen end the standing aside
 
@@ -336,7 +335,7 @@ class LMS:
             return "off"
         if self._engine.improvises():
             return "improvise"
-        return "guard" if self._engine.plans() and self._engine.recorder is None else "record"
+        return "guard" if self._engine.plans() and self._engine.now.recorder is None else "record"
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, as plain numbers; the keys are those of ``torchlms bench --json``."""
@@ -435,15 +434,11 @@ def _spare_the_collector(undo: ExitStack) -> None:
 
 
 def _use_remappable_segments(undo: ExitStack, device: CudaDevice, budget_bytes: int) -> None:
-    """Back new device memory by remappable pages, so that holes between tensors can be closed.
-
-    Remapping takes a fixed time per page, so there are not to be too many of them. (H200: 22 ms for
-    15 GiB in pages of 20 MiB, 7 ms in pages of 64 MiB.)
-    """
+    """Back new device memory by remappable pages, so that holes between tensors can be closed."""
     before = private.expandable_segments()
     torch.cuda.empty_cache()
-    page_bytes = min(max(budget_bytes // _PAGES, private.PAGE_BYTES), _LARGEST_PAGE_BYTES) >> 20 << 20
-    device.page_bytes = private.set_expandable_segments(True, page_bytes) or private.PAGE_BYTES
+    granted_bytes = private.set_expandable_segments(True, page_bytes(budget_bytes))
+    device.page_bytes = granted_bytes or SMALLEST_PAGE_BYTES
     undo.callback(private.set_expandable_segments, before)
 
 

@@ -123,11 +123,11 @@ def _emptied(engine: Engine, installation: Installation) -> Iterator[None]:
     was_on = installation.on
     if not was_on:
         installation.put_on()
-    engine.empty_before_backward = True
+    engine.saver.empty_before_backward = True
     try:
         yield
     finally:
-        engine.empty_before_backward = False
+        engine.saver.empty_before_backward = False
         if not was_on:
             installation.take_off()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import Rates, explanation, foretold, lap_s, scaled, stretched
 from torchlms.core.curve import baseline_curve
+from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("torchlms")
 
-# Added where the headroom that a plan leaves (core/planner.py) proves too little: a share of the budget.
+# Added where the headroom that a plan leaves proves too little: a share of the budget.
 _MORE_HEADROOM = 0.015
 _MOST_REPLANS = 4
 _MOST_CALIBRATIONS = 2
@@ -47,7 +48,7 @@ class Director:
         self.rules = rules
         self.given = given
         self.model = model
-        self.headroom = planner.HEADROOM if machine.link else 0.0
+        self.headroom_bytes = headroom_bytes(machine, budget.device_bytes)
         self._reclaims_seen = 0
         self._checked_rules = False
         self._races: dict[Signature, Race] = {}
@@ -100,22 +101,21 @@ class Director:
     def _make_roomy(self, tape: Tape, *, quick: bool) -> Plan:
         """A plan with headroom, or without where there is none to have."""
         try:
-            return self._make(tape, self.headroom, quick=quick)
+            return self._make(tape, self.headroom_bytes, quick=quick)
         except BudgetTooSmall:
-            return self._make(tape, 0.0, quick=quick)
+            return self._make(tape, 0, quick=quick)
 
     def _make(
         self,
         tape: Tape,
-        headroom: float,
+        headroom_bytes: int,
         *,
         machine: Machine | None = None,
         drops: bool = True,
         quick: bool = False,
     ) -> Plan:
         machine = machine if machine is not None else self.machine
-        headroom_bytes = int(headroom * self.budget.device_bytes)
-        elbow = planner.ELBOW if machine.link else planner.NO_ELBOW
+        elbow = ELBOW if machine.link else NO_ELBOW
         room: dict[str, Any] = {"headroom_bytes": headroom_bytes, "elbow": elbow}
         if self.rules.recompute and drops:
             return joint.plan(tape, machine, self.budget, self.rules, quick=quick, **room)
@@ -267,9 +267,10 @@ class Director:
     def _made_or_none(
         self, tape: Tape, rates: Rates, *, drops: bool, more_headroom: float = 0.0
     ) -> Plan | None:
-        headroom, machine = self.headroom + more_headroom, scaled(self.machine, rates.copies)
+        machine = scaled(self.machine, rates.copies)
+        spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
         try:
-            return self._make(stretched(tape, rates.ops), headroom, machine=machine, drops=drops)
+            return self._make(stretched(tape, rates.ops), spare_bytes, machine=machine, drops=drops)
         except LMSError:
             return None
 
@@ -284,18 +285,19 @@ class Director:
         if routine.replans >= _MOST_REPLANS or self.given is not None or routine.program is None:
             return
         routine.replans += 1
-        self.headroom += _MORE_HEADROOM
+        more_bytes = int(_MORE_HEADROOM * self.budget.device_bytes)
+        self.headroom_bytes += more_bytes
         log.info(
             "holes between tensors forced %d evictions in a planned step: planning again with %s of headroom",
             reclaims - before,
-            format_bytes(self.headroom * self.budget.device_bytes),
+            format_bytes(self.headroom_bytes),
         )
         tape = routine.program.tape
         try:
-            plan = self._make(tape, self.headroom)
+            plan = self._make(tape, self.headroom_bytes)
         except LMSError:
             routine.replans = _MOST_REPLANS  # no room for more headroom: go on with what there is
-            self.headroom -= _MORE_HEADROOM
+            self.headroom_bytes -= more_bytes
             return
         self._adopt(engine, routine, tape, plan)
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tapes import GIB, MIB, chain, cpu, gpu, resnet, transformer, unet
 
+from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.plan import Budget, Choice
-from torchlms.core.planner import NO_ELBOW, Elbow, lower_bound, plan
+from torchlms.core.planner import lower_bound, plan
 from torchlms.core.rules import Rules
 from torchlms.core.simulate import baseline_curve, floor_curve, memory_curve, simulate, smallest_budget
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pages import MIB, Run
 
+from torchlms.core.headroom import Elbow
 from torchlms.core.plan import Budget
-from torchlms.core.planner import Elbow, plan
+from torchlms.core.planner import plan
 from torchlms.core.simulate import baseline_curve
 from torchlms.core.tape import Tape
 from torchlms.eager.holes import Holes

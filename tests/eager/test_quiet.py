@@ -28,12 +28,12 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
         engine = lms._engine
         assert engine is not None
         program = SimpleNamespace(quiet=[None] * 4)
-        engine.follower = SimpleNamespace(program=program, due=NEVER, catch_up=_nothing)  # type: ignore[assignment]
-        engine._plainly = engine._backward_seen = True
-        engine._look_ahead()
+        engine.now.follower = SimpleNamespace(program=program, due=NEVER, catch_up=_nothing)  # type: ignore[assignment]
+        engine.now.plainly = engine.now.backward_seen = True
+        engine.now.look_ahead()
         yield engine
-        engine.follower = None
-        engine._plainly = False
+        engine.now.follower = None
+        engine.now.plainly = False
 
 
 def _nothing(clock: int) -> None:
@@ -44,21 +44,21 @@ def _nothing(clock: int) -> None:
 def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The ops that went the long way."""
     ops: list[Any] = []
-    watch = engine._watch
+    watch = engine.watcher._watch
 
     def noted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ops.append(func)
         return watch(func, args, kwargs)
 
-    monkeypatch.setattr(engine, "_watch", noted)
+    monkeypatch.setattr(engine.watcher, "_watch", noted)
     return ops
 
 
 def lap(engine: Engine, *ops: Any) -> list[torch.Tensor]:
-    engine._clock = 0
+    engine.now.clock = 0
     with private.unwatched():
         one = torch.ones(2)
-        return [engine.run(func, (one.clone(), one), {}) for func in ops]
+        return [engine.watcher.run(func, (one.clone(), one), {}) for func in ops]
 
 
 def test_what_was_quiet_once_is_only_run(engine: Engine, watched: list[Any]) -> None:
@@ -66,7 +66,7 @@ def test_what_was_quiet_once_is_only_run(engine: Engine, watched: list[Any]) -> 
     assert watched == [ADD, MUL]
     second = lap(engine, ADD, MUL)
     assert watched == [ADD, MUL]
-    assert engine._clock == 2
+    assert engine.now.clock == 2
     assert [tensor.tolist() for tensor in first] == [tensor.tolist() for tensor in second] == [[2, 2], [1, 1]]
 
 
@@ -89,10 +89,10 @@ def test_writes_are_always_watched_where_something_may_be_dropped(engine: Engine
 def test_what_is_due_is_done_first(engine: Engine, watched: list[Any]) -> None:
     lap(engine, ADD, MUL, ADD)
     due = []
-    assert engine.follower is not None
-    engine.follower.due = 1
-    engine.follower.catch_up = due.append  # type: ignore[method-assign]
-    engine._look_ahead()
+    assert engine.now.follower is not None
+    engine.now.follower.due = 1
+    engine.now.follower.catch_up = due.append  # type: ignore[method-assign]
+    engine.now.look_ahead()
     del watched[:]
     lap(engine, ADD, MUL, ADD)
     assert due == [1, 2]  # ``due`` stays what it was
@@ -119,8 +119,8 @@ def test_orphans_are_buried_first(engine: Engine, watched: list[Any]) -> None:
 
 def test_a_strayed_step_is_watched(engine: Engine, watched: list[Any]) -> None:
     lap(engine, ADD)
-    engine.follower = None
-    engine._look_ahead()
+    engine.now.follower = None
+    engine.now.look_ahead()
     lap(engine, ADD)
     assert watched == [ADD, ADD]
 
@@ -132,8 +132,8 @@ def test_running_out_is_survived(engine: Engine, watched: list[Any], monkeypatch
     def fails(*args: Any) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB.")
 
-    engine._quiet[0] = fails
-    engine._clock = 0
-    assert engine.run(fails, (), {}) == ("again", fails, (2 << 20) + 1)
+    engine.now.quiet[0] = fails
+    engine.now.clock = 0
+    assert engine.watcher.run(fails, (), {}) == ("again", fails, (2 << 20) + 1)
     assert watched == [ADD]
-    assert engine._clock == 1
+    assert engine.now.clock == 1

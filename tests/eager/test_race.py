@@ -77,15 +77,15 @@ def test_moving_alone_wins_where_making_again_is_slow(
 ) -> None:
     """A disk that is a little too dear by what was measured, and ops that take far longer when run again."""
     slow_disk(monkeypatch)
-    from torchlms.eager.engine import Engine
+    from torchlms.eager.watcher import Watcher
 
-    right = Engine._run_again
+    right = Watcher.run_again
 
-    def slowly(self: Engine, *args: Any) -> Any:
+    def slowly(self: Watcher, *args: Any) -> Any:
         time.sleep(0.02)
         return right(self, *args)
 
-    monkeypatch.setattr(Engine, "_run_again", slowly)
+    monkeypatch.setattr(Watcher, "run_again", slowly)
     monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
     plan, said = raced(spill_dir, caplog)
     assert len(said) == 1

@@ -22,8 +22,8 @@ from torchlms.core.drops import (
     short_chains,
     with_drops,
 )
+from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.plan import Choice, Decision, Plan
-from torchlms.core.planner import NO_ELBOW, Elbow
 from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.units import seconds_text

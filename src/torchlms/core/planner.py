@@ -12,13 +12,13 @@ The search is deterministic: its effort is counted in work, not in seconds.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget, wraps
+from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.plan import Budget, Decision, Plan
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course, Move, Slot
@@ -35,28 +35,7 @@ if TYPE_CHECKING:
     from torchlms.core.machine import Machine
     from torchlms.core.tape import Tape, Value
 
-__all__ = ["ELBOW", "HEADROOM", "NO_ELBOW", "Elbow", "lower_bound", "plan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Elbow:
-    """Elbow room: what memory that nobody can move out of the way takes beyond its size, as a share.
-
-    An allocator that places blocks one by one leaves holes. Values at rest can be moved to close them;
-    ``flying`` ones, whose copy is under way, cannot, and the ``new`` blocks of an op, its results and
-    its workspace, need a hole each.
-    """
-
-    flying: float = 0.0
-    new: float = 0.0
-
-
-NO_ELBOW = Elbow()
-
-# What a plan for a device leaves to the allocator, which cannot use every byte it has reserved: holes
-# between blocks do not add up to a large one. A share of the budget, and elbow room.
-HEADROOM = 0.01
-ELBOW = Elbow(flying=0.2)
+__all__ = ["lower_bound", "plan"]
 
 
 def plan(

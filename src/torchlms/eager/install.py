@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchlms.eager import private
 from torchlms.eager.engine import Engine
+from torchlms.eager.saver import Saver
 from torchlms.errors import NotSupported
 
 
@@ -34,27 +35,28 @@ class WatchMode(TorchDispatchMode):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.engine = engine
+        self._run = engine.watcher.run
         self._hidden: Any = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if private.compile_callback() is None:
-            return self.engine.run(func, args, kwargs if kwargs is not None else {})
+            return self._run(func, args, kwargs if kwargs is not None else {})
         if self._hidden is None:
-            self._hidden = torch.compiler.disable(self.engine.run)
+            self._hidden = torch.compiler.disable(self._run)
         return self._hidden(func, args, kwargs if kwargs is not None else {})
 
 
-private.hide_from_compiler(WatchMode.__torch_dispatch__, Engine.pack, Engine.unpack)
+private.hide_from_compiler(WatchMode.__torch_dispatch__, Saver.pack, Saver.unpack)
 
 
 class Installation:
     """On or off. ``take_off`` refuses to pop what somebody else pushed after us."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self._engine = engine
+        self._saver = engine.saver
         self._mode: WatchMode | None = None
         self._hooks: Any = None
         self._thread = 0
@@ -64,9 +66,9 @@ class Installation:
         return self._mode is not None
 
     def put_on(self) -> None:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.engine.pack, self.engine.unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saver.pack, self._saver.unpack)
         self._hooks.__enter__()
-        self._mode = WatchMode(self.engine)
+        self._mode = WatchMode(self._engine)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         self._thread = threading.get_ident()
 
@@ -75,7 +77,7 @@ class Installation:
         if self._mode is None or self._thread != threading.get_ident():
             return False
         hooks = private.top_saved_tensor_hooks()
-        ours = hooks is None or hooks[0] == self.engine.pack
+        ours = hooks is None or hooks[0] == self._saver.pack
         return ours and private.top_dispatch_mode() is self._mode
 
     def take_off(self) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchlms.memory.device import CpuDevice
     from torchlms.memory.store import Store
 
+EVERYTHING_BYTES = 1 << 62  # to ask for, to have everything leave that can
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _SMALL_BYTES = 1 << 20

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from torchlms.core.headroom import SMALLEST_PAGE_BYTES
+
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -124,17 +126,16 @@ def set_expandable_segments(on: bool, page_bytes: int = 0) -> int:
     given_mib = [item.partition(":")[2] for item in settings if item.startswith(_PAGE_SETTING)]
     if given_mib:
         page_bytes = int(given_mib[-1]) << 20
-    pages = [] if given_mib else [f"{_PAGE_SETTING}:{(page_bytes or PAGE_BYTES) >> 20}"]
+    pages = [] if given_mib else [f"{_PAGE_SETTING}:{(page_bytes or SMALLEST_PAGE_BYTES) >> 20}"]
     for sized in (pages, []):  # not every allocator has pages of other sizes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with contextlib.suppress(RuntimeError, ValueError):
                 setter(",".join((*settings, *sized, f"expandable_segments:{on}")))
-                return page_bytes if page_bytes and (sized or given_mib) else PAGE_BYTES
+                return page_bytes if page_bytes and (sized or given_mib) else SMALLEST_PAGE_BYTES
     return 0
 
 
-PAGE_BYTES = 20 << 20  # what the allocator maps at a time unless told otherwise
 _PAGE_SETTING = "large_segment_size_mb"
 
 

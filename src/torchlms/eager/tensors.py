@@ -25,3 +25,9 @@ def is_plain(tensor: torch.Tensor) -> bool:
         return False
     kind = type(tensor)
     return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def whole(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All bytes of ``storage``."""
+    empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return empty.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]

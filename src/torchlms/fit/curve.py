@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget
+from torchlms.core.headroom import budget_for
 from torchlms.core.plan import Budget
-from torchlms.core.planner import HEADROOM
 from torchlms.fit.outlook import look, plain_peak_bytes
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def curve(
 def default_budgets(tape: Tape, machine: Machine, points: int = POINTS) -> tuple[int, ...]:
     """Evenly from the smallest budget that works to the one under which nothing moves."""
     low = smallest_budget(tape)
-    high = plain_peak_bytes(tape)
-    if machine.link:
-        high = int(high / (1 - HEADROOM)) + 2  # so that the peak fits beside the headroom
+    high = budget_for(machine, plain_peak_bytes(tape))
     if high <= low or points < 2:
         return (high,)
     return tuple(low + (high - low) * step // (points - 1) for step in range(points))

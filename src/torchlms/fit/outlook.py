@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve, floor_curve
+from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes
 from torchlms.core.plan import Budget, Plan, Prediction
-from torchlms.core.planner import ELBOW, HEADROOM, NO_ELBOW
 from torchlms.core.rules import Rules
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
@@ -105,11 +105,6 @@ def planned(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULE
         )
     except BudgetTooSmall:
         return make_plan(tape, machine, budget, rules)
-
-
-def headroom_bytes(machine: Machine, device_bytes: int) -> int:
-    """What of a device budget is left to holes. A ledger, the budget of a CPU, has none."""
-    return int(HEADROOM * device_bytes) if machine.link else 0
 
 
 def plain_peak_bytes(tape: Tape) -> int:

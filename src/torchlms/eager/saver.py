@@ -1,0 +1,195 @@
+"""Saver: what autograd keeps instead of the tensors it saves, and how it gets them back."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchlms.core.tape import Phase
+from torchlms.eager import private
+from torchlms.eager.ladder import EVERYTHING_BYTES
+from torchlms.eager.saved import Kept, Saved, memoryless_alias
+from torchlms.eager.slot import Slot, Where, find
+from torchlms.eager.tensors import is_plain, whole
+
+if TYPE_CHECKING:
+    from torchlms.eager.engine import Engine
+    from torchlms.eager.follower import Follower
+    from torchlms.eager.program import Program
+
+_OWN_DISPATCH_FREE = (torch.Tensor, torch.nn.Parameter)
+_CPU_ALIGNMENT = 64
+_LEAST_BYTES = 512  # saved tensors below this never move and are not worth a slot
+_MOST_MET = 3
+
+
+class Saver:
+    """The two saved-tensor hooks. What is saved gets a slot, unless its bytes must stay where they are."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._device = engine.device
+        self._met: tuple[tuple[int, ...], ...] = ()
+        self._hollows: dict[torch.dtype, torch.Tensor] = {}
+        self.empty_before_backward = False  # everything that may leaves before the next backward pass
+
+    def pack(self, tensor: torch.Tensor) -> Kept | Saved:
+        """What autograd keeps instead of ``tensor``."""
+        guard = self._engine.guard
+        if guard.looks_away:
+            guard.look_again()  # a step of the optimizer was given up
+        if type(tensor) not in _OWN_DISPATCH_FREE:
+            return Kept(tensor.detach())  # whose detach may be its own, and must see its own dispatch
+        with private.unwatched():
+            if self._engine.dead:
+                return Kept(tensor.detach())
+            if not self.movable(tensor):
+                self._note_kept(tensor)
+                return Kept(tensor.detach())
+            return Saved(self._slot_of(tensor), tensor, memoryless_alias(tensor, self.hollow(tensor.dtype)))
+
+    def unpack(self, saved: Kept | Saved) -> torch.Tensor:
+        """The tensor again, after the check that plain PyTorch would have made."""
+        saved.check()
+        if isinstance(saved, Kept):
+            return saved.tensor
+        with private.unwatched():
+            if not self._engine.dead:
+                self._note_use(saved.slot)
+            return saved.rebuild()
+
+    # -- what gets a slot --------------------------------------------------------------------
+
+    def movable(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
+        if tensor.device != self._device.torch_device or not is_plain(tensor):
+            return False
+        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return False
+        storage = tensor.untyped_storage()
+        size_bytes = storage.nbytes()
+        if size_bytes < _LEAST_BYTES or not storage.resizable():
+            return False
+        if isinstance(tensor._base, torch.nn.Parameter) or self._engine.kinds(storage) is not None:
+            return False
+        if tensor._is_zerotensor() or private.functorch_interpreter() is not None:
+            return False
+        # A copy is aligned like any new tensor, and CPU kernels may change bits with alignment.
+        return self._device.is_cuda or storage.data_ptr() % _CPU_ALIGNMENT == 0
+
+    def _slot_of(self, tensor: torch.Tensor) -> Slot:
+        """The slot of ``tensor``'s storage, which a tensor saved earlier may have got already."""
+        engine, storage = self._engine, tensor.untyped_storage()
+        slot = find(storage, engine)
+        if slot is None:
+            if engine.begins_microstep():
+                engine.begin_microstep(tensor)
+            everything = whole(storage)
+            engine.accounts.add(everything)
+            slot = Slot(engine, everything)
+        if not slot.saved:
+            self._enroll(slot, tensor)
+        return slot
+
+    def _enroll(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Autograd has saved ``tensor``, of a slot that no saved tensor had until now."""
+        now = self._engine.now
+        slot.saved = True
+        slot.ordinal = now.ordinal
+        now.by_ordinal[now.ordinal] = weakref.ref(slot)
+        now.ordinal += 1
+        self._engine.enrolled(slot)
+        if now.provenance is not None:
+            now.provenance.saved(tensor, slot)
+        if now.recorder is not None:
+            now.recorder.saved(slot)
+        if now.follower is not None:
+            self._check_against(now.follower.program, slot)
+
+    def _check_against(self, program: Program, slot: Slot) -> None:
+        now, expected = self._engine.now, program.expected.get(slot.ordinal)
+        if expected is None and slot.ordinal < program.saves:
+            return
+        if expected is not None and _rounded(expected.size_bytes) == _rounded(slot.size_bytes):
+            now.clock = expected.saved_at
+        else:
+            now.stray()
+
+    def hold(self, tensor: torch.Tensor) -> Slot | None:
+        """A slot that no saved tensor has: recipes hold it. It stays where it is."""
+        if not self.movable(tensor) or find(tensor.untyped_storage(), self._engine) is not None:
+            return None
+        return Slot(self._engine, whole(tensor.untyped_storage()))
+
+    def value_to_hold(self, tensor: torch.Tensor) -> int:
+        """The tape's id of what could be held, -1 for what could not."""
+        recorder = self._engine.now.recorder
+        return recorder.value_of(tensor) if recorder is not None and self.movable(tensor) else -1
+
+    def hollow(self, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of ``dtype`` on our device without any bytes."""
+        hollow = self._hollows.get(dtype)
+        if hollow is None:
+            hollow = torch.empty(0, dtype=dtype, device=self._device.torch_device)
+            self._hollows[dtype] = hollow
+        return hollow
+
+    # -- what is kept ------------------------------------------------------------------------
+
+    def _note_kept(self, tensor: torch.Tensor) -> None:
+        """Between two micro-steps: what is saved before the first tensor that could move."""
+        now = self._engine.now
+        if (now.routine is None or now.backward_seen) and not private.in_backward():
+            self._met = (*self._met, tuple(tensor.shape))[:_MOST_MET]
+
+    def forget_met(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of what was kept since the last micro-step."""
+        met, self._met = self._met, ()
+        return met
+
+    # -- uses --------------------------------------------------------------------------------
+
+    def _note_use(self, slot: Slot) -> None:
+        now = self._engine.now
+        if not now.backward_seen:
+            self._begin_backward()
+        if now.recorder is not None:
+            if now.recorder.phase is not Phase.BACKWARD and private.in_backward():
+                now.recorder.phase = Phase.BACKWARD
+                private.at_end_of_backward(self._backward_ended)
+            now.recorder.needed(slot)
+        elif now.follower is not None and slot.first_use:
+            self._note_first_use(now.follower, slot)
+        slot.first_use = False
+
+    def _note_first_use(self, follower: Follower, slot: Slot) -> None:
+        expected = follower.program.expected.get(slot.ordinal)
+        if expected is None:
+            return
+        now = self._engine.now
+        now.clock = max(now.clock, expected.needed_at)
+        now.catch_up()
+        if slot.where is Where.AWAY:
+            self._engine.late_fetches += 1
+
+    def _begin_backward(self) -> None:
+        now = self._engine.now
+        now.backward_seen = True
+        if now.provenance is not None:
+            now.provenance.release()
+        if now.lap is not None and private.in_backward():
+            private.at_end_of_backward(now.lap.end)
+        if self.empty_before_backward:
+            self._engine.ladder.reclaim(EVERYTHING_BYTES)
+
+    def _backward_ended(self) -> None:
+        recorder = self._engine.now.recorder
+        if recorder is not None:
+            recorder.phase = Phase.BETWEEN
+            recorder.module = ""
+
+
+def _rounded(size_bytes: int) -> int:
+    return -(-size_bytes // 512)

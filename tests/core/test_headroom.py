@@ -1,0 +1,35 @@
+"""What a plan leaves to the allocator grows with the allocator's pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.core.tapes import gpu
+from torchlms.core.headroom import SMALLEST_PAGE_BYTES, budget_for, headroom_bytes, page_bytes
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@pytest.mark.parametrize("budget_bytes", [1, MIB, GIB, 5 * GIB, 16 * GIB, 40 * GIB, 141 * GIB])
+def test_pages_are_whole_and_within_bounds(budget_bytes: int) -> None:
+    size_bytes = page_bytes(budget_bytes)
+    assert size_bytes % MIB == 0
+    assert SMALLEST_PAGE_BYTES <= size_bytes <= 128 * MIB
+
+
+def test_some_pages_are_left_free() -> None:
+    assert headroom_bytes(gpu(), 16 * GIB) > 4 * page_bytes(16 * GIB)
+    assert headroom_bytes(gpu(), GIB) <= GIB // 20  # a small budget has few pages to leave
+
+
+def test_a_ledger_has_no_holes() -> None:
+    assert headroom_bytes(replace(gpu(), link=None), 16 * GIB) == 0
+
+
+@pytest.mark.parametrize("peak_bytes", [1, 100 * MIB, 3 * GIB, 15 * GIB, 120 * GIB])
+def test_a_budget_for_a_peak_holds_it_and_little_more(peak_bytes: int) -> None:
+    budget_bytes = budget_for(gpu(), peak_bytes)
+    left_bytes = budget_bytes - headroom_bytes(gpu(), budget_bytes)
+    assert peak_bytes <= left_bytes <= peak_bytes + 4 * MIB + peak_bytes // 1000
