@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import Rates, explanation, foretold, lap_s, scaled, stretched
 from torchlms.core.curve import baseline_curve
-from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes
+from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
@@ -32,6 +32,7 @@ _MORE_HEADROOM = 0.015
 _MOST_REPLANS = 4
 _MOST_CALIBRATIONS = 2
 _AS_PREDICTED = 0.07  # off by less is as good as predicted
+_WORTH_TRYING = 0.97  # of the step time with more headroom
 _ROOMIER = 0.05  # of the budget, for a contender
 _MOVES_ONLY = "moving alone"
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
@@ -48,9 +49,10 @@ class Director:
         self.rules = rules
         self.given = given
         self.model = model
-        self.headroom_bytes = headroom_bytes(machine, budget.device_bytes)
+        self.headroom_bytes = self.usual_bytes = headroom_bytes(machine, budget.device_bytes)
         self._reclaims_seen = 0
         self._checked_rules = False
+        self._lean_tried = False
         self._races: dict[Signature, Race] = {}
         self._given_fits = False  # the plan given is that of some routine
 
@@ -101,9 +103,22 @@ class Director:
     def _make_roomy(self, tape: Tape, *, quick: bool) -> Plan:
         """A plan with headroom, or without where there is none to have."""
         try:
-            return self._make(tape, self.headroom_bytes, quick=quick)
+            plan = self._make(tape, self.headroom_bytes, quick=quick)
         except BudgetTooSmall:
             return self._make(tape, 0, quick=quick)
+        return plan if quick or self.rules.recompute else self._lean_or(plan, tape)
+
+    def _lean_or(self, plan: Plan, tape: Tape) -> Plan:
+        """A plan with less headroom, if that might be clearly faster: evictions will tell (``_watch``)."""
+        spare_bytes = lean_bytes(self.machine, self.budget.device_bytes)
+        if not plan.moves or spare_bytes >= self.headroom_bytes or self._lean_tried:
+            return plan
+        lean = self._make(tape, spare_bytes)
+        if lean.predicted.step_s > _WORTH_TRYING * plan.predicted.step_s:
+            return plan
+        self._lean_tried = True
+        self.headroom_bytes = spare_bytes
+        return lean
 
     def _make(
         self,
@@ -285,8 +300,9 @@ class Director:
         if routine.replans >= _MOST_REPLANS or self.given is not None or routine.program is None:
             return
         routine.replans += 1
-        more_bytes = int(_MORE_HEADROOM * self.budget.device_bytes)
-        self.headroom_bytes += more_bytes
+        before_bytes = self.headroom_bytes
+        more_bytes = before_bytes + int(_MORE_HEADROOM * self.budget.device_bytes)
+        self.headroom_bytes = self.usual_bytes if before_bytes < self.usual_bytes else more_bytes
         log.info(
             "holes between tensors forced %d evictions in a planned step: planning again with %s of headroom",
             reclaims - before,
@@ -297,7 +313,7 @@ class Director:
             plan = self._make(tape, self.headroom_bytes)
         except LMSError:
             routine.replans = _MOST_REPLANS  # no room for more headroom: go on with what there is
-            self.headroom_bytes -= more_bytes
+            self.headroom_bytes = before_bytes
             return
         self._adopt(engine, routine, tape, plan)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.eager import private
 from torchlms.eager.program import Deed, Program
 from torchlms.eager.routine import MOST_RECORDINGS, Routine, Signature, Verdict
 from torchlms.eager.timer import OpTimer, retimed
@@ -161,3 +164,30 @@ def test_the_timer_times_ops_in_order() -> None:
     assert (first, second) == ("op0.0", "op0.02")
     assert 0 <= first_s < 0.01
     assert 0.02 <= second_s < 0.2
+
+
+class Queue:
+    """A device that has, or has not yet, caught up with the program."""
+
+    is_cuda = True
+    torch_device = torch.device("cuda", 0)
+
+    def __init__(self, *, caught_up: bool) -> None:
+        self._caught_up = caught_up
+
+    def mark(self) -> Any:
+        return SimpleNamespace(passed=lambda: self._caught_up)
+
+
+@pytest.mark.parametrize(("caught_up", "times"), [(True, 3), (False, 1)])
+def test_the_timer_keeps_the_device_behind_the_program(
+    caught_up: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_busy_s: list[float] = []
+    monkeypatch.setattr(private, "keep_busy", lambda device, seconds: kept_busy_s.append(seconds))
+    timer = OpTimer(Queue(caught_up=caught_up))  # type: ignore[arg-type]
+    for _ in range(3):
+        timer.begin()
+        timer.end("op")
+    assert len(kept_busy_s) == times
+    assert all(seconds > 0 for seconds in kept_busy_s)

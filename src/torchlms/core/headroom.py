@@ -46,11 +46,16 @@ def page_bytes(budget_bytes: int) -> int:
 
 
 def headroom_bytes(machine: Machine, budget_bytes: int) -> int:
-    """What a plan begins with. A ledger, which is the budget of a CPU, has no holes."""
+    """With which most steps run undisturbed. A ledger, which is the budget of a CPU, has no holes."""
     if not machine.link:
         return 0
     pages_bytes = min(_SPARE_PAGES * page_bytes(budget_bytes), int(_SPARE_FOR_PAGES * budget_bytes))
-    return int(_SPARE * budget_bytes) + pages_bytes
+    return lean_bytes(machine, budget_bytes) + pages_bytes
+
+
+def lean_bytes(machine: Machine, budget_bytes: int) -> int:
+    """With which some steps do: those of few, large blocks."""
+    return int(_SPARE * budget_bytes) if machine.link else 0
 
 
 def budget_for(machine: Machine, peak_bytes: int) -> int:

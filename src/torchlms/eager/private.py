@@ -110,6 +110,14 @@ def mapped_runs(device: torch.device) -> list[list[tuple[int, int, bool]]]:
     ]
 
 
+def keep_busy(device: torch.device, seconds: float) -> None:
+    """Have the current stream do nothing for about so long; returns at once."""
+    sleep = getattr(torch.cuda, "_sleep", None)
+    if sleep is not None:
+        with torch.cuda.device(device):
+            sleep(int(seconds * _CYCLES_PER_S))
+
+
 def set_expandable_segments(on: bool, page_bytes: int = 0) -> int:
     """Ask the caching allocator to back new segments by remappable pages, of ``page_bytes`` each unless the
     environment says how large. Returns the size of a page, 0 where the allocator does not listen.
@@ -136,6 +144,7 @@ def set_expandable_segments(on: bool, page_bytes: int = 0) -> int:
     return 0
 
 
+_CYCLES_PER_S = 2e9  # more or less, of a GPU
 _PAGE_SETTING = "large_segment_size_mb"
 
 

@@ -35,6 +35,7 @@ class Mark(Protocol):
     """A point on the compute queue that can be asked for the time since another."""
 
     def since_s(self, earlier: Any) -> float: ...
+    def passed(self) -> bool: ...
 
 
 class Device(Protocol):
@@ -106,6 +107,10 @@ class CudaMark:
     def since_s(self, earlier: CudaMark) -> float:
         return earlier.event.elapsed_time(self.event) / 1e3
 
+    def passed(self) -> bool:
+        """Whether the device is past this point: it waits for the program, or soon will."""
+        return bool(self.event.query())
+
 
 class CpuMark:
     __slots__ = ("at_s",)
@@ -115,6 +120,10 @@ class CpuMark:
 
     def since_s(self, earlier: CpuMark) -> float:
         return self.at_s - earlier.at_s
+
+    def passed(self) -> bool:
+        """Always: the program is the device."""
+        return True
 
 
 class CudaDevice:

@@ -1,0 +1,105 @@
+"""How much of the budget plans leave free: usually some pages, less where it pays, more where they evict."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tapes import GIB, MIB, Network, chain, cpu, gpu
+
+from torchlms.core.headroom import headroom_bytes, lean_bytes
+from torchlms.core.machine import Machine
+from torchlms.core.plan import Budget
+from torchlms.core.rules import Rules
+from torchlms.core.tape import Tape
+from torchlms.director import Director
+from torchlms.eager.routine import Routine
+
+BUDGET = Budget(4 * GIB, 64 * GIB, 0)
+USUAL = headroom_bytes(gpu(), BUDGET.device_bytes)
+LEAN = lean_bytes(gpu(), BUDGET.device_bytes)
+
+
+def director(machine: Machine | None = None, **rules: Any) -> Director:
+    return Director(
+        machine=machine or gpu(), budget=BUDGET, rules=Rules(**rules), given=None, model="synthetic"
+    )
+
+
+def few_large() -> Tape:
+    """Fits beside the lean headroom and not beside the usual one; what would then leave is half a GiB."""
+    network = Network()
+    last = network.layer("data", 512 * MIB, 1e-3)
+    for index in range(5):
+        last = network.layer("aten.linear", 512 * MIB, 1e-3, last, module=f"layer{index}")
+    return network.tape()
+
+
+def on(tape: Tape, budget_bytes: int) -> Director:
+    made = director()
+    made.budget = Budget(budget_bytes, 64 * GIB, 0)
+    made.headroom_bytes = made.usual_bytes = headroom_bytes(gpu(), budget_bytes)
+    assert tape.ops
+    return made
+
+
+def test_plans_leave_some_pages() -> None:
+    made = director()
+    plan = made._make_roomy(chain(80, time_s=20e-3), quick=False)
+    assert plan.moves
+    assert plan.predicted.peak_device_bytes <= BUDGET.device_bytes - USUAL
+    assert made.headroom_bytes == USUAL
+
+
+def test_less_is_left_where_that_promises_to_be_faster() -> None:
+    from torchlms.core.curve import baseline_curve
+
+    tape = few_large()
+    peak_bytes = int(baseline_curve(tape).max())
+    budget_bytes = int(peak_bytes / 0.98)
+    made = on(tape, budget_bytes)
+    lean = made._make_roomy(tape, quick=False)
+    assert made.headroom_bytes == lean_bytes(gpu(), budget_bytes)
+    assert lean.predicted.peak_device_bytes > budget_bytes - made.usual_bytes
+    made.headroom_bytes = made.usual_bytes
+    again = made._make_roomy(tape, quick=False)  # evictions have told: once is enough
+    assert made.headroom_bytes == made.usual_bytes
+    assert again.predicted.step_s > lean.predicted.step_s
+
+
+def test_a_rough_plan_is_not_worth_a_second_one() -> None:
+    tape = few_large()
+    made = on(tape, 3 * GIB)
+    made._make_roomy(tape, quick=True)
+    assert made.headroom_bytes == made.usual_bytes
+
+
+def test_a_ledger_needs_no_headroom() -> None:
+    assert director(cpu()).headroom_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(LEAN, USUAL), (USUAL, USUAL + int(0.015 * BUDGET.device_bytes))]
+)
+def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> None:
+    made = director()
+    made.headroom_bytes = before
+    tape = chain(80, time_s=20e-3)
+    engine: Any = SimpleNamespace(
+        ladder=SimpleNamespace(reclaims=3),
+        device=SimpleNamespace(is_cuda=True),
+        plans=list,
+        store=SimpleNamespace(plan_arena=lambda size_bytes: None),
+        restart_measuring=lambda: None,
+    )
+    routine = Routine(SimpleNamespace())  # type: ignore[arg-type]
+    made._adopt(engine, routine, tape, made._make(tape, before))
+    routine.steps = 9
+    made._watch(engine, routine)
+    assert made.headroom_bytes == before  # nothing was evicted since the plan was made
+    engine.ladder.reclaims += 1
+    made._watch(engine, routine)
+    assert made.headroom_bytes == after
+    assert routine.program is not None
+    assert routine.program.plan.predicted.peak_device_bytes <= BUDGET.device_bytes - after
