@@ -294,11 +294,12 @@ def _best(lms: Any) -> dict[str, float]:
     tape, plan = lms.tape, lms.plan
     if tape is None or plan is None or not plan.moves:
         return {}
-    make = joint.plan if any(move.choice is Choice.RECOMPUTE for move in plan.moves) else planner.plan
-    best = make(tape, lms.machine, plan.budget, Rules(recompute=make is joint.plan), headroom_bytes=0)
+    recompute = any(move.choice is Choice.RECOMPUTE for move in plan.moves)
+    make = joint.plan if recompute else planner.plan
+    best = make(tape, lms.machine, plan.budget, Rules(recompute=recompute), headroom_bytes=0)
     return {
         "best_s": best.predicted.step_s,
-        "lower_bound_s": planner.lower_bound(tape, lms.machine, plan.budget),
+        "lower_bound_s": planner.lower_bound(tape, lms.machine, plan.budget, recompute=recompute),
         "ops": len(tape.ops),
     }
 

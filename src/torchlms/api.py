@@ -426,9 +426,9 @@ def _spare_the_collector(undo: ExitStack) -> None:
     Saved tensors become Python objects, some ten each, so that full collections come every few steps.
     Each would look at all modules ever imported: a quarter of a second in which the device starves.
     """
-    if gc.get_freeze_count():
-        return  # somebody sees to it
     gc.collect()
+    if gc.get_freeze_count() > len(gc.get_objects()):  # Python 3.12 itself begins with some
+        return  # somebody sees to it
     gc.freeze()
     undo.callback(gc.unfreeze)
 

@@ -11,11 +11,11 @@ from torchlms.eager.timer import OpTimer
 from torchlms.memory.device import CudaDevice
 
 pytestmark = pytest.mark.gpu
-OPS = 20
+OPS = 40
 
 
 def test_a_slow_program_does_not_lengthen_the_ops() -> None:
-    """The program takes 0.5 ms from an op's first mark to the op, which itself takes a fraction of that."""
+    """From an op's first mark to the op the program takes several times as long as the op itself."""
     device = CudaDevice(torch.device("cuda", 0))
     ours = torch.zeros(16 << 20, device="cuda")
     ours.add_(1)
@@ -23,9 +23,9 @@ def test_a_slow_program_does_not_lengthen_the_ops() -> None:
     timer = OpTimer(device)
     for _ in range(OPS):
         timer.begin()
-        time.sleep(5e-4)
+        time.sleep(1e-4)
         ours.add_(1)
         timer.end("add")
     times_s = sorted(time_s for _, time_s in timer.times())
     assert len(times_s) == OPS
-    assert times_s[OPS * 9 // 10 - 1] < 2.5e-4
+    assert times_s[OPS * 3 // 4] < 9e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from torchlms.eager.microstep import MicroStep
     from torchlms.eager.provenance import Provenance
     from torchlms.eager.recorder import Recorder
+
+
+# The allocator waits for the device when it remaps. To ask it after each op would take longer than most ops.
+_LEAST_REMAP_S = 2e-4
 
 
 class Watcher:
@@ -139,6 +144,7 @@ class Watcher:
     def _run(self, now: MicroStep, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if now.plainly and not self._careful(func):
             return self._run_quietly(now, func, args, kwargs)
+        began_s = time.perf_counter()
         self._make_room(func, args, kwargs)
         if now.recorder is not None:
             result = self._run_recorded(now.recorder, func, args, kwargs)
@@ -153,7 +159,7 @@ class Watcher:
         if not self._is_cuda:
             self._accounts.count(result)
             self._sizes.prove(args, kwargs, result)
-        elif self._holes.learning:
+        elif self._holes.learning and time.perf_counter() - began_s > _LEAST_REMAP_S:
             self._holes.note(now.clock)
         now.clock += 1
         return result
