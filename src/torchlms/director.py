@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
-from torchlms.core.calibrate import Rates, explanation, foretold, lap_s, scaled, stretched
+from torchlms.core.calibrate import Rates, explanation, foretold, heat, lap_s, scaled, stretched
 from torchlms.core.curve import baseline_curve
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
 from torchlms.core.plan import Budget, Choice, Plan
@@ -209,11 +209,29 @@ class Director:
             race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
         measured_s = lap.seconds
         learning = engine.device.is_cuda and program.lessons
-        if race.over or measured_s is None or learning:
+        if race.over or measured_s is None or learning or self._feel_heat(routine, race):
             return
         race.running.laps_s.append(measured_s)
-        if race.running.done:
+        if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
+
+    def _ask_heat(self, routine: Routine, race: Race) -> bool:
+        """Have the ops timed once more, now that the device has run for a while; False if that is known, or
+        nothing asks for it."""
+        assert routine.tape is not None
+        if race.heat is not None or not self._off(routine.tape, race.running):
+            return False
+        routine.check_wanted = True
+        return True
+
+    def _feel_heat(self, routine: Routine, race: Race) -> bool:
+        """Whether the lap just run is one whose ops were timed."""
+        assert routine.tape is not None
+        if routine.checked is None:
+            return False
+        race.heat, routine.checked = heat(routine.tape, routine.checked), None
+        race.rates = Rates(ops=race.heat)
+        return True
 
     def _next_contender(self, engine: Engine, routine: Routine, race: Race) -> None:
         tape = routine.tape
@@ -227,14 +245,14 @@ class Director:
         if len(race.contenders) > 1:
             log.info("%s", race.result())
         winner = race.winner()
-        plan = self._corrected(tape, winner)
+        plan = self._corrected(tape, race, winner)
         if winner is not race.running:
             self._adopt(engine, routine, tape, plan)
         elif routine.program is not None:
             routine.program.plan = plan
         winner.plan = plan
 
-    def _corrected(self, tape: Tape, winner: Contender) -> Plan:
+    def _corrected(self, tape: Tape, race: Race, winner: Contender) -> Plan:
         """The winner's plan, which from here on predicts what its steps have shown."""
         plan, between_s = (
             winner.plan,
@@ -242,7 +260,7 @@ class Director:
         )
         if not winner.done or not self._off(tape, winner):
             return plan
-        rates = explanation(tape, self.machine, plan, winner.median_s)
+        rates = explanation(tape, self.machine, plan, winner.median_s, ops=race.heat or 1.0)
         log.info(
             "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
             (winner.median_s + between_s) * 1e3,
@@ -268,7 +286,7 @@ class Director:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.rates = explanation(tape, self.machine, best.plan, best.median_s)
+            race.rates = explanation(tape, self.machine, best.plan, best.median_s, ops=race.heat or 1.0)
             made = self._made_or_none(tape, race.rates, drops=True)
             if made is not None and all(made.decisions != other.plan.decisions for other in race.contenders):
                 return Contender(made, str(race.rates))

@@ -40,6 +40,7 @@ class Race:
 
     contenders: list[Contender]
     rates: Rates = AS_MEASURED  # that explain the times measured
+    heat: float | None = None  # how many times as long ops take as was measured, once that was asked
     calibrations: int = 0
     roomier: bool = False  # a plan with more room has been asked for
     over: bool = False

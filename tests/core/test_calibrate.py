@@ -7,11 +7,22 @@ from tapes import gpu
 from test_drops import LOTS, RULES, blocks
 
 from torchlms.core import joint, planner
-from torchlms.core.calibrate import LEAST, MOST, Rates, explanation, foretold, lap_s, scaled, stretched
+from torchlms.core.calibrate import (
+    LEAST,
+    MOST,
+    Rates,
+    explanation,
+    foretold,
+    heat,
+    lap_s,
+    scaled,
+    stretched,
+)
 from torchlms.core.curve import baseline_curve
 from torchlms.core.drops import with_drops
 from torchlms.core.plan import Budget, Choice
 from torchlms.core.simulate import Simulator
+from torchlms.core.tape import Phase
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -51,6 +62,35 @@ def test_it_is_not_carried_too_far() -> None:
     assert explanation(tape, machine, plan, 0.0).ops == pytest.approx(LEAST, rel=0.01)
 
 
+@pytest.mark.parametrize("copies", [0.5, 1.0])
+def test_ops_that_are_known_to_take_longer_leave_the_rest_to_the_copies(copies: float) -> None:
+    tape, machine = blocks(10), gpu(link=4e9)
+    plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
+    measured = foretold(tape, machine, plan, Rates(1.3, copies)).step_s
+    found = explanation(tape, machine, plan, lap_s(tape, measured), ops=1.3)
+    assert found.ops == 1.3
+    assert found.copies == pytest.approx(copies, rel=0.01)
+
+
+def test_heat_is_how_much_longer_the_same_ops_take() -> None:
+    tape = blocks(4)
+    hot = [(op.name, 1.25 * op.time_s) for op in tape.ops]
+    assert heat(tape, hot) == pytest.approx(1.25)
+    assert heat(tape, hot[:-3]) == 1.0
+    assert heat(tape, [("another", 1.0), *hot[1:]]) == 1.0
+    assert heat(tape, [(name, 100 * time_s) for name, time_s in hot]) == MOST
+    later = [
+        (name, time_s if op.phase is not Phase.BETWEEN else 9.0)
+        for (name, time_s), op in zip(hot, tape.ops, strict=True)
+    ]
+    assert heat(tape, later) == pytest.approx(1.25)
+
+
 def test_rates_in_words() -> None:
+    assert str(Rates()) == "all as it was measured"
+    assert (
+        str(Rates(1.25, 0.5))
+        == "ops taken to be 1.25 times as long and copies taken to be 0.50 times as fast"
+    )
     assert str(Rates(copies=0.5)) == "copies taken to be 0.50 times as fast"
     assert str(Rates(ops=1.25)) == "ops taken to be 1.25 times as long"

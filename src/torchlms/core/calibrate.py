@@ -1,8 +1,8 @@
 """Calibrate: what would explain the time that a step has really taken.
 
-Copies, first of all: a link is shared with others. Where no speed of the copies explains it, the ops do
-not take as long as was measured: their marks slow a host that is hardly faster than its device, and so
-does the watching that the marks were taken without.
+First what the ops take in a device that has run for a while (``heat``): one that was timed after a pause
+keeps a higher clock for some steps than it can keep for long. Then the copies: a link is shared with others.
+Where no speed of the copies explains it, the program is slower than its device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchlms.core.simulate import Simulator
 from torchlms.core.tape import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torchlms.core.machine import Machine
     from torchlms.core.plan import Plan, Prediction
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FASTEST, SLOWEST = 2.0, 0.25  # times the measured rates: beyond that something else is the matter
 LEAST, MOST = 0.5, 2.0  # times the measured op times: likewise
+_ALIKE = 0.02  # off by less is explained
 _HALVINGS = 12
 
 
@@ -35,8 +36,9 @@ class Rates:
     copies: float = 1.0
 
     def __str__(self) -> str:
-        copies = f"copies taken to be {self.copies:.2f} times as fast"
-        return copies if self.ops == 1.0 else f"ops taken to be {self.ops:.2f} times as long"
+        ops = f"ops taken to be {self.ops:.2f} times as long" if self.ops != 1.0 else ""
+        copies = f"copies taken to be {self.copies:.2f} times as fast" if self.copies != 1.0 else ""
+        return " and ".join(filter(None, (ops, copies))) or "all as it was measured"
 
 
 AS_MEASURED = Rates()
@@ -80,19 +82,35 @@ def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURE
     )
 
 
-def explanation(tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float) -> Rates:
-    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``."""
+def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
+    """How many times as long the ops of forward and backward took in ``times`` (names and seconds) as on
+    ``tape``; 1 if they are not the same ops."""
+    expected = [op for op in tape.ops if op.phase is not Phase.BETWEEN]
+    found = times[: len(expected)]
+    expected_s, found_s = sum(op.time_s for op in expected), sum(seconds for _, seconds in found)
+    if [op.name for op in expected] != [name for name, _ in found] or not expected_s or not found_s:
+        return 1.0
+    return min(max(found_s / expected_s, LEAST), MOST)
+
+
+def explanation(
+    tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float, *, ops: float = 1.0
+) -> Rates:
+    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``, given
+    that ops take ``ops`` times as long."""
 
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
 
-    unhindered_s = lap_s(tape, foretold(tape, machine, plan).compute_s)
-    if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
+    if abs(measured_lap_s / predicted_s(Rates(ops)) - 1) < _ALIKE:
+        return Rates(ops)
+    unhindered_s = lap_s(tape, foretold(tape, machine, plan, Rates(ops)).compute_s)
+    if unhindered_s < measured_lap_s < predicted_s(Rates(ops, SLOWEST)):
         slower = _where(
-            lambda factor: predicted_s(Rates(copies=1 / factor)), measured_lap_s, 1 / FASTEST, 1 / SLOWEST
+            lambda factor: predicted_s(Rates(ops, 1 / factor)), measured_lap_s, 1 / FASTEST, 1 / SLOWEST
         )
-        return Rates(copies=1 / slower)
-    return Rates(ops=_where(lambda factor: predicted_s(Rates(ops=factor)), measured_lap_s, LEAST, MOST))
+        return Rates(ops, 1 / slower)
+    return Rates(_where(lambda factor: predicted_s(Rates(factor)), measured_lap_s, LEAST, MOST))
 
 
 def _where(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:

@@ -29,7 +29,7 @@ from torchlms.eager.proof import Prover
 from torchlms.eager.provenance import Provenance, Recipe
 from torchlms.eager.recorder import Recorder
 from torchlms.eager.replay import replay
-from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
+from torchlms.eager.routine import Routine, Signature, Verdict
 from torchlms.eager.saver import Saver
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where
@@ -126,7 +126,7 @@ class Engine(SlotOwner):
             self._begin_to_record(now)
         elif routine.verdict is Verdict.FOLLOW:
             program = routine.program
-            now.timer = OpTimer(self.device) if len(routine.timings) < TIMINGS else None
+            now.timer = OpTimer(self.device) if routine.wants_times else None
         now.lap = Lap(self.device) if self.recompute and program is not None else None
         self.holes.begin_step(program)
         watching = now.recorder is not None or now.timer is not None or self.holes.learning
@@ -196,7 +196,7 @@ class Engine(SlotOwner):
                 self.restart_measuring()
                 self.prover.tried = False
             if past.timer is not None:
-                past.routine.timings.append(past.timer.times())
+                past.routine.timed(past.timer.times())
             self.step_times_s.append(time.perf_counter() - past.began_s)
 
     def _keep_tape(self, recorder: Recorder, routine: Routine, *, whole: bool) -> None:

@@ -53,6 +53,8 @@ class Routine:
     program: Program | None = None
     timings: list[list[tuple[str, float]]] = field(default_factory=list)
     settled: bool = False  # the program was made from those timings
+    check_wanted: bool = False  # the ops are to be timed once more
+    checked: list[tuple[str, float]] | None = None  # what that gave
     trust: Trust = field(default_factory=Trust)
     rise_bytes: int = 0  # memory at the peak beyond that before the step
     recordings: int = 0
@@ -65,7 +67,8 @@ class Routine:
         self.tape = tape
         self.trust = Trust()
         self.timings.clear()
-        self.settled = False
+        self.settled = self.check_wanted = False
+        self.checked = None
         self.recordings += 1
 
     def stray(self) -> None:
@@ -88,6 +91,18 @@ class Routine:
         self.lap = lap
         if self.steps == FORGIVING_STEPS:
             self.recordings = 1
+
+    @property
+    def wants_times(self) -> bool:
+        """Whether the ops of the next step are to be timed."""
+        return self.check_wanted or len(self.timings) < TIMINGS
+
+    def timed(self, times: list[tuple[str, float]]) -> None:
+        """Take the times of a step's ops."""
+        if self.check_wanted:
+            self.checked, self.check_wanted = times, False
+        else:
+            self.timings.append(times)
 
     def improvise(self) -> None:
         """Give planning up: every value finds its own way."""

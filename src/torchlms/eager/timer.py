@@ -4,7 +4,7 @@ A recorded step spends more time on watching than the device spends on computing
 are mostly those of launching. Steps under a plan run ahead of the device again; two marks per op
 are then all that is added, and what the compute queue waits for copies lies between the marks.
 
-Where the device has caught up with the program (a slow host; the allocator waited for the device),
+Where the device has all but caught up with the program (a slow host; the allocator waited for the device),
 an op's two marks would be as far apart as the program takes from one to the other. So before the next
 op the device is kept busy for a moment, in which the program gets ahead of it again.
 """
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _BARE_MARKS = 9  # with nothing between them
 _NOTHING = 1.25  # times as far apart as bare marks are, more or less
-_HEAD_START_S = 2e-3  # some dozens of ops
+_FEW_OPS = 8
+_HEAD_START_S = 2e-3  # in which the program does some dozens of ops
 
 
 class Lap:
@@ -56,9 +57,15 @@ class OpTimer:
 
     def begin(self) -> None:
         """An op is about to be tried, perhaps not for the first time: what came before does not count."""
-        if self._device.is_cuda and (not self._marks or self._marks[-1][2].passed()):
+        if self._device.is_cuda and self._caught_up():
             private.keep_busy(self._device.torch_device, _HEAD_START_S)
         self._begin = self._device.mark()
+
+    def _caught_up(self) -> bool:
+        """Whether the device is only a few ops behind the program, or nothing is known of that yet."""
+        if len(self._marks) < _FEW_OPS:
+            return not self._marks
+        return self._marks[-_FEW_OPS][2].passed()
 
     def end(self, func: Any) -> None:
         assert self._begin is not None
