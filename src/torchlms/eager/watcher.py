@@ -70,11 +70,11 @@ class Watcher:
         """One op of a recipe: within the budget like any other, but no part of the program."""
         if self._engine.dead:
             return func(*args, **kwargs)
+        began_s = time.perf_counter()
         self._make_room(func, args, kwargs)
         result = self._attempt(func, args, kwargs)
         self._engine.replays += 1
-        if not self._is_cuda:
-            self._accounts.count(result)
+        self._settle_up(result, began_s)
         return result
 
     def _run_quietly(self, now: MicroStep, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,13 +156,18 @@ class Watcher:
             now.timer.end(func)
         else:
             result = self._attempt(func, args, kwargs)
+        self._settle_up(result, began_s)
         if not self._is_cuda:
-            self._accounts.count(result)
             self._sizes.prove(args, kwargs, result)
-        elif self._holes.learning and time.perf_counter() - began_s > _LEAST_REMAP_S:
-            self._holes.note(now.clock)
         now.clock += 1
         return result
+
+    def _settle_up(self, result: Any, began_s: float) -> None:
+        """Count what an op has made; see whether the allocator had to remap for it."""
+        if not self._is_cuda:
+            self._accounts.count(result)
+        elif self._holes.learning and time.perf_counter() - began_s > _LEAST_REMAP_S:
+            self._holes.note(self._engine.now.clock)
 
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_cuda:
