@@ -50,13 +50,14 @@ MAY_IMPORT = {
     "sweep": BASE | DOING,
     "bench": BASE | DOING | {"memory", "report", "api", "rule_text"},
     "fit": BASE | DOING | {"memory", "report", "api", "bench"},
+    "live": {"memory"},
     "report_page": BASE | {"memory", "api", "fit"},
     "cli_options": set(),
     "doctor": BASE | DOING | {"memory"},
     "runner": BASE | DOING | {"memory", "report", "api", "rule_text", "report_page"},
     "cli": BASE
     | DOING
-    | {"memory", "report", "report_page", "api", "bench", "doctor", "fit", "runner", "cli_options"},
+    | {"memory", "report", "report_page", "api", "bench", "doctor", "fit", "runner", "cli_options", "live"},
     "__main__": {"cli", "bench", "runner", "api", "errors"},
 }
 

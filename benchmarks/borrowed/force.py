@@ -15,7 +15,7 @@ import torchlms
 from torchlms import api
 from torchlms.bench.peak import LedgerMode
 from torchlms.core.machine import Machine
-from torchlms.eager import engine as engine_module
+from torchlms.eager import saver
 from torchlms.eager.slot import Where
 from torchlms.memory.ledger import Ledger
 
@@ -54,15 +54,15 @@ def forced_on(force: Force, model: nn.Module | None, disk_dir: Path) -> Iterator
             disk_read_bytes_per_s=rate,
         )
 
-    least_bytes, measured = engine_module._LEAST_BYTES, api.measured_machine
-    engine_module._LEAST_BYTES, api.measured_machine = 1, machine
+    least_bytes, measured = saver._LEAST_BYTES, api.measured_machine
+    saver._LEAST_BYTES, api.measured_machine = 1, machine
     try:
         with torchlms.LMS(
             model, device="cpu", budget=force.budget_bytes, disk_dir=disk_dir, rules=rules
         ) as lms:
             yield lms
     finally:
-        engine_module._LEAST_BYTES, api.measured_machine = least_bytes, measured
+        saver._LEAST_BYTES, api.measured_machine = least_bytes, measured
 
 
 def evict(lms: torchlms.LMS) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from importlib import metadata
@@ -114,6 +115,7 @@ def bench(
     json_path: Annotated[File, typer.Option("--json", help="Write the result to this file.")] = None,
     csv_path: Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")] = None,
     save_run: opt.SaveRun = None,
+    live: Annotated[bool, typer.Option(help="On a terminal, a line that says what LMS is doing.")] = True,
     list_models: Annotated[bool, typer.Option("--list", help="List the networks and stop.")] = False,
     stale: Annotated[File, typer.Option(help="List results in this folder made by other code; stop.")] = None,
 ) -> None:
@@ -124,28 +126,28 @@ def bench(
     if list_models:
         _list_networks()
         return
+    from torchlms.api import stats
     from torchlms.bench import command as bench_command
     from torchlms.bench.options import BenchOptions, parse_ways
+    from torchlms.live import live_line
 
     asked["rule"] = tuple(rule or ())
     names = {field.name for field in dataclasses.fields(BenchOptions)} - {"way"}
     options = BenchOptions(way=_way(way, no_lms), **{name: asked[name] for name in names})
     onlooker = _onlooker(save_run, options)
+    command = bench_command.BenchCommand(
+        options=options,
+        compare=parse_ways(compare),
+        cap_rivals=cap_rivals,
+        compare_timeout_s=compare_timeout,
+        identity=identity,
+        report=report,
+        json_path=json_path,
+        csv_path=csv_path,
+    )
     try:
-        bench_command.bench(
-            bench_command.BenchCommand(
-                options=options,
-                compare=parse_ways(compare),
-                cap_rivals=cap_rivals,
-                compare_timeout_s=compare_timeout,
-                identity=identity,
-                report=report,
-                json_path=json_path,
-                csv_path=csv_path,
-            ),
-            onlooker or _write,
-            _write_table,
-        )
+        with live_line(stats) if live else contextlib.nullcontext():
+            bench_command.bench(command, onlooker or _write, _write_table)
     except bench_command.NotIdentical as error:
         if debugging():
             raise
@@ -387,14 +389,13 @@ def _list_networks() -> None:
 
 
 def _write(line: str) -> None:
-    typer.echo(line)
-    sys.stdout.flush()  # a pipe should see each step as it ends
+    print(line, flush=True)  # a pipe should see each step as it ends
 
 
 def _write_finding(line: str, state: State | None) -> None:
     colour = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "attention": typer.colors.RED}
     word, gap, rest = line.partition("  ") if state is not None else ("", "", line)
-    _write(typer.style(word, fg=colour[state.value]) + gap + rest if state is not None else rest)
+    typer.echo(typer.style(word, fg=colour[state.value]) + gap + rest if state is not None else rest)
 
 
 def _write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

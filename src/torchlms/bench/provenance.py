@@ -25,6 +25,7 @@ _NOT_MEASURED = {
     "cli.py",
     "cli_options.py",
     "errors.py",
+    "live.py",
     "report.py",
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",

@@ -1,0 +1,131 @@
+"""The live line: on a terminal only, renewed as steps end, gone at the end."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import torchlms
+from torchlms import live
+from torchlms.cli import app
+from torchlms.live import live_line, sentence
+
+ERASE = "\x1b[2K"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setattr(live, "_EVERY_S", 0.0)
+    monkeypatch.delenv("TORCHLMS_LOG", raising=False)
+    return Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def train(model: torch.nn.Module, steps: int = 6) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        model(torch.ones(64, next(model.parameters()).shape[1])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_it_says_what_lms_does(terminal: Console, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
+    with live_line(torchlms.stats, terminal), torchlms.LMS(model, budget="1GiB", disk_dir=tmp_path):
+        assert "torchlms: starting" in shown(terminal)
+        train(model)
+    text = shown(terminal)
+    assert "torchlms: recording, which is slow, step 1, device" in text
+    assert "torchlms: following a plan, step 6," in text
+    assert text.endswith(ERASE), "the line is gone"
+
+
+def test_an_exception_takes_it_away(terminal: Console) -> None:
+    asked = []
+    with pytest.raises(KeyboardInterrupt), live_line(lambda: asked.append(1) or {"state": "off"}, terminal):
+        raise KeyboardInterrupt
+    assert shown(terminal).endswith(ERASE)
+    train(torch.nn.Linear(4, 4), steps=1)
+    assert not asked, "its hook is gone, too"
+
+
+@pytest.mark.parametrize("why", ["no terminal", "TORCHLMS_LOG"])
+def test_nothing_is_shown_where_nobody_asked(
+    why: str, terminal: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "TORCHLMS_LOG":
+        monkeypatch.setenv("TORCHLMS_LOG", "off")
+    console = terminal if why == "TORCHLMS_LOG" else Console(file=io.StringIO(), width=120)
+    with live_line(dict, console):
+        train(torch.nn.Linear(4, 4), steps=1)
+    assert shown(console) == ""
+
+
+def test_it_is_not_renewed_more_often_than_one_can_read(
+    terminal: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_EVERY_S", 60.0)
+    asked: list[int] = []
+    with live_line(lambda: asked.append(1) or {"state": "off"}, terminal):
+        train(torch.nn.Linear(4, 4))
+    assert not asked
+
+
+FIGURES = {
+    "state": "guard",
+    "steps": 42,
+    "measured_step_s": 0.612,
+    "peak_device_bytes": 15 << 30,
+    "budget_bytes": 16 << 30,
+    "bytes_out_per_step": 10 << 30,
+    "bytes_in_per_step": 9 << 30,
+    "lessons": 0,
+    "racing": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {},
+            "following a plan, step 42, 612 ms, device 15.0 GiB of 16.0 GiB, 10.0 GiB out and 9.0 GiB in",
+        ),
+        ({"lessons": 3, "racing": True}, "learning where memory is tight, step 42, 612 ms"),
+        ({"racing": True}, "trying one plan after the other, step 42"),
+        (
+            {"state": "aside", "bytes_out_per_step": 0},
+            "everything fits, LMS stands aside, step 42, 612 ms, device 15.0 GiB",
+        ),
+        ({"state": "record", "measured_step_s": 0.0}, "recording, which is slow, step 42, device"),
+    ],
+)
+def test_the_sentence(change: dict[str, Any], text: str) -> None:
+    assert sentence({**FIGURES, **change}).startswith(text)
+
+
+def test_bench_without_a_terminal_is_as_it_was() -> None:
+    done = CliRunner().invoke(
+        app,
+        [
+            "bench",
+            "--model=mnist",
+            "--batch-size=4",
+            "--device=cpu",
+            "--num-batches=1",
+            "--warmup=1",
+            "--no-lms",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "torchlms:" not in done.output
