@@ -57,9 +57,18 @@ def script_to_run() -> Request | None:
     return script
 
 
+def _version_asked(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
 def options_for_all(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one line.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version_asked, is_eager=True, help="As the verb.")
+    ] = False,
 ) -> None:
     """Train networks that need more memory than the device has, on stock PyTorch."""
     _session.debug = debug

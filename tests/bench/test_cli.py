@@ -58,8 +58,9 @@ def test_help_has_an_example(verb: str) -> None:
     assert f"Example: torchlms {verb}" in " ".join(done.output.split())
 
 
-def test_version() -> None:
-    assert "torch " in invoke("version").output
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_version(asked: str) -> None:
+    assert "torch " in invoke(asked).output
 
 
 def test_list_names_the_networks() -> None:
