@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
@@ -139,7 +140,10 @@ class Director:
     def _settle(self, engine: Engine, routine: Routine) -> None:
         """Plan once more with the times that ops take when nobody watches them."""
         assert routine.tape is not None
-        routine.tape = retimed(routine.tape, routine.timings)
+        # What disturbs a device's op makes it longer. The threads of a CPU are disturbed all the time: the
+        # shortest times of all ops would add up to less than any step takes.
+        usual = min if engine.device.is_cuda else fmean
+        routine.tape = retimed(routine.tape, routine.timings, usual)
         routine.settled = True
         if self.given is None:
             self._plan(engine, routine, routine.tape)
@@ -209,28 +213,37 @@ class Director:
             race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
         measured_s = lap.seconds
         learning = engine.device.is_cuda and program.lessons
-        if race.over or measured_s is None or learning or self._feel_heat(routine, race):
+        if race.over or measured_s is None or learning or self._feel_heat(routine, program, race):
             return
         race.running.laps_s.append(measured_s)
         if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
 
     def _ask_heat(self, routine: Routine, race: Race) -> bool:
-        """Have the ops timed once more, now that the device has run for a while; False if that is known, or
+        """Have the ops timed once more, now that the device has run for a while; False if that was done, or
         nothing asks for it."""
         assert routine.tape is not None
-        if race.heat is not None or not self._off(routine.tape, race.running):
+        if race.felt_heat or not self._off(routine.tape, race.running):
             return False
         routine.check_wanted = True
         return True
 
-    def _feel_heat(self, routine: Routine, race: Race) -> bool:
-        """Whether the lap just run is one whose ops were timed."""
+    def _feel_heat(self, routine: Routine, program: Program, race: Race) -> bool:
+        """Whether the lap just run is one whose ops were timed; from here on their times are those."""
         assert routine.tape is not None
         if routine.checked is None:
             return False
-        race.heat, routine.checked = heat(routine.tape, routine.checked), None
-        race.rates = Rates(ops=race.heat)
+        factor, routine.checked, race.felt_heat = heat(routine.tape, routine.checked), None, True
+        if factor == 1.0:
+            return True
+        routine.tape = program.tape = stretched(routine.tape, factor)
+        predicted = foretold(routine.tape, self.machine, program.plan)
+        race.running.plan = program.plan = replace(program.plan, predicted=predicted)
+        log.info(
+            "in a device that has run for a while ops take %.2f times as long: step %.1f ms predicted",
+            factor,
+            predicted.step_s * 1e3,
+        )
         return True
 
     def _next_contender(self, engine: Engine, routine: Routine, race: Race) -> None:
@@ -260,7 +273,7 @@ class Director:
         )
         if not winner.done or not self._off(tape, winner):
             return plan
-        rates = explanation(tape, self.machine, plan, winner.median_s, ops=race.heat or 1.0)
+        rates = explanation(tape, self.machine, plan, winner.median_s)
         log.info(
             "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
             (winner.median_s + between_s) * 1e3,
@@ -286,7 +299,7 @@ class Director:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.rates = explanation(tape, self.machine, best.plan, best.median_s, ops=race.heat or 1.0)
+            race.rates = explanation(tape, self.machine, best.plan, best.median_s)
             made = self._made_or_none(tape, race.rates, drops=True)
             if made is not None and all(made.decisions != other.plan.decisions for other in race.contenders):
                 return Contender(made, str(race.rates))

@@ -40,7 +40,7 @@ class Race:
 
     contenders: list[Contender]
     rates: Rates = AS_MEASURED  # that explain the times measured
-    heat: float | None = None  # how many times as long ops take as was measured, once that was asked
+    felt_heat: bool = False  # the ops have been timed once more
     calibrations: int = 0
     roomier: bool = False  # a plan with more room has been asked for
     over: bool = False

@@ -62,16 +62,6 @@ def test_it_is_not_carried_too_far() -> None:
     assert explanation(tape, machine, plan, 0.0).ops == pytest.approx(LEAST, rel=0.01)
 
 
-@pytest.mark.parametrize("copies", [0.5, 1.0])
-def test_ops_that_are_known_to_take_longer_leave_the_rest_to_the_copies(copies: float) -> None:
-    tape, machine = blocks(10), gpu(link=4e9)
-    plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
-    measured = foretold(tape, machine, plan, Rates(1.3, copies)).step_s
-    found = explanation(tape, machine, plan, lap_s(tape, measured), ops=1.3)
-    assert found.ops == 1.3
-    assert found.copies == pytest.approx(copies, rel=0.01)
-
-
 def test_heat_is_how_much_longer_the_same_ops_take() -> None:
     tape = blocks(4)
     hot = [(op.name, 1.25 * op.time_s) for op in tape.ops]

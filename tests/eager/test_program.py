@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,6 +134,11 @@ def test_retimed_takes_the_shortest_time_of_each_op() -> None:
     assert [item.time_s for item in tape.ops[:8]] == pytest.approx([0.1, 0.2, 0.01, 0.4, 0.5, 0.6, 0.7, 0.8])
     assert tape.fingerprint == TAPE.fingerprint
     assert tape.values == TAPE.values
+
+
+def test_retimed_takes_what_is_usual() -> None:
+    tape = retimed(TAPE, [run_of(0.1), run_of(0.3)], fmean)
+    assert [item.time_s for item in tape.ops[:3]] == pytest.approx([0.2, 0.4, 0.6])
 
 
 def test_retimed_spreads_what_follows_backward() -> None:

@@ -93,24 +93,21 @@ def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
     return min(max(found_s / expected_s, LEAST), MOST)
 
 
-def explanation(
-    tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float, *, ops: float = 1.0
-) -> Rates:
-    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``, given
-    that ops take ``ops`` times as long."""
+def explanation(tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float) -> Rates:
+    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``."""
 
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
 
-    if abs(measured_lap_s / predicted_s(Rates(ops)) - 1) < _ALIKE:
-        return Rates(ops)
-    unhindered_s = lap_s(tape, foretold(tape, machine, plan, Rates(ops)).compute_s)
-    if unhindered_s < measured_lap_s < predicted_s(Rates(ops, SLOWEST)):
+    if abs(measured_lap_s / predicted_s(AS_MEASURED) - 1) < _ALIKE:
+        return AS_MEASURED
+    unhindered_s = lap_s(tape, foretold(tape, machine, plan).compute_s)
+    if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
         slower = _where(
-            lambda factor: predicted_s(Rates(ops, 1 / factor)), measured_lap_s, 1 / FASTEST, 1 / SLOWEST
+            lambda factor: predicted_s(Rates(copies=1 / factor)), measured_lap_s, 1 / FASTEST, 1 / SLOWEST
         )
-        return Rates(ops, 1 / slower)
-    return Rates(_where(lambda factor: predicted_s(Rates(factor)), measured_lap_s, LEAST, MOST))
+        return Rates(copies=1 / slower)
+    return Rates(ops=_where(lambda factor: predicted_s(Rates(ops=factor)), measured_lap_s, LEAST, MOST))
 
 
 def _where(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:

@@ -79,23 +79,23 @@ class Ladder:
             self.reclaimed_bytes += freed
         return freed
 
-    def reserve(self, blocks: tuple[int, ...]) -> None:
-        """Make sure that ``blocks`` can be allocated together, by evicting. Gives way once nothing is
-        left to evict: the op may still find another way."""
+    def reserve(self, blocks: tuple[int, ...]) -> bool:
+        """Make sure that ``blocks`` can be allocated together, by evicting. Gives way (False) once nothing
+        is left to evict: the op may still find another way."""
         device = self.device.torch_device
         while True:
             try:
                 held = [torch.empty(size, dtype=torch.uint8, device=device) for size in blocks if size]
                 del held
-                return
+                return True
             except torch.OutOfMemoryError as error:
                 self.ooms += 1
                 want_bytes = asked_bytes(error)
             try:
                 if not self.reclaim(max(want_bytes, _ROUND_BYTES)):
-                    return
+                    return False
             except (HostBudgetTooSmall, SpillError):
-                return
+                return False
 
     def enter_in_ledger(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: Callable[[], str]

@@ -19,6 +19,8 @@ from torchlms.core.tape import Op, Phase, Tape
 from torchlms.eager import private
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torchlms.memory.device import CpuDevice, CudaDevice, Mark
 
 _BARE_MARKS = 9  # with nothing between them
@@ -81,8 +83,10 @@ class OpTimer:
         return [(str(func), time_s if time_s > _NOTHING * apart_s else 0.0) for func, time_s in times_s]
 
 
-def retimed(tape: Tape, runs: list[list[tuple[str, float]]]) -> Tape:
-    """``tape`` with each op's shortest time over ``runs``, as far as the ops are the same.
+def retimed(
+    tape: Tape, runs: list[list[tuple[str, float]]], usual: Callable[[Iterable[float]], float] = min
+) -> Tape:
+    """``tape`` with each op's ``usual`` time over ``runs``, as far as the ops are the same.
 
     What follows the backward pass may differ from the recorded step (an optimizer's first step
     makes its states); its total time is then spread over the ops on the tape.
@@ -92,10 +96,10 @@ def retimed(tape: Tape, runs: list[list[tuple[str, float]]]) -> Tape:
     alike = [run for run in runs if [name for name, _ in run[:inner]] == names[:inner]]
     if not alike:
         return tape
-    ops = [_with_time(op, min(run[index][1] for run in alike)) for index, op in enumerate(tape.ops[:inner])]
+    ops = [_with_time(op, usual(run[index][1] for run in alike)) for index, op in enumerate(tape.ops[:inner])]
     outer = tape.ops[inner:]
     if outer:
-        total_s = min(sum(seconds for _, seconds in run[inner:]) for run in alike)
+        total_s = usual(sum(seconds for _, seconds in run[inner:]) for run in alike)
         ops.extend(_with_time(op, total_s / len(outer)) for op in outer)
     return replace(tape, ops=tuple(ops))
 

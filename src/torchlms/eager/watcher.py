@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torchlms.eager.slot import Where
 from torchlms.eager.tensors import tensors_in
 from torchlms.eager.traits import careful_ops, makes_cpu_tensors, name_of, rewind_of, writes_list
 from torchlms.errors import LMSError, StepTorn
+from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from torchlms.eager.provenance import Provenance
     from torchlms.eager.recorder import Recorder
 
+
+log = logging.getLogger("torchlms")
 
 # The allocator waits for the device when it remaps. To ask it after each op would take longer than most ops.
 _LEAST_REMAP_S = 2e-4
@@ -94,6 +98,8 @@ class Watcher:
         if engine.orphans:
             engine.bury()
         now.catch_up()
+        if now.timer is not None and not self._is_cuda:
+            now.timer.begin()  # no device hides what watching takes
         writes = writes_anything(func)
         if engine.dropped and writes:
             _make_readers_real(func, args, kwargs)
@@ -150,7 +156,7 @@ class Watcher:
             result = self._run_recorded(now.recorder, func, args, kwargs)
         elif self._is_cuda and self._rooms.concerns(func) and not self._rooms.knows(func, args):
             result = self._run_new_convolution(func, args, kwargs)
-        elif now.timer is not None:
+        elif now.timer is not None and self._is_cuda:
             now.timer.begin()
             result = self._attempt(func, args, kwargs)
             now.timer.end(func)
@@ -159,6 +165,8 @@ class Watcher:
         self._settle_up(result, began_s)
         if not self._is_cuda:
             self._sizes.prove(args, kwargs, result)
+            if now.timer is not None:
+                now.timer.end(func)
         now.clock += 1
         return result
 
@@ -171,11 +179,20 @@ class Watcher:
 
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_cuda:
-            self._accounts.discover(tensors_in(args, kwargs), self._engine.now.recorder)
-            if makes_cpu_tensors(args, kwargs):
-                self._ladder.enter_in_ledger(func, args, kwargs, self._where)
+            self._make_room_in_ledger(func, args, kwargs)
         elif self._rooms.concerns(func):
-            self._ladder.reserve(self._rooms.need(func, args, kwargs))
+            found = self._ladder.reserve(blocks := self._rooms.need(func, args, kwargs))
+            if not found and self._rooms.knows(func, args):
+                text = "no room for what %s in %s needs, %s at once: it may be starved"
+                log.warning(text, func, self._where() or "the model", format_bytes(sum(blocks)))
+
+    def _make_room_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        now, reclaims_before = self._engine.now, self._ladder.reclaims
+        self._accounts.discover(tensors_in(args, kwargs), now.recorder)
+        if makes_cpu_tensors(args, kwargs):
+            self._ladder.enter_in_ledger(func, args, kwargs, self._where)
+        if now.timer is not None and self._ladder.reclaims > reclaims_before:
+            now.timer.begin()  # what evictions take is not the op's time
 
     def _run_recorded(
         self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
