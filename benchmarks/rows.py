@@ -71,7 +71,8 @@ class Row:
     """One row. ``seconds`` is about what its main part takes on the machine it is meant for.
 
     ``share``: the budget is this share of the plain run's peak, measured first. ``need_over_cap``:
-    the batch is chosen so that plain needs this many times the cap.
+    the batch is chosen so that plain needs this many times the cap. ``strict``: torch raises rather than
+    run what does not repeat its bits; only then does the backward pass of attention repeat them.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Row:
     need_over_cap: float = 0.0
     batches: tuple[int, ...] = ()  # CONVOLUTIONS: steps are run at each of these
     cudnn_deterministic: bool = True
+    strict: bool = False
     threads: int = 0  # of torch on the CPU; 0: as many as it takes by itself
     seconds: int = 30
 
@@ -105,7 +107,7 @@ class Row:
             "steps": self.steps,
             **{
                 name: getattr(self, name)
-                for name in ("share", "need_over_cap", "cudnn_deterministic", "threads")
+                for name in ("share", "need_over_cap", "cudnn_deterministic", "strict", "threads")
                 if getattr(self, name)
             },
             **({"batches": list(self.batches)} if self.batches else {}),
@@ -160,6 +162,7 @@ def _large(
     share: float = 0.0,
     of_plain: float | None = None,
     proves: str = _JOINT_PROVES,
+    strict: bool = False,
 ) -> Row:
     """A network of its own under a joint plan; without ``of_plain`` it has to beat its rivals."""
     aim = Target("of_plain", at_least=of_plain) if of_plain else Target("over_checkpoint", at_least=1)
@@ -167,15 +170,24 @@ def _large(
         name=name,
         label=label,
         proves=proves,
-        options=replace(options, device="cuda", recompute=True),
+        options=replace(options, device="cuda", recompute=True, deterministic=strict),
         rivals=(CHECKPOINT,),
         targets=(*_JOINT_ALWAYS, aim),
         share=share,
+        strict=strict,
         seconds=60,
     )
 
 
-def _shares(name: str, label: str, options: BenchOptions, shares: tuple[int, ...], proves: str) -> list[Row]:
+def _shares(
+    name: str,
+    label: str,
+    options: BenchOptions,
+    shares: tuple[int, ...],
+    proves: str,
+    *,
+    strict: bool = False,
+) -> list[Row]:
     return [
         _large(
             f"joint-{name}-{share}",
@@ -183,6 +195,7 @@ def _shares(name: str, label: str, options: BenchOptions, shares: tuple[int, ...
             options,
             share=share / 100,
             proves=proves,
+            strict=strict,
         )
         for share in shares
     ]
@@ -249,6 +262,7 @@ ROWS: dict[str, Row] = {
                 f"Llama-shaped, 24 layers of 2048, 8 x 4096 tokens, bfloat16, in {gib} GiB",
                 replace(_LLAMA, budget=f"{gib}GiB"),
                 of_plain=of_plain,
+                strict=True,
             )
             for gib, of_plain in ((24, 0.88), (40, 0.95))
         ),
@@ -258,6 +272,7 @@ ROWS: dict[str, Row] = {
             BenchOptions(model="large:vit_large", batch_size=256, optimizer="adamw"),
             (50, 25),
             _JOINT_PROVES,
+            strict=True,
         ),
         *_shares(
             "bert-large",
@@ -265,6 +280,7 @@ ROWS: dict[str, Row] = {
             BenchOptions(model="large:bert_large", batch_size=128, optimizer="adamw"),
             (50, 25),
             _JOINT_PROVES,
+            strict=True,
         ),
         *_shares(
             "unet3d",
@@ -286,6 +302,7 @@ ROWS: dict[str, Row] = {
             BenchOptions(model="large:t5_large", batch_size=32, optimizer="adamw"),
             (40,),
             _UNTOUCHED_PROVES,
+            strict=True,
         ),
         Row(
             name="cifar10-full",

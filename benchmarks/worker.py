@@ -72,6 +72,8 @@ def work(job: Job, path: Path, *, batch_size: int = 0) -> int:
             if job.row.threads:
                 torch.set_num_threads(job.row.threads)
             with flags_of(job.row) as flags:
+                if job.row.strict:
+                    torch.use_deterministic_algorithms(True, warn_only=False)
                 emit("facts", device_facts(torch.device(job.row.options.device)))
                 emit("flags", asdict(flags))
                 _measure(job, lambda entry: emit("entry", entry), batch_size)

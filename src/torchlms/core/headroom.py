@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SMALLEST_PAGE_BYTES = 20 << 20  # what PyTorch's allocator maps at a time unless it is told otherwise
 _LARGEST_PAGE_BYTES = 128 << 20
+_GRAIN_BYTES = 2 << 20  # a device's own pages: what is mapped has to be a multiple of it
 _PAGES = 256  # in a budget
 _SPARE_PAGES = 4
 _SPARE_FOR_PAGES = 0.04  # of the budget at most: small ones have few pages
@@ -42,7 +43,8 @@ def page_bytes(budget_bytes: int) -> int:
     Mapping takes a time per page, so there are not to be too many of them. (H200: 22 ms for 15 GiB in
     pages of 20 MiB, 7 ms in pages of 64 MiB.)
     """
-    return min(max(budget_bytes // _PAGES, SMALLEST_PAGE_BYTES), _LARGEST_PAGE_BYTES) >> 20 << 20
+    wanted_bytes = min(max(budget_bytes // _PAGES, SMALLEST_PAGE_BYTES), _LARGEST_PAGE_BYTES)
+    return wanted_bytes // _GRAIN_BYTES * _GRAIN_BYTES
 
 
 def headroom_bytes(machine: Machine, budget_bytes: int) -> int:
