@@ -10,9 +10,10 @@ from tests.core.tapes import gpu
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES, budget_for, headroom_bytes, page_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
+SIZES = [1, MIB, GIB, 5 * GIB, 13_934_000_000, 16 * GIB, 40 * GIB, 141 * GIB]
 
 
-@pytest.mark.parametrize("budget_bytes", [1, MIB, GIB, 5 * GIB, 13_934_000_000, 16 * GIB, 40 * GIB, 141 * GIB])
+@pytest.mark.parametrize("budget_bytes", SIZES)
 def test_pages_are_whole_and_within_bounds(budget_bytes: int) -> None:
     size_bytes = page_bytes(budget_bytes)
     assert size_bytes % (2 * MIB) == 0  # what a device can map
