@@ -143,7 +143,7 @@ def _or_share(size: Size, available_bytes: int, share: float) -> int:
 def _read_plan(source: PlanSource) -> Plan | None:
     if source is False:
         return None
-    if not isinstance(source, (Plan, str, os.PathLike, type(None))) or source is True:
+    if not isinstance(source, (Plan, str, os.PathLike, type(None))):
         raise BadOption(f"plan={source!r}: give a Plan, the path of a plan file, or False for none at all")
     plan = source if source is None or isinstance(source, Plan) else Plan.load(os.fspath(source))
     if plan is not None and plan.torch != torch.__version__:
