@@ -26,7 +26,8 @@ from torchlms.memory.ledger import Ledger
 T = TypeVar("T")
 
 STEPS = 6
-SMALL = {"min_bytes": 1024}  # rules under which values as small as those of these networks move
+# Rules under which values as small as those of these networks move, and only move.
+SMALL = {"min_bytes": 1024, "recompute": False}
 DROPPING = {**SMALL, "recompute": True}
 
 

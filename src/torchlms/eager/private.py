@@ -164,6 +164,62 @@ def expandable_segments() -> bool:
     return False
 
 
+Switch = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it stands, and what turns it
+
+
+def backend_switches(device_type: str) -> tuple[list[Switch], list[Switch]]:
+    """The switches by which a program chooses kernels on such a device, those that this torch has: some that
+    take microseconds to read, and some that take next to nothing and change with whatever changes TF32.
+
+    Assumes that the legacy ways to ask for TF32 change what the new ones say. A switch that torch will not
+    tell (both ways were mixed) stands at None, and is left alone.
+    """
+    slow = [_switch(name) for name in ("float32_matmul_precision", "blas_preferred_backend")]
+    on_cuda = device_type == "cuda"
+    if not on_cuda:
+        slow.append((torch.get_num_threads, torch.set_num_threads))
+    quick = [_switch(name) for name in (_SWITCHES_OF_CUDA if on_cuda else _SWITCHES_OF_CPU)]
+    quick.append((torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms))
+    read = getattr(torch._C, "_get_fp32_precision_getter", None)
+    write = getattr(torch._C, "_set_fp32_precision_setter", None)
+    if read is not None and write is not None:
+        for what in (("cuda" if on_cuda else "mkldnn", "matmul"), ("cuda" if on_cuda else "mkldnn", "conv")):
+            quick.append((functools.partial(read, *what), functools.partial(write, *what)))
+    return slow, quick
+
+
+_SWITCHES_OF_CUDA = (
+    "cudnn_enabled",
+    "cudnn_benchmark",
+    "cudnn_deterministic",
+    "cublas_allow_fp16_reduced_precision_reduction",
+    "cublas_allow_bf16_reduced_precision_reduction",
+    "cublas_allow_fp16_accumulation",
+)
+_SWITCHES_OF_CPU = ("mkldnn_enabled", "mkldnn_deterministic", "nnpack_enabled")
+
+
+def _switch(name: str) -> Switch:
+    read, write = (getattr(torch._C, f"_{verb}_{name}", None) for verb in ("get", "set"))
+    if read is None or write is None:
+        return _nothing, lambda setting: None
+    if name != "float32_matmul_precision":  # the one that may refuse
+        return read, functools.partial(_turn, write)
+
+    def told() -> Any:
+        try:
+            return read()
+        except RuntimeError:
+            return None
+
+    return told, functools.partial(_turn, write)
+
+
+def _turn(write: Callable[..., Any], setting: Any) -> None:
+    if setting is not None:
+        write(*setting) if isinstance(setting, tuple) else write(setting)
+
+
 def top_saved_tensor_hooks() -> tuple[Any, Any] | None:
     """The innermost saved-tensor hook pair of this thread, or None if there is none (or no telling)."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -26,13 +26,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.core.tape import Kind
+from torchlms.eager.backends import Backends
 from torchlms.eager.per_op import PerOp
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.saved import memoryless_alias
 from torchlms.eager.tensors import is_plain
 from torchlms.eager.traits import generator_of
+from torchlms.eager.writes import without_statistics, written_tensors
 
 if TYPE_CHECKING:
+    from torchlms.eager.backends import State
     from torchlms.eager.slot import Slot
 
 _MARK = "_torchlms_cell"
@@ -85,6 +88,7 @@ class Call:
     op: int  # its place on the tape
     replayable: bool
     drawn: tuple[torch.Generator, torch.Tensor] | None = None  # from which generator, in which state
+    backends: State = ()  # how the switches stood that choose its kernel
     blank: bool = False  # what it makes has no bytes of its own yet
 
 
@@ -109,6 +113,7 @@ class Provenance:
         self._kinds = kinds
         self._hold = hold
         self._hollow = hollow
+        self._backends = Backends(device.type)
         self._held: list[Slot] = []  # until they are dropped values' sources, or backward begins
         self.value_of: Callable[[torch.Tensor], int] | None = None  # while a tape is written
 
@@ -127,7 +132,7 @@ class Provenance:
             return Call(func, (), {}, op, False)
         generator = generator_of(func, (), kwargs, self._device)
         drawn = (generator, generator.get_state()) if generator is not None else None
-        return Call(func, refs, named, op, True, drawn, blank)
+        return Call(func, refs, named, op, True, drawn, self._backends.state(), blank)
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep what a recipe will ask for and nobody else may."""
@@ -404,47 +409,6 @@ def _filled(cell: Cell, writes: int) -> bool:
     if getattr(filling.func, "_opname", "") not in _FILLS or not isinstance(target, Ref):
         return False
     return target.cell is cell and target.shape.numel() * target.dtype.itemsize == cell.size_bytes
-
-
-# Their running statistics, by position, and where they say that they are training. They update the
-# statistics although no schema says so, and in training do not read them: left out, nothing else changes.
-_STATISTICS = {
-    "native_batch_norm": ((3, 4), 5),
-    "cudnn_batch_norm": ((3, 4), 5),
-    "miopen_batch_norm": ((3, 4), 5),
-}
-
-
-def without_statistics(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with which a batch normalisation gives the same result and changes nothing."""
-    places, training = _STATISTICS.get(getattr(func, "_opname", ""), ((), 0))
-    if not places or not args[training]:
-        return args
-    return tuple(None if index in places else item for index, item in enumerate(args))
-
-
-def _declared_writes(func: Any) -> tuple[tuple[int, str], ...]:
-    schema = getattr(func, "_schema", None)
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(schema.arguments if schema is not None else ())
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-
-
-# The arguments, by position and name, that the schema of an op says it writes.
-_written = PerOp(_declared_writes)
-# Whether there are any.
-writes_anything = PerOp(lambda func: bool(_declared_writes(func)))
-
-
-def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The arguments that ``func`` says it writes."""
-    for position, name in _written(func):
-        item = args[position] if position < len(args) else kwargs.get(name)
-        for part in item if isinstance(item, (list, tuple)) else (item,):
-            if isinstance(part, torch.Tensor):
-                yield part
 
 
 def readers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Slot]:

@@ -1,6 +1,7 @@
 """Replay: carries a recipe out.
 
-Runs without gradients and with autocast off: what was captured below autograd had no part in either.
+Runs without gradients and with autocast off: what was captured below autograd had no part in either. The
+switches of the backends stand for each op as they did when it ran first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchlms.eager.backends import Backends
 from torchlms.eager.provenance import Call, Cell, Recipe, Ref, results_of
 from torchlms.errors import ReplayFailed
 
@@ -47,6 +49,7 @@ class _Replay:
     def __init__(self, recipe: Recipe, run: Run) -> None:
         self._recipe = recipe
         self._run_op = run
+        self._backends = Backends(recipe.device_type)
         self._results: dict[int, list[torch.Tensor | None]] = {}
         self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
@@ -74,9 +77,8 @@ class _Replay:
     def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
         args = tuple(self._item(item, here) for item in call.args)
         kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
-        if call.drawn is None:
-            return results_of(self._run_op(call.func, args, kwargs))
-        with _drawn_again(*call.drawn):
+        drawn = contextlib.nullcontext() if call.drawn is None else _drawn_again(*call.drawn)
+        with drawn, self._backends.set_to(call.backends):
             return results_of(self._run_op(call.func, args, kwargs))
 
     def _item(self, item: Any, here: dict[int, torch.UntypedStorage]) -> Any:

@@ -11,10 +11,11 @@ import torch
 from torchlms.core.tape import Phase
 from torchlms.eager import private
 from torchlms.eager.ladder import asked_bytes, starved_engine
-from torchlms.eager.provenance import readers_of, writes_anything
+from torchlms.eager.provenance import readers_of
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import tensors_in
 from torchlms.eager.traits import careful_ops, makes_cpu_tensors, name_of, rewind_of, writes_list
+from torchlms.eager.writes import writes_anything
 from torchlms.errors import LMSError, StepTorn
 from torchlms.memory.limits import format_bytes
 

@@ -1,0 +1,179 @@
+"""Ops that run again find the backends' switches as they were, and sources that nothing has written since."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sessions import slow_disk
+from torch import Tensor, nn
+from traps import STEPS, Trap, assert_same, batch, usual
+
+from torchlms.eager.backends import Backends
+from torchlms.eager.private import backend_switches
+from torchlms.eager.writes import without_statistics, written_tensors
+
+Around = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@pytest.fixture(autouse=True)
+def moving_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_disk(monkeypatch)
+
+
+@contextlib.contextmanager
+def no_mkldnn() -> Iterator[None]:
+    torch.backends.mkldnn.enabled = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def convolving(model: nn.Module, x: Tensor) -> Tensor:
+    """Of which mkldnn and the other kernel give other bits."""
+    kernel = model.scale.new_ones(4, 4, 3, 3) * model.scale[:4].view(4, 1, 1, 1)  # type: ignore[operator,index]
+    return torch.tanh(F.conv2d(x.view(512, 4, 4, 4), kernel / 7, padding=1)).reshape(512, 64)
+
+
+def under(forward: Around, backward: Around, since: int) -> Any:
+    """A loop with ``forward`` and ``backward`` around them, from step ``since`` on."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        with forward() if step >= since else contextlib.nullcontext():
+            loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        with backward() if step >= since else contextlib.nullcontext():
+            loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    return loop
+
+
+@pytest.mark.parametrize("since", [0, STEPS - 2])
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (no_mkldnn, contextlib.nullcontext),
+        (contextlib.nullcontext, no_mkldnn),
+        (contextlib.nullcontext, two_threads),
+    ],
+)
+def test_switches_stand_as_they_did(forward: Around, backward: Around, since: int, spill_dir: Path) -> None:
+    stats = assert_same(convolving, spill_dir, under(forward, backward, since), budget_bytes=1_200_000)
+    assert stats["replayed_ops"]
+    assert torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_every_switch_is_found_and_can_be_turned_and_turned_back(device_type: str) -> None:
+    """The names of torch's private readers and writers are still what we take them for."""
+    slow, quick = backend_switches(device_type)
+    assert all(read() is not None for read, _ in (*slow, *quick)), "torch lacks one of the switches"
+    backends = Backends(device_type)
+    before = backends.state()
+    assert backends.state() is before
+    for place, setting in enumerate(before):
+        if type(setting) is not bool:
+            continue
+        wanted = (*before[:place], not setting, *before[place + 1 :])
+        with backends.set_to(wanted):
+            assert Backends(device_type).state() == wanted
+        assert Backends(device_type).state() == before
+
+
+def test_tf32_asked_for_in_the_old_way_is_seen_among_the_quick_ones() -> None:
+    backends = Backends("cuda")
+    torch.set_float32_matmul_precision("highest")
+    before = backends.state()
+    torch.set_float32_matmul_precision("high")
+    try:
+        meanwhile = backends.state()
+        assert meanwhile[0] == "high"
+        with backends.set_to(before):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert backends.state() == before
+
+
+# -- writes that no schema tells of --------------------------------------------------------------
+
+
+def normed(model: nn.Module, x: Tensor) -> Tensor:
+    return F.relu(F.silu(model.norm(x)) * 2 + 0.5)  # type: ignore[operator]
+
+
+class Normed(Trap):
+    def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__(middle)
+        self.norm = nn.BatchNorm1d(64)
+
+
+def statistics_move_before_backward(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+    """The graph reads running statistics, which a pass in training then updates."""
+    x, y = batch(step)
+    model.eval()
+    loss = F.cross_entropy(model(x), y)
+    model.train()
+    with torch.no_grad():
+        model(batch(step + 100)[0])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach()).hex()
+
+
+def test_running_statistics_are_behind_the_write_barrier(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("traps.Trap", Normed)
+    stats = assert_same(normed, spill_dir, statistics_move_before_backward)
+    assert stats["plan"]["recompute"]["values"] > 0  # type: ignore[index]
+    assert_same(normed, spill_dir, usual)
+
+
+def test_what_batch_norm_writes() -> None:
+    x, mean, variance = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    for training in (True, False):
+        args = (x, None, None, mean, variance, training, 0.1, 1e-5)
+        func = torch.ops.aten.native_batch_norm.default
+        before = (mean.clone(), variance.clone())
+        func(*args)
+        changed = not (torch.equal(mean, before[0]) and torch.equal(variance, before[1]))
+        assert changed is training, "torch has changed: what is said of this op is no longer so"
+        assert [id(item) for item in written_tensors(func, args, {})] == [id(mean), id(variance)] * training
+        assert (without_statistics(func, args)[3] is None) is training
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_spectral_norm(old: bool, spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vectors are written in each forward pass, and read by what makes the weight."""
+    norm = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+
+    class Spectral(Trap):
+        def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor]) -> None:
+            super().__init__(middle)
+            self.inner = nn.ModuleList(norm(layer) for layer in self.inner)  # type: ignore[operator]
+
+    monkeypatch.setattr("traps.Trap", Spectral)
+    stats = assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 0.5), spill_dir)
+    assert stats["replayed_ops"]
