@@ -115,12 +115,19 @@ class Row:
 
 
 def _resnet(batch: int, rivals: tuple[Rival, ...], targets: tuple[Target, ...], proves: str) -> Row:
+    """By moving alone."""
     return Row(
         name=f"resnet50-b{batch}",
         label=f"ResNet-50, batch {batch}",
         proves=proves,
         options=BenchOptions(
-            model="resnet50", batch_size=batch, image_size=224, device="cuda", budget=CAP, optimizer="sgd"
+            model="resnet50",
+            batch_size=batch,
+            image_size=224,
+            device="cuda",
+            budget=CAP,
+            optimizer="sgd",
+            recompute=False,
         ),
         rivals=rivals,
         targets=(*ALWAYS, *targets),
@@ -170,8 +177,8 @@ def _large(
         name=name,
         label=label,
         proves=proves,
-        options=replace(options, device="cuda", recompute=True, deterministic=strict),
-        rivals=(CHECKPOINT,),
+        options=replace(options, device="cuda", deterministic=strict),
+        rivals=(CHECKPOINT, CHECKPOINT_OFFLOAD, SAVE_ON_CPU),
         targets=(*_JOINT_ALWAYS, aim),
         share=share,
         strict=strict,
@@ -239,7 +246,8 @@ ROWS: dict[str, Row] = {
             label="GoogLeNet, one image of 8192x8192",
             proves="one sample that needs several times the cap trains",
             options=BenchOptions(
-                model="googlenet", batch_size=1, image_size=8192, device="cuda", budget=CAP, optimizer="sgd"
+                model="googlenet", batch_size=1, image_size=8192, device="cuda", budget=CAP, optimizer="sgd",
+                recompute=False,
             ),
             steps=5,
             rivals=(CAPPED, CHECKPOINT),
@@ -321,7 +329,7 @@ ROWS: dict[str, Row] = {
             label="Convolutions of ResNet-50 after 20 planned steps",
             proves="no convolution was starved: uncapped speed and uncapped bits after steps under the cap",
             options=BenchOptions(
-                model="resnet50", image_size=224, device="cuda", budget=CAP, optimizer="sgd"
+                model="resnet50", image_size=224, device="cuda", budget=CAP, optimizer="sgd", recompute=False
             ),
             kind=Kind.CONVOLUTIONS,
             steps=20,

@@ -69,7 +69,7 @@ class LMS:
     is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
     after one recorded step instead of planning; False for no plan at all: values leave only when memory
     runs out. ``rules``: a Rules or a dict of its fields.
-    ``recompute``: values may also be dropped and made again (None: as the rules say, which is no).
+    ``recompute``: whether values may also be dropped and made again (None: as the rules say, which is yes).
     ``verify``: check in the first steps and in every so many (True: 100) that what comes back has the bits
     that left; such steps are slower. ``snapshot``: copy parameters and optimizer states to host memory
     before each optimizer step, so that one that fails is undone. ``device``: where the loop runs; None for

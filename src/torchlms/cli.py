@@ -93,7 +93,7 @@ def bench(
     disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
-    recompute: opt.Recompute = False,
+    recompute: opt.Recompute = True,
     rule: opt.Rule = None,
     no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
     way: Annotated[
@@ -254,7 +254,7 @@ def fit(
     fit_command.fit(question, _write, _write_table)
 
 
-@app.command(epilog="Example: torchlms plan tape.json --budget 16GiB --recompute --save plan.json")
+@app.command(epilog="Example: torchlms plan tape.json --budget 16GiB --save plan.json")
 def plan(
     tape: Annotated[Path, typer.Argument(help="A recording: lms.tape.save(), or fit --save-tape.")],
     budget: opt.Budget = None,
@@ -262,7 +262,7 @@ def plan(
     disk_dir: Annotated[Text, typer.Option(help="Folder whose disk is meant. Default: a cache.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB.")] = None,
     machine: Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")] = None,
-    recompute: opt.Recompute = False,
+    recompute: opt.Recompute = True,
     save: Annotated[File, typer.Option(help="Write the plan to this file.")] = None,
 ) -> None:
     """Plan a recorded step for a budget, and say the reason for each choice. No device is needed."""
@@ -286,7 +286,7 @@ def run(
     disk_dir: Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")] = None,
     disk_budget: Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")] = None,
     plan: Annotated[Text, typer.Option(help="A plan file to use instead of planning.")] = None,
-    recompute: opt.Recompute = False,
+    recompute: opt.Recompute = True,
     rule: opt.Rule = None,
     device: Annotated[Text, typer.Option(help="cuda, cuda:1 or cpu. Default: the model's own.")] = None,
     save_plan: Annotated[File, typer.Option(help="Write the plan to this file at the end.")] = None,

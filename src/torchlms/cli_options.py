@@ -20,7 +20,7 @@ Dtype = Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")]
 Budget = Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")]
 HostBudget = Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")]
-Recompute = Annotated[bool, typer.Option("--recompute", help="Let LMS also drop values and make them again.")]
+Recompute = Annotated[bool, typer.Option(help="Whether LMS may also drop values and make them again.")]
 Rule = Annotated[
     Words | None, typer.Option(help="What may leave, name=value as in docs/tuning.md; once for each rule.")
 ]

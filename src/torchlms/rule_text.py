@@ -13,7 +13,7 @@ from torchlms.memory.limits import parse_bytes
 _EXAMPLE = "write --rule name=value, for example --rule keep_modules=layer1,layer2 or --rule min_bytes=4MiB"
 
 
-def read_rules(texts: Iterable[str], *, recompute: bool = False) -> dict[str, Any] | None:
+def read_rules(texts: Iterable[str], *, recompute: bool = True) -> dict[str, Any] | None:
     """The keyword ``rules`` of ``LMS`` from texts such as ``"keep_ops=aten.relu*,aten.gelu*"``; None for no
     rule. BadOption says which text cannot be read."""
     found: dict[str, Any] = {}
@@ -25,8 +25,8 @@ def read_rules(texts: Iterable[str], *, recompute: bool = False) -> dict[str, An
         if name in found:
             raise BadOption(f"the rule {name} is given twice; its patterns are separated by commas")
         found[name] = _value(name, value.strip())
-    if recompute:
-        found["recompute"] = True
+    if not recompute:
+        found["recompute"] = False
     Rules.read(found)  # says what is wrong now, not once the network is built
     return found or None
 

@@ -54,7 +54,7 @@ class BenchOptions:
     disk_dir: str | None = None
     disk_budget: str | None = None
     plan: str | None = None
-    recompute: bool = False
+    recompute: bool = True
     rule: tuple[str, ...] = ()  # each as rule_text reads it
     cap: str | None = None
     seed: int = 1
@@ -84,8 +84,8 @@ class BenchOptions:
             raise BadOption("--cap is for runs without LMS; with LMS the budget is the cap")
         if self.way is not Way.LMS and self.plan is not None:
             raise BadOption("--plan needs LMS; drop --no-lms or --way")
-        if self.way is not Way.LMS and (self.recompute or self.rule):
-            raise BadOption("--recompute and --rule need LMS; drop --no-lms or --way")
+        if self.way is not Way.LMS and (not self.recompute or self.rule):
+            raise BadOption("--no-recompute and --rule need LMS; drop --no-lms or --way")
         read_rules(self.rule, recompute=self.recompute)
         if self.batch_size < 0 or self.image_size < 0:
             raise BadOption("--batch-size and --image-size must not be negative")

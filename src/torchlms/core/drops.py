@@ -27,11 +27,11 @@ GIVEN_UP = 0.25  # of what makes an op too large, at a time
 
 
 def droppable(tape: Tape, value: Value) -> bool:
-    """Whether ``value`` has a recipe, and one idle stretch to be away in."""
+    """Whether ``value`` has a recipe, and an idle stretch to be away in: the first, if it has several."""
     return (
         value.movable
         and bool(value.recipe)
-        and len(value.idle) == 1
+        and bool(value.idle)
         and not wraps(value.idle[0])
         and value.idle[0].stop < len(tape.ops)
     )

@@ -50,7 +50,7 @@ class Rules:
     largest leave. Copies back begin at least ``reload_ahead_ops`` ops before the value is needed, where
     memory permits, and at most ``reload_within_ops``. ``copies`` says which copies run beside the ops:
     all (``overlap``), or not those out (``wait out``), not those back (``wait in``), or none (``wait``).
-    With ``recompute`` values that no move rule names may also be dropped and made again.
+    With ``recompute`` values that no move rule names may be dropped and made again, too.
     """
 
     keep_modules: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Rules:
     move_modules: tuple[str, ...] = ()
     move_ops: tuple[str, ...] = ()
     min_bytes: int = MIB
-    recompute: bool = False
+    recompute: bool = True
     only_modules: tuple[str, ...] = ()
     only_ops: tuple[str, ...] = ()
     keep_read_in: tuple[str, ...] = ()

@@ -95,7 +95,7 @@ def replay_table(device_type: str, table: Path = TABLE) -> Finding:
     if swept is None:
         return note(
             topic,
-            f"no op has been shown to give the same bits again on {device_type}: --recompute does nothing",
+            f"no op has been shown to give the same bits again on {device_type}: values only move",
             f"python -m torchlms.sweep.command --device {device_type}, once",
         )
     good = sum(may_replay(op, device_type) for op in swept["ops"])

@@ -101,16 +101,20 @@ class Engine(SlotOwner):
 
     # -- micro-steps -------------------------------------------------------------------------
 
-    def begins_microstep(self) -> bool:
-        """Whether what is saved now is the first of another micro-step (see microstep.py)."""
+    def begins_microstep(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor``, which is saved now, is the first of another micro-step (see microstep.py)."""
         if self.steps == 0:
             return True
         if private.in_backward():
             return False  # saved by a backward pass that is itself differentiable
-        return self.now.routine is None or self.now.backward_seen or not self._live
+        now = self.now
+        if now.routine is None or not self._live:
+            return True
+        return now.backward_seen and not now.graph.goes_on_to(tensor, self.guard.steps)
 
     def begin_microstep(self, first: torch.Tensor) -> None:
         """Close the one before; find out what kind of step this is, and do with it as was decided."""
+        before = self.now.graph
         self.end_microstep()
         for slot in self.living():  # of a graph that outlives its micro-step: strange to the next tape
             slot.value = slot.ordinal = -1
@@ -119,7 +123,7 @@ class Engine(SlotOwner):
         self.prepare(self, routine)
         self.steps += 1
         self.guard.outside()
-        now = self.now = MicroStep(routine)
+        now = self.now = MicroStep(routine, before)
         now.provenance = self._new_provenance(routine)
         program: Program | None = None
         if routine.verdict is Verdict.RECORD:
@@ -180,7 +184,7 @@ class Engine(SlotOwner):
 
     def end_microstep(self, *, closing: bool = False) -> None:
         """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""
-        past, self.now = self.now, MicroStep()
+        past, self.now = self.now, MicroStep(before=self.now.graph)
         self.holes.end_step()
         if past.routine is None:
             return

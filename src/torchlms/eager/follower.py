@@ -73,19 +73,21 @@ class Follower:
 
     def _carry_out(self, action: Action, slot: Slot) -> None:
         if action.deed is Deed.SEND:
-            self._send(slot)
+            self._send(action, slot)
         elif action.deed is Deed.DROP:
-            self._drop(slot)
+            self._drop(action, slot)
         elif action.deed is Deed.RELEASE:
-            self._send(slot)  # if it could not go earlier
+            self._send(action, slot)  # if it could not go earlier
             if slot.place is not None and slot.where is Where.HELD:
                 slot.release()
-        elif slot.where is Where.AWAY and slot.first_use:
+        elif slot.where is Where.AWAY and action.suits(slot.used_at):
             self._fetch(action, slot)
 
-    def _drop(self, slot: Slot) -> None:
+    def _drop(self, action: Action, slot: Slot) -> None:
         """Let go of what can be made again, once that has been tried. What cannot is moved instead."""
-        if self._provenance is None or not slot.first_use or slot.place is not None or not slot.alone():
+        if self._provenance is None or slot.place is not None:
+            return
+        if not action.suits(slot.used_at) or not slot.alone():
             return
         recipe = self._provenance.recipe(slot)
         if recipe is not None and self._trusted(slot, recipe):
@@ -106,9 +108,9 @@ class Follower:
                 self.program.judge(slot.ordinal, same=same)
         return slot.ordinal in trust.proven
 
-    def _send(self, slot: Slot) -> None:
-        decision = self.program.expected[slot.ordinal].decision
-        if decision is None or slot.place is not None or not slot.first_use or not slot.alone():
+    def _send(self, action: Action, slot: Slot) -> None:
+        decision = action.decision
+        if decision is None or slot.place is not None or not action.suits(slot.used_at) or not slot.alone():
             return
         place: Place | None = None
         if decision.choice is Choice.HOST:

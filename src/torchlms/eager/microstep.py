@@ -5,14 +5,17 @@ A micro-step is a forward pass with the backward passes over it, and whatever fo
 data, evaluation) until the next forward pass saves its first tensor. Accumulation, several losses
 and evaluation loops in between need no special treatment: each micro-step is one lap of the tape.
 
-A new micro-step begins when a tensor is saved outside any backward pass and either a backward
-pass has run since the last beginning or nothing saved since then is alive any more.
+A new micro-step begins when a tensor is saved outside any backward pass and nothing saved since the last
+beginning is alive any more, or a backward pass has run since then and the tensor does not come out of the
+same graph (graph.py), as the slope in a gradient penalty does.
 """
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
+
+from torchlms.eager.graph import Graph
 
 if TYPE_CHECKING:
     import weakref
@@ -29,11 +32,13 @@ class MicroStep:
     """One micro-step; without a ``routine`` none has begun, or it is over, and nobody watches."""
 
     __slots__ = (
+        "backward",
         "backward_seen",
         "began_s",
         "by_ordinal",
         "clock",
         "follower",
+        "graph",
         "lap",
         "ooms_before",
         "ordinal",
@@ -47,7 +52,7 @@ class MicroStep:
         "timer",
     )
 
-    def __init__(self, routine: Routine | None = None) -> None:
+    def __init__(self, routine: Routine | None = None, before: Graph | None = None) -> None:
         self.routine = routine
         self.recorder: Recorder | None = None
         self.follower: Follower | None = None
@@ -58,6 +63,8 @@ class MicroStep:
         self.ordinal = 0  # of the storage that is saved next
         self.by_ordinal: dict[int, weakref.ref[Slot]] = {}
         self.backward_seen = False
+        self.backward = -1  # the pass that runs, or ran last
+        self.graph = Graph(before)
         self.strayed = False  # from the program
         self.plainly = False  # ops only need an eye on running out of memory
         self.quiet: list[Any] = []  # ops of the program that need no more than that

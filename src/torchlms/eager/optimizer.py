@@ -27,6 +27,7 @@ class OptimizerGuard:
         self._snapshot = snapshot
         self._before: _Snapshot | None = None
         self.inside = False
+        self.steps = 0  # that have ended
         self.may_look_away: Callable[[], bool] = _never
         self.timer: OpTimer | None = None
         self._unwatched: Any = None  # the context in which a step runs that nobody needs to watch
@@ -90,6 +91,7 @@ class OptimizerGuard:
         del optimizer, args, kwargs
         if self.looks_away and self.timer is not None:
             self.timer.end(_WHOLE_STEP)
+        self.steps += 1
         self.outside()
 
 

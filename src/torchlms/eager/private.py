@@ -48,9 +48,26 @@ def _references_of_nobody() -> int:
 _graph_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
 
+def graph_task() -> int:
+    """Which backward pass this thread runs a node of just now, of all passes of the process; -1 for none."""
+    return int(_graph_task()) if _graph_task is not None else -1
+
+
 def in_backward() -> bool:
     """Whether this thread runs a node of a backward pass just now."""
-    return _graph_task is not None and int(_graph_task()) != -1
+    return graph_task() != -1
+
+
+def nodes_made() -> int:
+    """How many nodes of autograd graphs this thread has made so far; 0 where torch does not tell."""
+    count = getattr(torch._C._autograd, "_get_sequence_nr", None)
+    return int(count()) if count is not None else 0
+
+
+def node_number(node: Any) -> int:
+    """Which node of its thread this is, in the order in which they were made."""
+    number = getattr(node, "_sequence_nr", None)
+    return int(number()) if number is not None else -1
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.tape import Phase, Tape, Value
+from torchlms.eager.slot import UNUSED
 
 
 class Deed(IntEnum):
@@ -26,11 +27,22 @@ class Deed(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Before op ``op``, do ``deed`` with the slot of ordinal ``ordinal``, if a slot has a part in it."""
+    """Before op ``op``, do ``deed`` with the slot of ordinal ``ordinal``, if a slot has a part in it.
+
+    It is meant for one idle stretch of the slot: autograd has asked for the value ``since`` some op, and
+    not in or after op ``until``.
+    """
 
     op: int
     deed: Deed
     ordinal: int
+    decision: Decision | None = None
+    since: int = UNUSED
+    until: int = UNUSED + 1
+
+    def suits(self, used_at: int) -> bool:
+        """Whether a slot that autograd asked for last at ``used_at`` is in that stretch."""
+        return self.since <= used_at < self.until
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +51,11 @@ class Expected:
 
     size_bytes: int
     saved_at: int
-    needed_at: int
-    decision: Decision | None
+    needed_at: tuple[int, ...]  # where its idle stretches end
+
+    def needed_after(self, used_at: int) -> int:
+        """At which op it is needed next, once it was asked for at ``used_at``."""
+        return next((op for op in self.needed_at if op > used_at), 0)
 
 
 _ROOMY = 0.75  # of the budget: what stays below needs no eye on running out
@@ -72,15 +87,14 @@ class Program:
         self.trust = trust if trust is not None else Trust()
         self.tape = tape
         self.plan = plan
-        decisions = {decision.value: decision for decision in plan.moves}
+        decisions: dict[int, list[Decision]] = {}
+        for decision in plan.moves:
+            decisions.setdefault(decision.value, []).append(decision)
         saved = sorted((value for value in tape.values if value.saved >= 0), key=lambda value: value.saved)
         # Without the ordinals of storages that were let go and then saved once more: the later one counts.
         self.expected = {
             value.saved: Expected(
-                value.size_bytes,
-                value.saved_at,
-                value.idle[0].stop if value.idle else -1,
-                decisions.get(value.id),
+                value.size_bytes, value.saved_at, tuple(stretch.stop for stretch in value.idle)
             )
             for value in saved
         }
@@ -91,17 +105,11 @@ class Program:
         # not save them, or only later.
         self.holding: dict[int, set[int]] = {}
         for value in saved:
-            decision = decisions.get(value.id)
-            if decision is not None and decision.choice is Choice.RECOMPUTE:
-                actions.append(Action(decision.release_op, Deed.DROP, value.saved))
-                self.told.update(value.recipe)
-                self._hold_sources(value, decision.release_op)
-            if decision is None or decision.choice not in (Choice.HOST, Choice.DISK):
-                continue
-            start = value.idle[decision.stretch].start
-            actions.append(Action(start, Deed.SEND, value.saved))
-            actions.append(Action(decision.release_op, Deed.RELEASE, value.saved))
-            actions.append(Action(decision.reload_op, Deed.FETCH, value.saved))
+            for decision in decisions.get(value.id, ()):
+                actions += _actions(value, decision)
+                if decision.choice is Choice.RECOMPUTE:
+                    self.told.update(value.recipe)
+                    self._hold_sources(value, decision.release_op)
         self.roomy_at_end = _peak_at_end(tape) <= _ROOMY * plan.budget.device_bytes
         self.drops = any(action.deed is Deed.DROP for action in actions)
         self.actions = sorted(actions, key=self._order)
@@ -195,12 +203,28 @@ class Program:
 
     def _order(self, action: Action) -> tuple[int, int, int]:
         """By op and deed; sends in order of value id, fetches in order of need."""
-        if action.ordinal == _NO_SLOT:
+        if action.decision is None:
             return action.op, action.deed, 0
-        expected = self.expected[action.ordinal]
         if action.deed is Deed.FETCH:
-            return action.op, action.deed, expected.needed_at
-        return action.op, action.deed, expected.decision.value if expected.decision is not None else 0
+            return action.op, action.deed, self.expected[action.ordinal].needed_at[action.decision.stretch]
+        return action.op, action.deed, action.decision.value
+
+
+def _actions(value: Value, decision: Decision) -> list[Action]:
+    """What is to be done with ``value`` in one of its idle stretches."""
+    stretch = value.idle[decision.stretch]
+    used = (value.idle[decision.stretch - 1].stop, stretch.stop) if decision.stretch else ()
+
+    def act(op: int, deed: Deed) -> Action:
+        return Action(op, deed, value.saved, decision, *used)
+
+    if decision.choice is Choice.RECOMPUTE:
+        return [act(decision.release_op, Deed.DROP)]
+    return [
+        act(stretch.start, Deed.SEND),
+        act(decision.release_op, Deed.RELEASE),
+        act(decision.reload_op, Deed.FETCH),
+    ]
 
 
 def _peak_at_end(tape: Tape) -> int:

@@ -53,8 +53,9 @@ class _Draft:
     death: int | None = None
     saved: int = -1
     saved_at: int = -1
-    idle_from: int | None = None
-    needed_at: int | None = None
+    idle_from: int | None = None  # of a stretch that has not ended yet
+    used_in: int | None = None  # the backward pass that asked for it last
+    idle: list[Stretch] = field(default_factory=list)
     recipe: tuple[int, ...] = ()
     sources: tuple[int, ...] = ()
 
@@ -180,19 +181,23 @@ class Recorder:
         slot.value = value
         draft = self._values[value]
         if draft.saved >= 0:  # by a graph that is gone: what it saw of the value is no matter
-            draft.idle_from = draft.needed_at = None
+            draft.idle_from = draft.used_in = None
+            draft.idle.clear()
             draft.recipe = draft.sources = ()
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
         self._waiting[value] = weakref.ref(slot)
 
     def needed(self, slot: Slot) -> None:
-        """Autograd asks for a saved storage."""
+        """Autograd asks for a saved storage: perhaps not for the last time, where a graph is retained."""
         if slot.value < 0:
             return
         draft = self._values[slot.value]
-        if draft.needed_at is None:
-            draft.needed_at = len(self._ops)
-        self._waiting.pop(slot.value, None)
+        now, backward = len(self._ops), private.graph_task()
+        # Between two uses in one backward pass it is not worth going.
+        if draft.idle_from is not None and draft.idle_from < now and draft.used_in != backward:
+            draft.idle.append(Stretch(draft.idle_from, now))
+        draft.idle_from, draft.used_in = None, backward
+        self._waiting[slot.value] = weakref.ref(slot)
         if draft.module:
             self.module = draft.module
 
@@ -200,8 +205,9 @@ class Recorder:
         """A slot's bytes left their storage, or came back in a new one: the same value all along."""
         if slot.value < 0:
             return
-        self._waiting.pop(slot.value, None)
-        if slot.where is Where.COMING and slot.bytes is not None:
+        if slot.where is not Where.COMING:
+            self._waiting.pop(slot.value, None)
+        elif slot.bytes is not None:
             setattr(slot.bytes.untyped_storage(), _MARK, _ValueMark(self, slot.value))
 
     def leaving(self, slot: Slot) -> None:
@@ -238,6 +244,8 @@ class Recorder:
 
     def _idle_now(self, slot: Slot, draft: _Draft) -> None:
         draft.idle_from = len(self._ops)
+        if draft.idle:
+            return
         recipe = self._provenance.recipe(slot) if self._provenance is not None else None
         if recipe is not None:
             draft.recipe = recipe.ops
@@ -288,6 +296,10 @@ class Recorder:
         self._provenance = None
         self.device.synchronize()
         count = len(self._ops)
+        last = max((at for at, op in enumerate(self._ops) if op.phase is Phase.BACKWARD), default=0)
+        for op in self._ops[:last]:
+            if op.phase is Phase.BETWEEN:  # of two backward passes over one graph
+                op.phase = Phase.FORWARD
         return Tape(
             ops=tuple(
                 Op(
@@ -318,7 +330,7 @@ class Recorder:
 
 def _finished(index: int, draft: _Draft, count: int) -> Value:
     death = count if draft.death is None else draft.death
-    idle, why_not = _idle(draft, count)
+    idle, why_not = tuple(draft.idle), _why_not(draft)
     # An optimizer makes its states at the end of its first step; every later lap begins with them.
     lasting = draft.kind is Kind.STATE and draft.death is None
     return Value(
@@ -339,14 +351,13 @@ def _finished(index: int, draft: _Draft, count: int) -> Value:
     )
 
 
-def _idle(draft: _Draft, count: int) -> tuple[tuple[Stretch, ...], str]:
-    if draft.saved < 0:
-        return (), ""
-    if draft.needed_at is None:
-        return (), "saved, but never asked for"
-    if draft.idle_from is None or draft.idle_from >= draft.needed_at:
-        return (), "somebody else holds it until it is needed"
-    return (Stretch(draft.idle_from, min(draft.needed_at, count)),), ""
+def _why_not(draft: _Draft) -> str:
+    """Why a saved value cannot move; nothing for one that can, or was not saved."""
+    if draft.saved < 0 or draft.idle:
+        return ""
+    if draft.used_in is None:
+        return "saved, but never asked for"
+    return "somebody else holds it until it is needed"
 
 
 def device_name(device: torch.device) -> str:

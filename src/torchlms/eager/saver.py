@@ -84,7 +84,7 @@ class Saver:
         engine, storage = self._engine, tensor.untyped_storage()
         slot = find(storage, engine)
         if slot is None:
-            if engine.begins_microstep():
+            if engine.begins_microstep(tensor):
                 engine.begin_microstep(tensor)
             everything = whole(storage)
             engine.accounts.add(everything)
@@ -153,34 +153,41 @@ class Saver:
 
     def _note_use(self, slot: Slot) -> None:
         now = self._engine.now
-        if not now.backward_seen:
-            self._begin_backward()
+        backward = private.graph_task()
+        if not now.backward_seen or backward != now.backward:
+            self._begin_backward(backward)
         if now.recorder is not None:
             if now.recorder.phase is not Phase.BACKWARD and private.in_backward():
                 now.recorder.phase = Phase.BACKWARD
                 private.at_end_of_backward(self._backward_ended)
             now.recorder.needed(slot)
-        elif now.follower is not None and slot.first_use:
-            self._note_first_use(now.follower, slot)
-        slot.first_use = False
+            return
+        if now.follower is not None and slot.used_in != backward:
+            self._note_new_use(now.follower, slot)
+        slot.used_at, slot.used_in = now.clock, backward
 
-    def _note_first_use(self, follower: Follower, slot: Slot) -> None:
+    def _note_new_use(self, follower: Follower, slot: Slot) -> None:
+        """Autograd asks for the slot for the first time in this backward pass."""
         expected = follower.program.expected.get(slot.ordinal)
         if expected is None:
             return
         now = self._engine.now
-        now.clock = max(now.clock, expected.needed_at)
+        now.clock = max(now.clock, expected.needed_after(slot.used_at))
         now.catch_up()
         if slot.where is Where.AWAY:
             self._engine.late_fetches += 1
 
-    def _begin_backward(self) -> None:
+    def _begin_backward(self, backward: int) -> None:
+        """A backward pass asks for its first value; perhaps it is not the first one over this graph."""
         now = self._engine.now
-        now.backward_seen = True
-        if now.provenance is not None:
-            now.provenance.release()
+        again, now.backward_seen, now.backward = now.backward_seen, True, backward
+        now.graph.gone_through(self._engine.guard.steps)
         if now.lap is not None and private.in_backward():
             private.at_end_of_backward(now.lap.end)
+        if again:
+            return
+        if now.provenance is not None:
+            now.provenance.release()
         if self.empty_before_backward:
             self._engine.ladder.reclaim(EVERYTHING_BYTES)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torchlms.memory.store import Place
 
 _MARK = "_torchlms_slot"
+UNUSED = -2
 
 
 class Where(Enum):
@@ -89,7 +90,6 @@ class Slot:
         "cell",
         "copy_in",
         "copy_out",
-        "first_use",
         "ordinal",
         "owner",
         "pid",
@@ -97,6 +97,8 @@ class Slot:
         "recipe",
         "saved",
         "size_bytes",
+        "used_at",
+        "used_in",
         "value",
         "where",
     )
@@ -114,7 +116,8 @@ class Slot:
         self.value = -1  # the tape's id, while recording
         self.cell: Cell | None = None  # where its provenance is told, if anybody keeps it
         self.recipe: Recipe | None = None
-        self.first_use = True  # not unpacked yet
+        self.used_at = UNUSED  # the op before which autograd asked for it last
+        self.used_in = UNUSED  # and the backward pass that did
         self.pid = os.getpid()
         link(storage_bytes.untyped_storage(), self)
 

@@ -25,7 +25,7 @@ class PlanOrder:
     """What ``torchlms plan`` was asked for: a question of one tape, and what becomes of the plan."""
 
     question: Question
-    recompute: bool = False
+    recompute: bool = True
     save: Path | None = None
 
 

@@ -27,7 +27,7 @@ class Request:
     disk_dir: str | None = None
     disk_budget: str | None = None
     plan: str | None = None
-    recompute: bool = False
+    recompute: bool = True
     rule: tuple[str, ...] = ()  # each as rule_text reads it
     device: str | None = None
     save_plan: Path | None = None
