@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+typer = pytest.importorskip("typer")
 typer_testing = pytest.importorskip("typer.testing")
 
 from torchlms import cli  # noqa: E402
@@ -22,6 +24,11 @@ from torchlms.bench.provenance import code_hash, command_line, stale_results  # 
 from torchlms.core.machine import CopyTime, Machine  # noqa: E402
 from torchlms.errors import LMSError  # noqa: E402
 
+VERBS = {
+    command.callback.__name__: (command.callback.__doc__ or "").strip()
+    for command in cli.app.registered_commands
+    if command.callback is not None
+}
 TINY = ["--model", "mnist", "--batch-size", "2", "--num-batches", "1", "--device", "cpu", "--no-lms"]
 
 
@@ -48,14 +55,65 @@ def test_bench_end_to_end(tmp_path: Path) -> None:
 
 def test_no_arguments_print_help() -> None:
     done = invoke()
-    assert all(verb in done.output for verb in ("bench", "demo", "probe", "version"))
+    assert done.exit_code == 0
+    said = " ".join(done.output.split())
+    assert "..." not in said.partition("Commands:")[2], "nothing is cut off"
+    assert all(f" {verb} {text}" in said for verb, text in VERBS.items())
+    assert "To begin with: torchlms demo" in said
 
 
-@pytest.mark.parametrize("verb", ["bench", "demo", "probe", "version"])
-def test_help_has_an_example(verb: str) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_each_verb_has_an_example_that_can_be_read(verb: str) -> None:
     done = invoke(verb, "--help")
     assert done.exit_code == 0
-    assert f"Example: torchlms {verb}" in " ".join(done.output.split())
+    example = " ".join(done.output.split()).partition("Example: torchlms ")[2].split()
+    assert example[0] == verb
+    command: Any = typer.main.get_command(cli.app)
+    with command.make_context("torchlms", list(example)) as context:
+        left = [*getattr(context, "_protected_args", []), *context.args]
+        name, found, rest = command.resolve_command(context, left)
+        found.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize(("shell", "mark"), [("bash", "complete -o"), ("zsh", "#compdef torchlms")])
+def test_completion(shell: str, mark: str, tmp_path: Path) -> None:
+    """Shown, and installed into an empty home; then the shell's question gets the verbs."""
+    environment = os.environ | {
+        "HOME": str(tmp_path),
+        "SHELL": f"/bin/{shell}",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+
+    def asked(*arguments: str, **more: str) -> str:
+        command = [sys.executable, "-m", "torchlms", *arguments]
+        done = subprocess.run(
+            command, env=environment | more, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert mark in asked("--show-completion", shell)
+    asked("--install-completion", shell)
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("torchlms" in text for text in written)
+    words = asked(_TORCHLMS_COMPLETE=f"complete_{shell}", COMP_WORDS="torchlms do", COMP_CWORD="1",
+                  _TYPER_COMPLETE_ARGS="torchlms do")  # fmt: skip
+    assert "doctor" in words
+    assert "bench" not in words
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["version"], ["bench", *TINY], ["probe", "--device=cpu"], ["bench", *TINY, "--compare=none"]],
+)
+def test_json_alone_on_standard_output(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(device="cpu", device_bytes=2**34, torch="2.13")
+    monkeypatch.setattr("torchlms.api.measured_machine", lambda *args, **more: machine)
+    done = invoke(*arguments, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)
+    assert "torch" in done.stderr.lower() or "figure" in done.stderr, "the text is there all the same"
+    assert not Path("-").exists()
 
 
 @pytest.mark.parametrize("asked", ["version", "--version"])
@@ -90,14 +148,14 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     command = captured_command(
         monkeypatch, "--compare", "none,checkpoint", "--compare-timeout", "9", "--cap-rivals", "--identity",
-        "--report", "--json", "a.json", "--csv", "b.csv",
+        "--report", "--csv", "b.csv",
     )  # fmt: skip
     assert command.compare == (Way.NONE, Way.CHECKPOINT)
     assert command.compare_timeout_s == 9
     assert command.cap_rivals
     assert command.identity
     assert command.report
-    assert (command.json_path, command.csv_path) == (Path("a.json"), Path("b.csv"))
+    assert command.csv_path == Path("b.csv")
 
 
 def test_no_lms_is_the_way_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +247,8 @@ def test_code_hash_sees_sources_but_not_presentation(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "core" / "plan.py").write_text("a = 1\n")
     before = code_hash(tmp_path)
-    (tmp_path / "cli.py").write_text("b = 1\n")
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "run.py").write_text("b = 1\n")
     (tmp_path / "report" / "html.py").write_text("c = 1\n")
     assert code_hash(tmp_path) == before
     (tmp_path / "core" / "plan.py").write_text("a = 2\n")

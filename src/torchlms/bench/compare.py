@@ -45,6 +45,8 @@ def rival_options(options: BenchOptions, way: Way, *, cap: bool) -> BenchOptions
         disk_dir=None,
         disk_budget=None,
         plan=None,
+        recompute=False,
+        rule=(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ class BenchOptions:
             raise BadOption("--plan needs LMS; drop --no-lms or --way")
         if self.way is not Way.LMS and (self.recompute or self.rule):
             raise BadOption("--recompute and --rule need LMS; drop --no-lms or --way")
-        read_rules(self.rule, recompute=self.recompute)
+        self.rules()
         if self.batch_size < 0 or self.image_size < 0:
             raise BadOption("--batch-size and --image-size must not be negative")
         if 0 < self.image_size < network.least_image_size:
@@ -118,6 +119,10 @@ class BenchOptions:
                     parse_bytes(text, whole_bytes=1 << 60)
                 except BadOption as error:
                     raise BadOption(f"--{name.replace('_', '-')}: {error}") from None
+
+    def rules(self) -> dict[str, Any] | None:
+        """The keyword ``rules`` of ``LMS``."""
+        return read_rules(self.rule, recompute=self.recompute)
 
     def torch_device(self) -> torch.device:
         """The device with its index, which the allocator's cap insists on."""
