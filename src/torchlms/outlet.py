@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,21 @@ def outlet(path: Path | None) -> Iterator[Put]:
     """
     check_folder(path)
     if path != STDOUT:
-        yield into_nothing if path is None else lambda figures: _write(figures, path)
+        yield _into(path)
         return
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         yield lambda figures: print(_text(figures), file=out, flush=True)
+
+
+def last_outlet(path: Path | None) -> Put:
+    """As ``outlet``, to the end of this process and of those that it starts."""
+    if path != STDOUT:
+        return _into(path)
+    sys.stdout.flush()
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return lambda figures: print(_text(figures), file=out, flush=True)
 
 
 def into_nothing(figures: Any) -> None:
@@ -43,8 +54,14 @@ def check_folder(*paths: Path | None) -> None:
             raise BadOption(f"{path}: its folder does not exist")
 
 
-def _write(figures: Any, path: Path) -> None:
-    path.write_text(_text(figures) + "\n")
+def _into(path: Path | None) -> Put:
+    if path is None:
+        return into_nothing
+
+    def write(figures: Any) -> None:
+        path.write_text(_text(figures) + "\n")
+
+    return write
 
 
 def _text(figures: Any) -> str:

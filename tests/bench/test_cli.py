@@ -133,7 +133,8 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype="bfloat16", optimizer="adam", learning_rate=0.5, way=Way.LMS, budget="1GiB", host_budget="2GiB",
         disk_dir="spill", disk_budget="3GB", plan="p.json", cap="4GiB", seed=9, cudnn_benchmark=True,
         deterministic=True, hidden=64, layers=2, heads=4, kv_heads=2, sequence=8, vocab=99,
-        width=32, norm="batch", recompute=True, rule=("keep_ops=aten.relu*,aten.gelu*", "min_bytes=4MiB"),
+        width=32, norm="batch", recompute=True, verify=True, verify_every=3, snapshot=True,
+        rule=("keep_ops=aten.relu*,aten.gelu*", "min_bytes=4MiB"),
     )  # fmt: skip
     defaults = BenchOptions()
     same = [f for f in BenchOptions.__slots__ if f != "way" and getattr(wanted, f) == getattr(defaults, f)]
@@ -143,6 +144,33 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     for way in Way:
         changed = replace(defaults, way=way)
         assert captured_command(monkeypatch, *to_arguments(changed)).options == changed
+
+
+LMS_TINY = ["bench", "--model=mnist", "--batch-size=16", "--device=cpu", "--num-batches=3", "--warmup=3"]
+
+
+def test_options_of_lms_take_effect(tmp_path: Path) -> None:
+    """Rules move other values; what comes back is checked where that is asked for."""
+
+    def figures(*options: str) -> dict[str, Any]:
+        where = [f"--disk-dir={tmp_path}", f"--save-run={tmp_path}/run.json", "--budget=1GiB"]
+        done = invoke(*LMS_TINY, *where, *options)
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())["stats"]
+        return found
+
+    assert figures()["bytes_out_per_step"] == 0
+    moved = figures("--rule=move_ops=aten.relu*", "--snapshot")
+    assert moved["bytes_out_per_step"] > 0
+    assert moved["verified_values"] == 0
+    assert figures("--rule=move_ops=aten.relu*", "--verify")["verified_values"] > 0
+    assert figures("--rule=move_ops=aten.relu*", "--verify-every=2")["verified_values"] > 0
+
+
+@pytest.mark.parametrize("option", ["--recompute", "--verify", "--verify-every=2", "--snapshot"])
+def test_options_of_lms_need_lms(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *TINY, option]) == 2
+    assert f"{option.partition('=')[0]}: only LMS can do that" in capsys.readouterr().err
 
 
 def test_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

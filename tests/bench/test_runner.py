@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -263,5 +264,6 @@ def test_the_folder_of_a_result_is_checked_first(tmp_path: Path) -> None:
 
 def test_rivals_get_no_option_of_lms() -> None:
     """They refuse them."""
-    ours = BenchOptions(model="mnist", budget="1GiB", recompute=True, rule=("min_bytes=1MiB",), plan="p.json")
+    ours = BenchOptions(model="mnist", budget="1GiB", recompute=True, rule=("min_bytes=1MiB",), verify=True)
+    ours = replace(ours, verify_every=2, snapshot=True, plan="p.json")
     assert to_arguments(rival_options(ours, Way.NONE, cap=False)) == ["--model", "mnist", "--way", "none"]

@@ -387,3 +387,70 @@ def test_other_threads_are_left_alone(tmp_path: Path) -> None:
 def test_quiet(tmp_path: Path) -> None:
     ours = under_lms("--quiet", BUDGET, write(tmp_path, USUAL), cwd=tmp_path)
     assert (ours.status, ours.err) == (0, "")
+
+
+# -- options of LMS --------------------------------------------------------------------------
+
+
+def test_rules_hold(tmp_path: Path) -> None:
+    script = write(tmp_path, USUAL)
+    roomy = "--budget=80MiB"
+    assert figures(tmp_path, script, roomy)["plan"]["disk"]["values"] == 0
+    assert figures(tmp_path, script, roomy, "--rule=move_ops=aten.tanh*")["plan"]["disk"]["values"] == 12
+
+
+def test_figures_alone_on_standard_output(tmp_path: Path) -> None:
+    """Also where a child of the script prints."""
+    script = write(tmp_path, f"import os\n{USUAL}\nos.system('echo child')")
+    ours = under_lms(BUDGET, "--json=-", script, cwd=tmp_path)
+    assert json.loads(ours.out)["steps"] == 6
+    assert "child" in ours.err
+    assert plain_run((tmp_path / script).read_text()).out.split()[0] in ours.err
+    assert not (tmp_path / "-").exists()
+
+
+def test_bits_are_checked(tmp_path: Path) -> None:
+    script = write(tmp_path, USUAL)
+    assert figures(tmp_path, script)["verified_values"] == 0
+    assert figures(tmp_path, script, "--verify")["verified_values"] > 0
+    assert figures(tmp_path, script, "--verify-every=1")["verified_values"] > 0
+
+
+TORN = """
+    class Torn(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1)
+            torch.empty(1 << 30).add_(1)
+    optimizer = Torn(net.parameters(), 0.1)
+    before = [parameter.clone() for parameter in net.parameters()]
+    try:
+        step(net, optimizer)
+    except Exception as error:
+        print(type(error).__name__, getattr(error, "restored", None))
+    print(all(torch.equal(*pair) for pair in zip(before, net.parameters())))
+"""
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--snapshot"], "True\nTrue"), ([], "False\nFalse")])
+def test_a_torn_step_is_undone(options: list[str], said: str, tmp_path: Path) -> None:
+    ours = under_lms(BUDGET, *options, write(tmp_path, TORN), cwd=tmp_path)
+    assert ours.out.endswith(f"StepTorn {said}\n"), ours.err
+
+
+def test_an_optimizer_around_another(tmp_path: Path) -> None:
+    body = """
+        class Outer(torch.optim.Optimizer):
+            def __init__(self, inner):
+                super().__init__([p for g in inner.param_groups for p in g["params"]], {})
+                self.inner = inner
+            def step(self):
+                self.inner.step()
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.data.mul_(0.999)
+        optimizer = Outer(optimizer)
+        for _ in range(6): step(net, optimizer)
+    """
+    found = figures(tmp_path, write(tmp_path, body), "--snapshot")
+    assert (found["state"], found["steps"]) == ("guard", 6)

@@ -47,6 +47,9 @@ def rival_options(options: BenchOptions, way: Way, *, cap: bool) -> BenchOptions
         plan=None,
         recompute=False,
         rule=(),
+        verify=False,
+        verify_every=0,
+        snapshot=False,
     )
 
 

@@ -57,6 +57,9 @@ class BenchOptions:
     plan: str | None = None
     recompute: bool = False
     rule: tuple[str, ...] = ()  # each as rule_text reads it
+    verify: bool = False
+    verify_every: int = 0  # steps; 0: as verify says
+    snapshot: bool = False
     cap: str | None = None
     seed: int = 1
     cudnn_benchmark: bool = False
@@ -85,8 +88,14 @@ class BenchOptions:
             raise BadOption("--cap is for runs without LMS; with LMS the budget is the cap")
         if self.way is not Way.LMS and self.plan is not None:
             raise BadOption("--plan needs LMS; drop --no-lms or --way")
-        if self.way is not Way.LMS and (self.recompute or self.rule):
-            raise BadOption("--recompute and --rule need LMS; drop --no-lms or --way")
+        ours = {
+            name: getattr(self, name) for name in ("recompute", "rule", "verify", "verify_every", "snapshot")
+        }
+        if self.way is not Way.LMS and any(ours.values()):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name, given in ours.items() if given)
+            raise BadOption(f"{names}: only LMS can do that; drop --no-lms or --way")
+        if self.verify_every < 0:
+            raise BadOption(f"--verify-every {self.verify_every}: a number of steps")
         self.rules()
         if self.batch_size < 0 or self.image_size < 0:
             raise BadOption("--batch-size and --image-size must not be negative")

@@ -55,6 +55,8 @@ def open_lms(workload: Workload, options: BenchOptions) -> contextlib.AbstractCo
             disk_budget=options.disk_budget,
             plan=options.plan,
             rules=options.rules(),
+            verify=options.verify_every or options.verify,
+            snapshot=options.snapshot,
         ),
     )
 

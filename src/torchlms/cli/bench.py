@@ -43,6 +43,9 @@ def bench(
     plan: opt.PlanFile = None,
     recompute: opt.Recompute = False,
     rule: opt.Rule = None,
+    verify: opt.Verify = False,
+    verify_every: opt.VerifyEvery = 0,
+    snapshot: opt.Snapshot = False,
     no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
     way: Annotated[
         Text,

@@ -32,6 +32,11 @@ PlanFile = Annotated[Text, typer.Option(help="A plan file to use instead of plan
 MachineFile = Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")]
 Report = Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")]
 Json = Annotated[File, typer.Option("--json", help="Write the figures to this file; - prints nothing else.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check in some steps the bits of what comes back.")]
+VerifyEvery = Annotated[int, typer.Option(help="The same, in every so many steps; --verify: in every 100th.")]
+Snapshot = Annotated[
+    bool, typer.Option("--snapshot", help="Undo an optimizer step that fails for want of memory.")
+]
 SaveRun = Annotated[File, typer.Option(help="Write the record of the run, for torchlms report.")]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchlms.api import current
 from torchlms.eager import private
@@ -44,7 +44,10 @@ class Finder:
         self._optimizers = Optimizers()
         self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # their submodules, too
         self._process = os.getpid()
-        self._step_hook = register_optimizer_step_pre_hook(self._before_step)
+        self._step_hooks = (
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        )
         self._forward_hook: Any = None
         self._look()
 
@@ -72,7 +75,8 @@ class Finder:
 
     def _let_go(self) -> None:
         self._look_no_more()
-        self._step_hook.remove()
+        for hook in self._step_hooks:
+            hook.remove()
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         del args
@@ -90,7 +94,6 @@ class Finder:
             self._meet(self.lms, model)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
         if torch.compiler.is_compiling() or not self._is_ours():
             return
         self._stepped = True
@@ -100,6 +103,11 @@ class Finder:
                 self._start(device=parameters[0].device)  # no model: a step of functions, or all compiled
             elif self.lms is not None and self._forward_hook is None:
                 self._look()
+        self._optimizers.begin(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and self._is_ours():
+            self._optimizers.end(optimizer, args, kwargs)
 
     def _is_ours(self) -> bool:
         """Whether this is the process and the thread that we run, and the script leaves LMS to us."""

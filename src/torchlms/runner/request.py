@@ -10,6 +10,7 @@ from typing import Any
 
 from torchlms.errors import BadOption
 from torchlms.memory.limits import parse_bytes
+from torchlms.outlet import STDOUT
 from torchlms.rule_text import read_rules
 
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
@@ -29,6 +30,9 @@ class Request:
     plan: str | None = None
     recompute: bool = False
     rule: tuple[str, ...] = ()  # each as rule_text reads it
+    verify: bool = False
+    verify_every: int = 0  # steps; 0: as verify says
+    snapshot: bool = False
     device: str | None = None
     save_plan: Path | None = None
     save_tape: Path | None = None
@@ -44,6 +48,8 @@ class Request:
             if size is not None:
                 parse_bytes(size, whole_bytes=_SOME_WHOLE)
         read_rules(self.rule)
+        if self.verify_every < 0:
+            raise BadOption(f"--verify-every {self.verify_every}: a number of steps")
         if not self.as_module and not Path(self.target).exists():
             raise BadOption(f"there is no script {self.target!r}; for a module write: torchlms run -m name")
         if self.plan is not None and not Path(self.plan).is_file():
@@ -51,7 +57,7 @@ class Request:
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise BadOption(f"cannot read --device {self.device!r}: write 'cuda', 'cuda:1' or 'cpu'")
         for path in (self.save_plan, self.save_tape, self.save_run, self.json_path):
-            if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            if path not in (None, STDOUT) and not os.access(path.absolute().parent, os.W_OK):
                 raise BadOption(f"{path} could not be written at the end: no such folder, or no permission")
 
     def lms_options(self) -> dict[str, Any]:
@@ -63,4 +69,6 @@ class Request:
             "disk_budget": self.disk_budget,
             "plan": self.plan,
             "rules": read_rules(self.rule, recompute=self.recompute),
+            "verify": self.verify_every or self.verify,
+            "snapshot": self.snapshot,
         }

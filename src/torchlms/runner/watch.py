@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from torchlms.errors import LMSError
+from torchlms.outlet import Put, into_nothing, last_outlet
 from torchlms.runner.importing import after_import
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ class Watch:
         self._request = request
         self._process = os.getpid()
         self._finder: Finder | None = None
+        self._put: Put = into_nothing
 
     def begin(self) -> None:
+        self._put = last_outlet(self._request.json_path)
         _speak(quiet=self._request.quiet)
         after_import("torch", self._find)
 
@@ -70,8 +72,7 @@ class Watch:
             plan, tape = (lms.plan, lms.tape) if lms is not None else (None, None)
             print(report_text(stats, tape, plan), file=sys.stderr)
         if request.json_path is not None:
-            path = request.json_path
-            _write(path, "figures", lambda: path.write_text(json.dumps(stats, indent=1) + "\n"))
+            _write(request.json_path, "figures", lambda: self._put(stats))
         if request.save_plan is not None:
             plan, path = lms.plan if lms is not None else None, request.save_plan
             _write(path, "plan", None if plan is None else lambda: plan.save(path))
