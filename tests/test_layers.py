@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "eager": BASE | {"memory"},
     "compile": BASE | {"memory"},
     "states": BASE | {"memory"},
-    "options": BASE | {"memory"},
+    "options": BASE | {"memory", "rule_text"},
     "race": {"core"},
     "rule_text": BASE | {"memory"},
     "director": BASE | DOING | {"memory", "race"},

@@ -248,6 +248,8 @@ def test_rules_hold(files: list[str]) -> None:
     kept = answer(*files, "--batch-size=20", "--budget=450MiB", "--rule", "keep_ops=*")
     assert (free["verdict"], kept["verdict"]) == ("moves", "too_small")
     assert kept["smallest_bytes"] == kept["plain"]["peak_device_bytes"] > free["smallest_bytes"]
+    spare = answer(*files, "--batch-size=20", "--budget=450MiB", "--rule", "headroom_bytes=100MiB")
+    assert spare["predicted"]["peak_device_bytes"] <= 350 << 20 < free["predicted"]["peak_device_bytes"]
     waited = answer(*files, "--batch-size=20", "--budget=450MiB", "--rule", "copies=wait", "--curve")
     assert waited["predicted"]["step_s"] > free["predicted"]["step_s"]
     curve = answer(*files, "--batch-size=20", "--budget=450MiB", "--curve")["curve"]

@@ -80,7 +80,7 @@ def look(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) 
         plain_bytes=plain_peak_bytes(tape),
         plain_s=sum(op.time_s for op in tape.ops),
         narrow=narrow,
-        smallest_bytes=narrow.needs_bytes,
+        smallest_bytes=narrow.needs_bytes + (rules.headroom_bytes or 0),
     )
     try:
         plan = planned(tape, machine, budget, rules)
@@ -101,7 +101,7 @@ def planned(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULE
             machine,
             budget,
             rules,
-            headroom_bytes=headroom_bytes(machine, budget.device_bytes),
+            headroom_bytes=headroom_bytes(machine, budget.device_bytes, rules.headroom_bytes),
             elbow=ELBOW if machine.link else NO_ELBOW,
         )
     except BudgetTooSmall:
