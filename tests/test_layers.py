@@ -32,6 +32,7 @@ TOP = {"__main__", "cli", "integrations", "bench", "doctor", "fit", "runner", "s
 MAY_IMPORT = {
     "errors": set(),
     "core": {"errors"},
+    "loudness": {"errors"},
     "outlet": {"errors"},
     "memory": {"errors"},
     "eager": BASE | {"memory"},
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "check": BASE | DOING,
     "statistics": BASE | DOING | {"memory", "report"},
     "report": BASE | {"memory"},
-    "api": BASE | DOING | {"memory", "options", "director", "statistics", "report", "check"},
+    "api": BASE | DOING | {"memory", "options", "director", "statistics", "report", "check", "loudness"},
     "__init__": BASE | {"api"},
     "integrations": {"api", "core", "errors"},
     "steps": {"api"},
@@ -54,10 +55,24 @@ MAY_IMPORT = {
     "live": {"memory"},
     "report_page": BASE | {"memory", "api", "fit", "outlet"},
     "doctor": BASE | DOING | {"memory"},
-    "runner": BASE | DOING | {"memory", "report", "api", "rule_text", "report_page", "outlet"},
+    "runner": BASE
+    | DOING
+    | {"memory", "report", "api", "rule_text", "report_page", "outlet", "loudness", "live", "steps"},
     "cli": BASE
     | DOING
-    | {"memory", "report", "report_page", "api", "bench", "doctor", "fit", "runner", "live", "outlet"},
+    | {
+        "memory",
+        "report",
+        "report_page",
+        "api",
+        "bench",
+        "doctor",
+        "fit",
+        "runner",
+        "live",
+        "loudness",
+        "outlet",
+    },
     "__main__": {"cli", "bench", "runner", "api", "errors"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import re
@@ -407,6 +408,58 @@ def test_figures_alone_on_standard_output(tmp_path: Path) -> None:
     assert "child" in ours.err
     assert plain_run((tmp_path / script).read_text()).out.split()[0] in ours.err
     assert not (tmp_path / "-").exists()
+
+
+def test_steps_are_noted(tmp_path: Path) -> None:
+    """A row a lap, also where two optimizers step in each; a trace of some; averages without the first."""
+    body = """
+        other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+        for _ in range(8):
+            step(net, optimizer)
+            other.step()
+    """
+    script = write(tmp_path, body)
+    notes = [
+        "--csv=steps.csv",
+        "--skip=5",
+        "--batch-size=1024",
+        "--profile=trace.json",
+        "--profile-steps=3-4",
+    ]
+    found = figures(tmp_path, script, *notes)
+    rows = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    assert [row["step"] for row in rows] == [str(number) for number in range(8)]
+    seconds = [float(row["seconds"]) for row in rows[5:]]
+    assert found["averages"]["steps"] == 3
+    assert found["averages"]["seconds"] == pytest.approx(sum(seconds) / 3)
+    assert float(rows[6]["items_per_s"]) == pytest.approx(1024 / seconds[1])
+    assert "after the first 5 steps: 3 steps, " in found["said"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step#Adam")]
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [("--log=debug", 3), ("--log=info", 2), ("--log=warning", 1), ("--log=error", 0), ("--log=off", 0)],
+)
+def test_the_log_has_levels(option: str, shown: int, tmp_path: Path) -> None:
+    body = """
+        import logging
+        step(net, optimizer)
+        for level in ("debug", "info", "warning"):
+            getattr(logging.getLogger("torchlms"), level)("%s it is", level)
+    """
+    ours = under_lms(option, write(tmp_path, body), cwd=tmp_path)
+    assert ours.err.count(" it is") == shown
+    assert ("recording step 1" in ours.err) is (shown > 1)
+
+
+def test_a_level_that_is_none(tmp_path: Path) -> None:
+    ours = under_lms("--log=loud", write(tmp_path, ""), cwd=tmp_path)
+    assert (ours.status, ours.err) == (
+        2, "torchlms: --log loud: choose from debug, info, warning, error, off\n"
+    )  # fmt: skip
 
 
 def test_bits_are_checked(tmp_path: Path) -> None:

@@ -80,6 +80,12 @@ def bench(
     return result
 
 
+def pace(options: BenchOptions) -> tuple[int, str]:
+    """Items in a step, and what they are."""
+    network = get_network(options.model)
+    return network.items_per_step(options.resolve(network).network_options()), network.unit
+
+
 def _run_rival(command: BenchCommand, options: BenchOptions, way: Way, write: Write) -> dict[str, Any]:
     write(f"Comparing with {way.value}, in a process of its own")
     result = run_apart(

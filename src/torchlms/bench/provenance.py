@@ -24,6 +24,7 @@ _NOT_MEASURED = {
     "__main__.py",
     "errors.py",
     "live.py",
+    "loudness.py",
     "outlet.py",
     "report.py",
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),

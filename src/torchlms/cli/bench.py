@@ -73,8 +73,9 @@ def bench(
     norm: opt.Norm = "instance",
     report: opt.Report = False,
     json_path: opt.Json = None,
-    csv_path: Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")] = None,
+    csv_path: opt.Csv = None,
     save_run: opt.SaveRun = None,
+    log: opt.Log = "",
     live: Annotated[bool, typer.Option(help="On a terminal, a line that says what LMS is doing.")] = True,
     list_models: Annotated[bool, typer.Option("--list", help="List the networks and stop.")] = False,
     stale: Annotated[File, typer.Option(help="List results in this folder made by other code; stop.")] = None,
@@ -90,8 +91,10 @@ def bench(
     from torchlms.bench import command as bench_command
     from torchlms.bench.options import BenchOptions, parse_ways
     from torchlms.live import live_line
+    from torchlms.loudness import choose
     from torchlms.outlet import outlet
 
+    choose(log)
     asked["rule"] = tuple(rule or ())
     names = {field.name for field in dataclasses.fields(BenchOptions)} - {"way"}
     options = BenchOptions(way=_way(way, no_lms), **{name: asked[name] for name in names})
@@ -106,7 +109,9 @@ def bench(
         csv_path=csv_path,
     )
     try:
-        with outlet(json_path) as put, live_line(stats) if live else contextlib.nullcontext():
+        items, unit = bench_command.pace(options)
+        line = live_line(stats, items=items, unit=unit) if live else contextlib.nullcontext()
+        with outlet(json_path) as put, line:
             bench_command.bench(command, onlooker or write, write_table, put)
     except bench_command.NotIdentical as error:
         if debugging():

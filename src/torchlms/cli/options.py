@@ -37,6 +37,8 @@ VerifyEvery = Annotated[int, typer.Option(help="The same, in every so many steps
 Snapshot = Annotated[
     bool, typer.Option("--snapshot", help="Undo an optimizer step that fails for want of memory.")
 ]
+Csv = Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")]
+Log = Annotated[str, typer.Option(help="What LMS says: debug, info, warning, error or off. Default: info.")]
 SaveRun = Annotated[File, typer.Option(help="Write the record of the run, for torchlms report.")]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]

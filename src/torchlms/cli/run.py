@@ -34,7 +34,14 @@ def run(
     save_tape: Annotated[File, typer.Option(help="Write the recorded step to this file at the end.")] = None,
     json_path: opt.Json = None,
     save_run: opt.SaveRun = None,
+    csv_path: opt.Csv = None,
+    skip: Annotated[int, typer.Option(help="First steps left out of the averages that --csv gives.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Items in a step, for items per second.")] = 0,
+    profile: Annotated[File, typer.Option(help="Write a trace of some steps, by torch's profiler.")] = None,
+    profile_steps: Annotated[str, typer.Option(help="Which ones, counted from 0.")] = "10-12",
+    live: Annotated[bool, typer.Option("--live", help="On a terminal, a line of what LMS is doing.")] = False,
     report: opt.Report = False,
+    log: opt.Log = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
 ) -> None:
     """Run an unmodified training script within a budget; all that follows its name is the script's own."""

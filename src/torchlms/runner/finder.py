@@ -41,7 +41,7 @@ class Finder:
         self._options = options
         self._device = None if device is None else torch.device(device)
         self._models = Models()
-        self._optimizers = Optimizers()
+        self.optimizers = Optimizers()
         self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # their submodules, too
         self._process = os.getpid()
         self._step_hooks = (
@@ -50,6 +50,10 @@ class Finder:
         )
         self._forward_hook: Any = None
         self._look()
+
+    def stats(self) -> dict[str, Any]:
+        """As ``LMS.stats``, also before LMS is on."""
+        return self.lms.stats() if self.lms is not None else {"state": "off"}
 
     def end(self) -> None:
         """Take off every hook, and LMS; to be called where the script's main module has ended."""
@@ -97,17 +101,17 @@ class Finder:
         if torch.compiler.is_compiling() or not self._is_ours():
             return
         self._stepped = True
-        if self._optimizers.add(optimizer):
-            parameters = [item for group in self._optimizers.param_groups for item in group["params"]]
+        if self.optimizers.add(optimizer):
+            parameters = [item for group in self.optimizers.param_groups for item in group["params"]]
             if self.lms is None and self._may_start(parameters):
                 self._start(device=parameters[0].device)  # no model: a step of functions, or all compiled
             elif self.lms is not None and self._forward_hook is None:
                 self._look()
-        self._optimizers.begin(optimizer, args, kwargs)
+        self.optimizers.begin(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling() and self._is_ours():
-            self._optimizers.end(optimizer, args, kwargs)
+            self.optimizers.end(optimizer, args, kwargs)
 
     def _is_ours(self) -> bool:
         """Whether this is the process and the thread that we run, and the script leaves LMS to us."""
@@ -143,7 +147,7 @@ class Finder:
         try:
             lms = ScriptLMS(
                 self._models,
-                self._optimizers,
+                self.optimizers,
                 gave_way=self._leave_to_script,
                 device=device,
                 **self._options,
