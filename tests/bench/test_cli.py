@@ -167,6 +167,19 @@ def test_options_of_lms_take_effect(tmp_path: Path) -> None:
     assert figures("--rule=move_ops=aten.relu*", "--verify-every=2")["verified_values"] > 0
 
 
+def test_report_as_json_alone(tmp_path: Path) -> None:
+    """It says what the page says, and no page is drawn that nobody asked for."""
+    path = tmp_path / "run.json"
+    done = invoke(*LMS_TINY, "--budget=1GiB", f"--disk-dir={tmp_path}", f"--save-run={path}")
+    assert done.exit_code == 0, done.output
+    found = json.loads(invoke("report", str(path), "--json", "-", "--no-curve").stdout)
+    assert found["schema"] == "torchlms.report/1"
+    assert "nothing has to leave" in found["headline"]
+    assert found["stats"]["steps"] == 6
+    assert found["findings"]
+    assert not path.with_suffix(".html").exists()
+
+
 @pytest.mark.parametrize("option", ["--recompute", "--verify", "--verify-every=2", "--snapshot"])
 def test_options_of_lms_need_lms(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *TINY, option]) == 2

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -13,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.runner.runs import EXAMPLES, Ended, both, plainly, under_lms
+from tests.runner.runs import ENVIRONMENT, EXAMPLES, Ended, both, plainly, under_lms
 from torchlms.core.tape import Kind, Tape
 
 pytest.importorskip("typer")
@@ -507,3 +512,36 @@ def test_an_optimizer_around_another(tmp_path: Path) -> None:
     """
     found = figures(tmp_path, write(tmp_path, body), "--snapshot")
     assert (found["state"], found["steps"]) == ("guard", 6)
+
+
+def test_a_live_line_on_a_terminal(tmp_path: Path) -> None:
+    """On standard error only, gone at the end; without the option, or a terminal, there is none."""
+    script = write(tmp_path, "import time\nfor _ in range(6): step(net, optimizer); time.sleep(0.3)")
+    plain = plainly(script, cwd=tmp_path)
+    for options, shown in ((["--live", "--batch-size=1024"], True), ([], False)):
+        out, error = on_a_terminal("--quiet", BUDGET, *options, script, cwd=tmp_path)
+        assert out == plain.out
+        assert ("torchlms: recording, which is slow, step 1" in error) is shown
+        assert ("items/s" in error) is shown
+        assert error.endswith("\x1b[2K") is shown
+    assert under_lms("--quiet", "--live", BUDGET, script, cwd=tmp_path) == plain
+
+
+def on_a_terminal(*arguments: str, cwd: Path) -> tuple[str, str]:
+    """What is said on standard output, a pipe, and on standard error, a terminal."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, True)
+    command = [sys.executable, "-m", "torchlms", "run", *arguments]
+    environment = ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody is left
+            while part := os.read(ours, 4096):
+                said += part
+        assert process.stdout is not None
+        out = process.stdout.read()
+    os.close(ours)
+    return out, said.decode()
