@@ -320,7 +320,7 @@ def test_devices_that_cannot_be(
         (("16GiB",), None),
         ((nn.Linear(2, 2), [torch.optim.SGD(nn.Linear(2, 2).parameters())]), None),
         ((), {"keep_module": ["x"]}),
-        ((), {"min_bytes": "1MiB"}),
+        ((), {"min_bytes": "1M"}),  # binary or decimal?
         ((), {"keep_ops": "relu"}),
     ],
 )
@@ -493,9 +493,10 @@ def test_a_rule_that_matches_nothing_is_said(spill_dir: Path, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("rules", "recompute", "asked"),
     [
-        (None, True, True),
-        (None, None, False),
-        ({"recompute": True}, None, True),
+        (None, None, True),
+        (None, False, False),
+        ({"recompute": False}, None, False),
+        ({"recompute": False}, True, True),
         ({"recompute": True}, False, False),
     ],
 )

@@ -15,6 +15,7 @@ from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.director import Director
 from torchlms.eager.routine import Routine
+from torchlms.errors import BudgetTooSmall
 
 BUDGET = Budget(4 * GIB, 64 * GIB, 0)
 USUAL = headroom_bytes(gpu(), BUDGET.device_bytes)
@@ -23,7 +24,11 @@ LEAN = lean_bytes(gpu(), BUDGET.device_bytes)
 
 def director(machine: Machine | None = None, **rules: Any) -> Director:
     return Director(
-        machine=machine or gpu(), budget=BUDGET, rules=Rules(**rules), given=None, model="synthetic"
+        machine=machine or gpu(),
+        budget=BUDGET,
+        rules=Rules(**{"recompute": False, **rules}),
+        given=None,
+        model="synthetic",
     )
 
 
@@ -73,6 +78,18 @@ def test_a_rough_plan_is_not_worth_a_second_one() -> None:
     made = on(tape, 3 * GIB)
     made._make_roomy(tape, quick=True)
     assert made.headroom_bytes == made.usual_bytes
+
+
+@pytest.mark.parametrize("asked_bytes", [0, USUAL // 2, 2 * USUAL])
+def test_headroom_that_was_asked_for(asked_bytes: int) -> None:
+    """No less and no more, and no plan without it where there is no room for it."""
+    made = director(headroom_bytes=asked_bytes)
+    assert made.headroom_bytes == asked_bytes
+    plan = made._make_roomy(chain(80, time_s=20e-3), quick=False)
+    assert made.headroom_bytes == asked_bytes
+    assert plan.predicted.peak_device_bytes <= BUDGET.device_bytes - asked_bytes
+    with pytest.raises(BudgetTooSmall):
+        director(headroom_bytes=BUDGET.device_bytes)._make_roomy(chain(80), quick=False)
 
 
 def test_a_ledger_needs_no_headroom() -> None:

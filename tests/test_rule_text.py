@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import torchlms
 from torchlms.core.rules import Copies, Rules
 from torchlms.errors import BadOption
 from torchlms.rule_text import read_rules
@@ -17,6 +18,7 @@ def test_every_kind_of_rule() -> None:
             "most_values=30",
             "reload_within_ops=12",
             "copies=wait out",
+            "headroom_bytes=1GiB",
             "recompute=true",
         ]
     )
@@ -27,13 +29,25 @@ def test_every_kind_of_rule() -> None:
         most_values=30,
         reload_within_ops=12,
         copies=Copies.WAIT_OUT,
+        headroom_bytes=1 << 30,
         recompute=True,
     )
 
 
+def test_nothing_at_all_is_a_size() -> None:
+    assert read_rules(["min_bytes=0", "headroom_bytes=0"]) == {"min_bytes": 0, "headroom_bytes": 0}
+
+
+def test_sizes_in_a_dict_of_rules() -> None:
+    lms = torchlms.LMS(budget="1GiB", rules={"headroom_bytes": "16MiB", "min_bytes": "1KiB"}, device="cpu")
+    assert lms._options.rules == Rules(headroom_bytes=16 << 20, min_bytes=1 << 10)
+    with pytest.raises(BadOption, match="headroom_bytes must be a number of bytes"):
+        torchlms.LMS(budget="1GiB", rules={"headroom_bytes": -1}, device="cpu")
+
+
 def test_no_rule() -> None:
     assert read_rules([]) is None
-    assert read_rules([], recompute=True) == {"recompute": True}
+    assert read_rules([], recompute=False) == {"recompute": False}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -35,6 +34,7 @@ from torchlms.eager.labels import ModuleLabels
 from torchlms.eager.optimizer import OptimizerGuard
 from torchlms.eager.verifier import Verifier
 from torchlms.errors import NotSupported
+from torchlms.loudness import show_log
 from torchlms.memory import probe
 from torchlms.memory.device import CpuDevice, CudaDevice, open_device
 from torchlms.memory.disk import default_directory
@@ -46,7 +46,6 @@ from torchlms.statistics import session_stats
 
 log = logging.getLogger("torchlms")
 
-_LEVELS = {"debug": logging.DEBUG, "warning": logging.WARNING, "error": logging.ERROR}
 _GREW = 1.02  # inputs this much larger than any seen end the standing aside
 
 _current = threading.local()
@@ -130,7 +129,7 @@ class LMS:
             )
         if self._engine is not None:
             raise NotSupported("this LMS was used before; make a new one")
-        _show_log()
+        show_log()
         with ExitStack() as undo:  # nothing stays behind if opening fails half-way
             self._open(undo)
             self._undo = undo.pop_all()
@@ -454,17 +453,3 @@ def _bytes_in(*items: Any) -> int:
         elif isinstance(item, dict):
             total += _bytes_in(*item.values())
     return total
-
-
-def _show_log() -> None:
-    """Make the few lines LMS writes visible where the program has not set logging up itself.
-
-    TORCHLMS_LOG is the least level shown: debug, info (the default), warning, error or off.
-    """
-    wanted = os.environ.get("TORCHLMS_LOG", "").lower()
-    if not log.hasHandlers() and wanted != "off":
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
-        log.addHandler(handler)
-        if log.level == logging.NOTSET:
-            log.setLevel(_LEVELS.get(wanted, logging.INFO))

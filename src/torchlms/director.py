@@ -60,7 +60,9 @@ class Director:
         self.given = given
         self.planning = planning
         self.model = model
-        self.headroom_bytes = self.usual_bytes = headroom_bytes(machine, budget.device_bytes)
+        self.headroom_bytes = self.usual_bytes = headroom_bytes(
+            machine, budget.device_bytes, rules.headroom_bytes
+        )
         self._reclaims_seen = 0
         self._checked_rules = False
         self._lean_tried = False
@@ -124,7 +126,7 @@ class Director:
 
     def _lean_or(self, plan: Plan, tape: Tape) -> Plan:
         """A plan with less headroom, if that might be clearly faster: evictions will tell (``_watch``)."""
-        spare_bytes = lean_bytes(self.machine, self.budget.device_bytes)
+        spare_bytes = max(lean_bytes(self.machine, self.budget.device_bytes), self.rules.headroom_bytes or 0)
         if not plan.moves or spare_bytes >= self.headroom_bytes or self._lean_tried:
             return plan
         lean = self._make(tape, spare_bytes)

@@ -15,6 +15,7 @@ from torchlms.errors import BadOption, NotSupported, PlanMismatch
 from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_bytes
+from torchlms.rule_text import with_sizes
 
 Size = str | int | float | None
 PlanSource = Plan | str | os.PathLike[str] | bool | None
@@ -122,7 +123,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _read_rules(rules: Rules | dict[str, Any] | None, recompute: bool | None) -> Rules:
-    read = rules if isinstance(rules, Rules) else Rules.read(rules or {})
+    read = rules if isinstance(rules, Rules) else Rules.read(with_sizes(rules or {}))
     return read if recompute is None else replace(read, recompute=recompute)
 
 

@@ -31,11 +31,26 @@ def read_rules(texts: Iterable[str], *, recompute: bool = True) -> dict[str, Any
     return found or None
 
 
+def with_sizes(rules: dict[str, Any]) -> dict[str, Any]:
+    """``rules`` with sizes such as ``"4MiB"`` as bytes."""
+    sizes = {
+        name: _size(value)
+        for name, value in rules.items()
+        if name.endswith("_bytes") and isinstance(value, str)
+    }
+    return rules | sizes
+
+
+def _size(text: str) -> int:
+    """A size of a rule, which may be nothing at all."""
+    return parse_bytes(text) if text != "0" else 0
+
+
 def _value(name: str, text: str) -> Any:
     kinds = {field.name: str(field.type) for field in fields(Rules)}
     kind = kinds.get(name, "")
-    if name == "min_bytes":
-        return parse_bytes(text) if text != "0" else 0
+    if name.endswith("_bytes"):
+        return _size(text)
     if kind.startswith("tuple"):
         return tuple(part.strip() for part in text.split(","))
     if kind.startswith("int"):

@@ -33,7 +33,10 @@ def test_the_budget_is_a_share_of_the_plain_peak(monkeypatch: pytest.MonkeyPatch
     rows: list[Any] = []
     lines: list[str] = []
     monkeypatch.setattr(demo_module, "run_apart", fake_run(["0x1.0p+1", "0x1.0p+0"], seen))
-    identity = demo_module.demo(lines.append, lambda columns, body: rows.extend(body), TINY)
+    put: list[Any] = []
+    identity = demo_module.demo(lines.append, lambda columns, body: rows.extend(body), TINY, put=put.append)
+    assert [put[0]["plain"]["losses"], put[0]["lms"]["losses"]] == [["0x1.0p+1", "0x1.0p+0"]] * 2
+    assert put[0]["losses"] == {"steps": 2, "first_difference": None}
     assert identity.first_difference is None
     assert [options.way for options in seen] == [Way.NONE, Way.LMS]
     assert seen[1].budget == "600"

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 import torchlms
 from torchlms import live
+from torchlms.bench.command import pace
+from torchlms.bench.options import BenchOptions
 from torchlms.cli import app
 from torchlms.live import live_line, sentence
 
@@ -89,6 +91,9 @@ FIGURES = {
     "budget_bytes": 16 << 30,
     "bytes_out_per_step": 10 << 30,
     "bytes_in_per_step": 9 << 30,
+    "peak_host_bytes": 12 << 30,
+    "host_budget_bytes": 64 << 30,
+    "reclaims": 0,
     "lessons": 0,
     "racing": False,
 }
@@ -99,19 +104,33 @@ FIGURES = {
     [
         (
             {},
-            "following a plan, step 42, 612 ms, device 15.0 GiB of 16.0 GiB, 10.0 GiB out and 9.0 GiB in",
+            "following a plan, step 42, 612 ms, 327 images/s, device 15.0 GiB of 16.0 GiB, "
+            "host 12.0 GiB of 64.0 GiB, 10.0 GiB out and 9.0 GiB in per step",
         ),
         ({"lessons": 3, "racing": True}, "learning where memory is tight, step 42, 612 ms"),
+        (
+            {"peak_host_bytes": 0, "reclaims": 3},
+            "following a plan, step 42, 612 ms, 327 images/s, device 15.0 GiB "
+            "of 16.0 GiB, 10.0 GiB out and 9.0 GiB in per step, 3 reclaims",
+        ),
         ({"racing": True}, "trying one plan after the other, step 42"),
         (
             {"state": "aside", "bytes_out_per_step": 0},
-            "everything fits, LMS stands aside, step 42, 612 ms, device 15.0 GiB",
+            "everything fits, LMS stands aside, step 42, 612 ms, 327 images/s, device 15.0 GiB",
         ),
         ({"state": "record", "measured_step_s": 0.0}, "recording, which is slow, step 42, device"),
     ],
 )
 def test_the_sentence(change: dict[str, Any], text: str) -> None:
-    assert sentence({**FIGURES, **change}).startswith(text)
+    assert sentence({**FIGURES, **change}, 200, "images").startswith(text)
+
+
+def test_without_a_batch_size_there_is_no_rate() -> None:
+    assert "/s" not in sentence(FIGURES)
+
+
+def test_the_rate_is_that_of_the_network() -> None:
+    assert pace(BenchOptions(model="mnist", batch_size=48, device="cpu")) == (48, "images")
 
 
 def test_bench_without_a_terminal_is_as_it_was() -> None:

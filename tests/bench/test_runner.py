@@ -7,18 +7,21 @@ import csv
 import json
 import os
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from torchlms.bench import runner
+from torchlms.bench.arguments import to_arguments
 from torchlms.bench.command import BenchCommand, NotIdentical, bench
-from torchlms.bench.compare import run_apart
+from torchlms.bench.compare import rival_options, run_apart
 from torchlms.bench.options import BenchOptions, Way
 from torchlms.bench.result import SCHEMA, failed_json, result_json
 from torchlms.bench.runner import RunFailed, run
 from torchlms.errors import BadOption
+from torchlms.outlet import outlet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,11 +132,11 @@ def test_lms_figures_reach_lines_json_and_csv(stub_lms: list[str], tmp_path: Pat
     lines: list[str] = []
     command = BenchCommand(
         options=BenchOptions(model="mnist", batch_size=4, num_batches=2, device="cpu", budget="1GiB"),
-        json_path=tmp_path / "r.json",
         csv_path=tmp_path / "r.csv",
         report=True,
     )
-    bench(command, lines.append, lambda columns, rows: None)
+    with outlet(tmp_path / "r.json") as put:
+        bench(command, lines.append, lambda columns, rows: None, put)
     assert stub_lms == ["open 1GiB", "closed"]
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["lms"] is True
@@ -158,8 +161,9 @@ def test_running_out_of_memory_is_one_clear_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("torchlms.bench.workload.Workload.step", fail)
     path = tmp_path / "failed.json"
-    with pytest.raises(RunFailed, match=r"mnist batch 4, none: out of memory in step 1: CUDA out of"):
-        bench(BenchCommand(PLAIN, json_path=path), lambda line: None, lambda columns, rows: None)
+    said = r"mnist batch 4, none: out of memory in step 1: CUDA out of"
+    with pytest.raises(RunFailed, match=said), outlet(path) as put:
+        bench(BenchCommand(PLAIN), lambda line: None, lambda columns, rows: None, put)
     result = json.loads(path.read_text())
     assert "Tried to allocate 2 GiB" in result["error"]
     assert result["way"] == "none"
@@ -250,7 +254,16 @@ def test_bad_options(change: dict[str, Any], said: str) -> None:
 def test_the_folder_of_a_result_is_checked_first(tmp_path: Path) -> None:
     with pytest.raises(BadOption, match="folder does not exist"):
         bench(
-            BenchCommand(PLAIN, json_path=tmp_path / "no" / "r.json"),
+            BenchCommand(PLAIN, csv_path=tmp_path / "no" / "r.csv"),
             lambda line: None,
             lambda columns, rows: None,
         )
+    with pytest.raises(BadOption, match="folder does not exist"), outlet(tmp_path / "no" / "r.json"):
+        pass
+
+
+def test_rivals_get_no_option_of_lms() -> None:
+    """They refuse them."""
+    ours = BenchOptions(model="mnist", budget="1GiB", recompute=True, rule=("min_bytes=1MiB",), verify=True)
+    ours = replace(ours, verify_every=2, snapshot=True, plan="p.json")
+    assert to_arguments(rival_options(ours, Way.NONE, cap=False)) == ["--model", "mnist", "--way", "none"]

@@ -8,6 +8,7 @@ import pytest
 
 from tests.core.tapes import gpu
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES, budget_for, headroom_bytes, page_bytes
+from torchlms.core.machine import Machine
 
 MIB, GIB = 1 << 20, 1 << 30
 SIZES = [1, MIB, GIB, 5 * GIB, 13_934_000_000, 16 * GIB, 40 * GIB, 141 * GIB]
@@ -27,6 +28,12 @@ def test_some_pages_are_left_free() -> None:
 
 def test_a_ledger_has_no_holes() -> None:
     assert headroom_bytes(replace(gpu(), link=None), 16 * GIB) == 0
+
+
+@pytest.mark.parametrize("machine", [gpu(), replace(gpu(), link=None)])
+@pytest.mark.parametrize("asked_bytes", [0, 3 * MIB, GIB])
+def test_what_is_asked_for_is_left_free(machine: Machine, asked_bytes: int) -> None:
+    assert headroom_bytes(machine, 16 * GIB, asked_bytes) == asked_bytes
 
 
 @pytest.mark.parametrize("peak_bytes", [1, 100 * MIB, 3 * GIB, 15 * GIB, 120 * GIB])

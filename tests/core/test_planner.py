@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tapes import GIB, MIB, chain, cpu, gpu, resnet, transformer, unet
 
+from torchlms.core import joint
 from torchlms.core.headroom import NO_ELBOW, Elbow
-from torchlms.core.plan import Budget, Choice
+from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.planner import lower_bound, plan
 from torchlms.core.rules import Rules
 from torchlms.core.simulate import baseline_curve, floor_curve, memory_curve, simulate, smallest_budget
@@ -312,8 +313,22 @@ def test_copies_back_begin_when_they_are_told_to(name: str) -> None:
 
     assert max(distances(Rules(min_bytes=0, reload_within_ops=2))) <= 2
     assert set(distances(Rules(min_bytes=0, copies="wait in"))) == {0}  # type: ignore[arg-type]
-    free, early = distances(Rules(min_bytes=0)), distances(Rules(min_bytes=0, reload_ahead_ops=6))
-    assert sum(early) / len(early) >= sum(free) / len(free)
+    # Just in time is later than that in each of these networks, and all have the memory to be early.
+    assert min(distances(Rules(min_bytes=0))) < 6 <= min(distances(Rules(min_bytes=0, reload_ahead_ops=6)))
+
+
+@pytest.mark.parametrize("make_plan", [plan, joint.plan])
+def test_headroom_is_left_free(make_plan: Callable[..., Plan]) -> None:
+    tape, machine = NETWORKS["resnet"], gpu()
+    budget = _budget(tape, 0.6)
+    spare_bytes = (budget.device_bytes - smallest_budget(tape)) // 2
+    made = make_plan(tape, machine, budget, Rules(headroom_bytes=spare_bytes))
+    assert made.predicted.peak_device_bytes <= budget.device_bytes - spare_bytes
+    assert make_plan(tape, machine, budget, Rules()).predicted.peak_device_bytes > (
+        budget.device_bytes - spare_bytes
+    )
+    with pytest.raises(BudgetTooSmall, match="of it headroom"):
+        make_plan(tape, machine, budget, Rules(headroom_bytes=3 * spare_bytes))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

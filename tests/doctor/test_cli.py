@@ -78,8 +78,8 @@ def test_one_fault_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, State | None]] = []
     findings = [fine("a", "good"), note("b", "so so", "think"), attention("c", "bad", "mend")]
     monkeypatch.setattr(command, "examine", lambda folder: iter(findings))
-    assert not command.doctor(None, None, lambda line, state: said.append((line, state)))
+    assert not command.doctor(None, lambda line, state: said.append((line, state)))["fine"]
     assert [line.split()[0] for line, state in said if state] == ["ok", "note", "attention"]
     assert said[-1][0] == "1 thing needs attention"
     monkeypatch.setattr(command, "examine", lambda folder: iter(findings[:2]))
-    assert command.doctor(None, None, lambda line, state: None)
+    assert command.doctor(None, lambda line, state: None)["fine"]

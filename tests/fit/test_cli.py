@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> list[str]:
 def invoke(*arguments: str) -> str:
     done = typer_testing.CliRunner().invoke(cli.app, list(arguments))
     assert done.exit_code == 0, done.output or done.exception
-    return str(done.output)
+    return str(done.stdout)
 
 
 def answer(*arguments: str) -> dict[str, Any]:
@@ -241,3 +241,24 @@ def assert_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert error.startswith("torchlms: " + said), error
     assert error.count("\n") == 1
+
+
+def test_rules_hold(files: list[str]) -> None:
+    free = answer(*files, "--batch-size=20", "--budget=450MiB")
+    kept = answer(*files, "--batch-size=20", "--budget=450MiB", "--rule", "keep_ops=*")
+    assert (free["verdict"], kept["verdict"]) == ("moves", "too_small")
+    assert kept["smallest_bytes"] == kept["plain"]["peak_device_bytes"] > free["smallest_bytes"]
+    spare = answer(*files, "--batch-size=20", "--budget=450MiB", "--rule", "headroom_bytes=100MiB")
+    assert spare["predicted"]["peak_device_bytes"] <= 350 << 20 < free["predicted"]["peak_device_bytes"]
+    waited = answer(*files, "--batch-size=20", "--budget=450MiB", "--rule", "copies=wait", "--curve")
+    assert waited["predicted"]["step_s"] > free["predicted"]["step_s"]
+    curve = answer(*files, "--batch-size=20", "--budget=450MiB", "--curve")["curve"]
+    assert waited["curve"][0]["step_s"] > curve[0]["step_s"]
+    assert invoke(*files, "--rule", "keep_modules=nowhere").count("matches nothing in this step") == 1
+
+
+def test_rules_hold_for_the_largest_batch(files: list[str]) -> None:
+    free = answer(*files, "--budget=1GiB", "--largest")["largest"]
+    kept = answer(*files, "--budget=1GiB", "--largest", "--rule", "keep_ops=*")["largest"]
+    assert kept["fits"] == kept["unmoved"]
+    assert kept["fits"]["batch_size"] < free["fits"]["batch_size"]

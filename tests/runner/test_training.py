@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import functools
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -12,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.runner.runs import EXAMPLES, Ended, both, plainly, under_lms
+from tests.runner.runs import ENVIRONMENT, EXAMPLES, Ended, both, plainly, under_lms
 from torchlms.core.tape import Kind, Tape
 
 pytest.importorskip("typer")
@@ -387,3 +393,155 @@ def test_other_threads_are_left_alone(tmp_path: Path) -> None:
 def test_quiet(tmp_path: Path) -> None:
     ours = under_lms("--quiet", BUDGET, write(tmp_path, USUAL), cwd=tmp_path)
     assert (ours.status, ours.err) == (0, "")
+
+
+# -- options of LMS --------------------------------------------------------------------------
+
+
+def test_rules_hold(tmp_path: Path) -> None:
+    script = write(tmp_path, USUAL)
+    roomy = "--budget=80MiB"
+    assert figures(tmp_path, script, roomy)["plan"]["disk"]["values"] == 0
+    assert figures(tmp_path, script, roomy, "--rule=move_ops=aten.tanh*")["plan"]["disk"]["values"] == 12
+
+
+def test_figures_alone_on_standard_output(tmp_path: Path) -> None:
+    """Also where a child of the script prints."""
+    script = write(tmp_path, f"import os\n{USUAL}\nos.system('echo child')")
+    ours = under_lms(BUDGET, "--json=-", script, cwd=tmp_path)
+    assert json.loads(ours.out)["steps"] == 6
+    assert "child" in ours.err
+    assert plain_run((tmp_path / script).read_text()).out.split()[0] in ours.err
+    assert not (tmp_path / "-").exists()
+
+
+def test_steps_are_noted(tmp_path: Path) -> None:
+    """A row a lap, also where two optimizers step in each; a trace of some; averages without the first."""
+    body = """
+        other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+        for _ in range(8):
+            step(net, optimizer)
+            other.step()
+    """
+    script = write(tmp_path, body)
+    notes = [
+        "--csv=steps.csv",
+        "--skip=5",
+        "--batch-size=1024",
+        "--profile=trace.json",
+        "--profile-steps=3-4",
+    ]
+    found = figures(tmp_path, script, *notes)
+    rows = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    assert [row["step"] for row in rows] == [str(number) for number in range(8)]
+    seconds = [float(row["seconds"]) for row in rows[5:]]
+    assert found["averages"]["steps"] == 3
+    assert found["averages"]["seconds"] == pytest.approx(sum(seconds) / 3)
+    assert float(rows[6]["items_per_s"]) == pytest.approx(1024 / seconds[1])
+    assert "after the first 5 steps: 3 steps, " in found["said"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step#Adam")]
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [("--log=debug", 3), ("--log=info", 2), ("--log=warning", 1), ("--log=error", 0), ("--log=off", 0)],
+)
+def test_the_log_has_levels(option: str, shown: int, tmp_path: Path) -> None:
+    body = """
+        import logging
+        step(net, optimizer)
+        for level in ("debug", "info", "warning"):
+            getattr(logging.getLogger("torchlms"), level)("%s it is", level)
+    """
+    ours = under_lms(option, write(tmp_path, body), cwd=tmp_path)
+    assert ours.err.count(" it is") == shown
+    assert ("recording step 1" in ours.err) is (shown > 1)
+
+
+def test_a_level_that_is_none(tmp_path: Path) -> None:
+    ours = under_lms("--log=loud", write(tmp_path, ""), cwd=tmp_path)
+    assert (ours.status, ours.err) == (
+        2, "torchlms: --log loud: choose from debug, info, warning, error, off\n"
+    )  # fmt: skip
+
+
+def test_bits_are_checked(tmp_path: Path) -> None:
+    script = write(tmp_path, USUAL)
+    assert figures(tmp_path, script)["verified_values"] == 0
+    assert figures(tmp_path, script, "--verify")["verified_values"] > 0
+    assert figures(tmp_path, script, "--verify-every=1")["verified_values"] > 0
+
+
+TORN = """
+    class Torn(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1)
+            torch.empty(1 << 30).add_(1)
+    optimizer = Torn(net.parameters(), 0.1)
+    before = [parameter.clone() for parameter in net.parameters()]
+    try:
+        step(net, optimizer)
+    except Exception as error:
+        print(type(error).__name__, getattr(error, "restored", None))
+    print(all(torch.equal(*pair) for pair in zip(before, net.parameters())))
+"""
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--snapshot"], "True\nTrue"), ([], "False\nFalse")])
+def test_a_torn_step_is_undone(options: list[str], said: str, tmp_path: Path) -> None:
+    ours = under_lms(BUDGET, *options, write(tmp_path, TORN), cwd=tmp_path)
+    assert ours.out.endswith(f"StepTorn {said}\n"), ours.err
+
+
+def test_an_optimizer_around_another(tmp_path: Path) -> None:
+    body = """
+        class Outer(torch.optim.Optimizer):
+            def __init__(self, inner):
+                super().__init__([p for g in inner.param_groups for p in g["params"]], {})
+                self.inner = inner
+            def step(self):
+                self.inner.step()
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.data.mul_(0.999)
+        optimizer = Outer(optimizer)
+        for _ in range(6): step(net, optimizer)
+    """
+    found = figures(tmp_path, write(tmp_path, body), "--snapshot")
+    assert (found["state"], found["steps"]) == ("guard", 6)
+
+
+def test_a_live_line_on_a_terminal(tmp_path: Path) -> None:
+    """On standard error only, gone at the end; without the option, or a terminal, there is none."""
+    script = write(tmp_path, "import time\nfor _ in range(6): step(net, optimizer); time.sleep(0.3)")
+    plain = plainly(script, cwd=tmp_path)
+    for options, shown in ((["--live", "--batch-size=1024"], True), ([], False)):
+        out, error = on_a_terminal("--quiet", BUDGET, *options, script, cwd=tmp_path)
+        assert out == plain.out
+        assert ("torchlms: recording, which is slow, step 1" in error) is shown
+        assert ("items/s" in error) is shown
+        assert error.endswith("\x1b[2K") is shown
+    assert under_lms("--quiet", "--live", BUDGET, script, cwd=tmp_path) == plain
+
+
+def on_a_terminal(*arguments: str, cwd: Path) -> tuple[str, str]:
+    """What is said on standard output, a pipe, and on standard error, a terminal."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, True)
+    command = [sys.executable, "-m", "torchlms", "run", *arguments]
+    environment = ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody is left
+            while part := os.read(ours, 4096):
+                said += part
+        assert process.stdout is not None
+        out = process.stdout.read()
+    os.close(ours)
+    return out, said.decode()

@@ -58,6 +58,21 @@ def test_reclaims_are_those_since_the_row_before(lms: torchlms.LMS) -> None:
     assert log.averages()["reclaims"] == pytest.approx(5 / 3)
 
 
+def test_tags_and_a_rate(lms: torchlms.LMS, tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    with lms, StepLog(lms, path, skip=0, batch_size=32) as log:
+        for phase in ("train", "train", "validate"):
+            time.sleep(0.002)
+            row = log.step(phase=phase, epoch=0)
+            assert row.items_per_s == pytest.approx(32 / row.seconds)
+        with pytest.raises(ValueError, match=r"the first step had \['epoch', 'phase'\]"):
+            log.step(phase="train")
+    rows = list(csv.DictReader(path.open()))
+    assert [row["phase"] for row in rows] == ["train", "train", "validate"]
+    assert float(rows[1]["items_per_s"]) == log.rows[1].items_per_s
+    assert log.averages()["items_per_s"] > 0
+
+
 def test_a_bad_skip(lms: torchlms.LMS) -> None:
     with pytest.raises(ValueError, match="skip must be 0 or more"):
         StepLog(lms, skip=-1)

@@ -18,8 +18,8 @@ def to_arguments(options: BenchOptions) -> list[str]:
         if value == getattr(_DEFAULTS, field.name) and field.name != "way":
             continue
         flag = "--" + field.name.replace("_", "-")
-        if value is True:
-            arguments.append(flag)
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, tuple):
             arguments += [part for item in value for part in (flag, item)]
         else:

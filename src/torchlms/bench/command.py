@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torchlms.bench.compare import compare_losses, rival_options, run_apart
 from torchlms.bench.networks import get_network
 from torchlms.bench.options import BenchOptions, Way
-from torchlms.bench.result import failed_json, result_json, write_csv, write_json
+from torchlms.bench.result import failed_json, result_json, write_csv
 from torchlms.bench.runner import run
 from torchlms.bench.table import COLUMNS, comparison_rows
 from torchlms.errors import BadOption, LMSError
+from torchlms.outlet import Put, check_folder, into_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +32,6 @@ class BenchCommand:
     compare_timeout_s: float = 600.0
     identity: bool = False
     report: bool = False
-    json_path: Path | None = None
     csv_path: Path | None = None
 
 
@@ -39,17 +39,17 @@ class NotIdentical(LMSError):
     """``--identity`` was asked for and the losses are not the plain run's."""
 
 
-def bench(command: BenchCommand, write: Write, write_table: WriteTable) -> dict[str, Any]:
-    """Run it all. The JSON file is written also when the run fails, with ``error`` in it.
+def bench(
+    command: BenchCommand, write: Write, write_table: WriteTable, put: Put = into_nothing
+) -> dict[str, Any]:
+    """Run it all. ``put`` gets the result also when the run fails, with ``error`` in it.
 
     Rivals go first, while this process holds nothing on the device.
     """
     ways = command.compare
     if command.identity and Way.NONE not in ways and command.options.way is not Way.NONE:
         ways = (Way.NONE, *ways)
-    for path in filter(None, (command.json_path, command.csv_path)):
-        if not path.absolute().parent.is_dir():
-            raise BadOption(f"{path}: its folder does not exist")
+    check_folder(command.csv_path)
     options = command.options.resolve(get_network(command.options.model))
     if options.budget is None and (command.cap_rivals or Way.NONE_CAPPED in ways):
         raise BadOption("rivals under a cap need --budget: the budget is their cap")
@@ -57,7 +57,7 @@ def bench(command: BenchCommand, write: Write, write_table: WriteTable) -> dict[
     try:
         measurement = run(options, write, watch_steps=command.csv_path is not None)
     except Exception as error:
-        _write_json(command, {**failed_json(options, str(error) or type(error).__name__), "compare": rivals})
+        put({**failed_json(options, str(error) or type(error).__name__), "compare": rivals})
         raise
     result = {**result_json(measurement), "compare": rivals}
     if command.report and measurement.report:
@@ -72,12 +72,18 @@ def bench(command: BenchCommand, write: Write, write_table: WriteTable) -> dict[
             "steps": identity.steps,
             "first_difference": identity.first_difference,
         }
-    _write_json(command, result)
+    put(result)
     if command.csv_path is not None:
         write_csv(measurement, command.csv_path)
     if command.identity and (identity is None or identity.first_difference is not None):
         raise NotIdentical(str(identity) if identity else "losses: the plain run gave none to compare with")
     return result
+
+
+def pace(options: BenchOptions) -> tuple[int, str]:
+    """Items in a step, and what they are."""
+    network = get_network(options.model)
+    return network.items_per_step(options.resolve(network).network_options()), network.unit
 
 
 def _run_rival(command: BenchCommand, options: BenchOptions, way: Way, write: Write) -> dict[str, Any]:
@@ -94,8 +100,3 @@ def _run_rival(command: BenchCommand, options: BenchOptions, way: Way, write: Wr
 
 def _plain(rivals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rival for rival in rivals if rival["way"] == Way.NONE.value and "losses" in rival]
-
-
-def _write_json(command: BenchCommand, result: dict[str, Any]) -> None:
-    if command.json_path is not None:
-        write_json(result, command.json_path)

@@ -45,6 +45,11 @@ def rival_options(options: BenchOptions, way: Way, *, cap: bool) -> BenchOptions
         disk_dir=None,
         disk_budget=None,
         plan=None,
+        recompute=True,
+        rule=(),
+        verify=False,
+        verify_every=0,
+        snapshot=False,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,12 @@ from torchlms.bench.compare import Identity, compare_losses, run_apart
 from torchlms.bench.options import BenchOptions, Way
 from torchlms.errors import LMSError
 from torchlms.memory.limits import format_bytes
+from torchlms.outlet import Put, into_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+SCHEMA = "torchlms.demo/1"
 COLUMNS = ("", "plain", "with LMS")
 
 _SHARE = 0.6
@@ -41,8 +43,13 @@ def demo(
     write: Callable[[str], None],
     write_table: Callable[[Sequence[str], Sequence[Sequence[str]]], None],
     options: BenchOptions | None = None,
+    *,
+    put: Put = into_nothing,
 ) -> Identity:
-    """Run plain, then under 60% of that peak with a spill file; print both side by side."""
+    """Run plain, then under 60% of that peak with a spill file; print both side by side.
+
+    ``put`` gets the results of both and what came of comparing their losses.
+    """
     options = options or demo_options()
     size = f"{options.model}, batch {options.batch_size} at {options.image_size}x{options.image_size}"
     write(f"{size}, on {options.device}: first as it is ...")
@@ -57,6 +64,7 @@ def demo(
     identity = compare_losses(plain["losses"], lms["losses"])
     write_table(COLUMNS, _rows(options, plain, lms, budget_bytes))
     write(str(identity))
+    put({"schema": SCHEMA, "plain": plain, "lms": lms, "losses": asdict(identity)})
     if identity.first_difference is not None:
         raise DemoFailed(f"{identity}; LMS must not change a bit: please report this")
     return identity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -56,6 +57,9 @@ class BenchOptions:
     plan: str | None = None
     recompute: bool = True
     rule: tuple[str, ...] = ()  # each as rule_text reads it
+    verify: bool = False
+    verify_every: int = 0  # steps; 0: as verify says
+    snapshot: bool = False
     cap: str | None = None
     seed: int = 1
     cudnn_benchmark: bool = False
@@ -84,9 +88,16 @@ class BenchOptions:
             raise BadOption("--cap is for runs without LMS; with LMS the budget is the cap")
         if self.way is not Way.LMS and self.plan is not None:
             raise BadOption("--plan needs LMS; drop --no-lms or --way")
-        if self.way is not Way.LMS and (not self.recompute or self.rule):
-            raise BadOption("--no-recompute and --rule need LMS; drop --no-lms or --way")
-        read_rules(self.rule, recompute=self.recompute)
+        ours = {
+            "no_recompute": not self.recompute,
+            **{name: getattr(self, name) for name in ("rule", "verify", "verify_every", "snapshot")},
+        }
+        if self.way is not Way.LMS and any(ours.values()):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name, given in ours.items() if given)
+            raise BadOption(f"{names}: only LMS can do that; drop --no-lms or --way")
+        if self.verify_every < 0:
+            raise BadOption(f"--verify-every {self.verify_every}: a number of steps")
+        self.rules()
         if self.batch_size < 0 or self.image_size < 0:
             raise BadOption("--batch-size and --image-size must not be negative")
         if 0 < self.image_size < network.least_image_size:
@@ -118,6 +129,10 @@ class BenchOptions:
                     parse_bytes(text, whole_bytes=1 << 60)
                 except BadOption as error:
                     raise BadOption(f"--{name.replace('_', '-')}: {error}") from None
+
+    def rules(self) -> dict[str, Any] | None:
+        """The keyword ``rules`` of ``LMS``."""
+        return read_rules(self.rule, recompute=self.recompute)
 
     def torch_device(self) -> torch.device:
         """The device with its index, which the allocator's cap insists on."""

@@ -22,16 +22,16 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _NOT_MEASURED = {
     "__init__.py",
     "__main__.py",
-    "cli.py",
-    "cli_options.py",
     "errors.py",
     "live.py",
+    "loudness.py",
+    "outlet.py",
     "report.py",
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",
 }
 # Folders, likewise.
-_PRESENTATION = ("report", "report_page", "sweep", "fit", "runner", "doctor", "integrations", "steps")
+_PRESENTATION = ("cli", "report", "report_page", "sweep", "fit", "runner", "doctor", "integrations", "steps")
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)

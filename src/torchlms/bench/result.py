@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import resource
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -86,10 +85,6 @@ def result_json(measurement: Measurement) -> dict[str, Any]:
 def failed_json(options: BenchOptions, error: str) -> dict[str, Any]:
     """A run that did not reach its end: what it was, and the first line of why."""
     return {**_head(options), "error": (error.strip() or "no message").splitlines()[0], **_tail()}
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write_csv(measurement: Measurement, path: Path) -> None:

@@ -13,7 +13,6 @@ from torchlms.bench.blocks import checkpoint_blocks
 from torchlms.bench.options import BenchOptions, Way
 from torchlms.errors import BadOption, NotSupported
 from torchlms.memory.limits import parse_bytes
-from torchlms.rule_text import read_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +54,9 @@ def open_lms(workload: Workload, options: BenchOptions) -> contextlib.AbstractCo
             disk_dir=options.disk_dir,
             disk_budget=options.disk_budget,
             plan=options.plan,
-            rules=read_rules(options.rule, recompute=options.recompute),
+            rules=options.rules(),
+            verify=options.verify_every or options.verify,
+            snapshot=options.snapshot,
         ),
     )
 

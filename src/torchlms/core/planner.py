@@ -48,7 +48,8 @@ def plan(
     elbow: Elbow = NO_ELBOW,
     effort: float = 1.0,
 ) -> Plan:
-    """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``.
+    """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``, or less if
+    the rules ask for more headroom.
 
     ``elbow`` is free memory that ops and copies are given beyond that where it can be had; ``effort`` is
     how long to search, as a share of the usual. Moves nothing when everything fits, unless a rule demands
@@ -58,6 +59,7 @@ def plan(
     """
     started_s = time.perf_counter()
     simulator = Simulator(tape, machine)
+    headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
     limit_bytes = budget.device_bytes - headroom_bytes
     candidates = _candidates(simulator, rules)
     floor = _floor(simulator.baseline, candidates)

@@ -50,6 +50,7 @@ class Rules:
     largest leave. Copies back begin at least ``reload_ahead_ops`` ops before the value is needed, where
     memory permits, and at most ``reload_within_ops``. ``copies`` says which copies run beside the ops:
     all (``overlap``), or not those out (``wait out``), not those back (``wait in``), or none (``wait``).
+    Plans leave ``headroom_bytes`` of the budget free: None for what the allocator is known to need.
     With ``recompute`` values that no move rule names may be dropped and made again, too.
     """
 
@@ -70,6 +71,7 @@ class Rules:
     reload_ahead_ops: int = 0
     reload_within_ops: int | None = None
     copies: Copies = Copies.OVERLAP
+    headroom_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in _PATTERN_FIELDS:
@@ -178,8 +180,9 @@ _COUNTS = {
     "most_values": "values",
     "reload_ahead_ops": "ops",
     "reload_within_ops": "ops",
+    "headroom_bytes": "bytes",
 }
-_OPEN_COUNTS = ("most_values", "reload_within_ops")  # None: as many as it takes
+_OPEN_COUNTS = ("most_values", "reload_within_ops", "headroom_bytes")  # None: as many as it takes
 
 
 def _read_patterns(name: str, patterns: Any) -> tuple[str, ...]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,30 +15,23 @@ from torchlms.doctor.finding import Finding, State
 from torchlms.memory import probe
 from torchlms.memory.disk import default_directory
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SCHEMA = "torchlms.doctor/1"
-STDOUT = Path("-")
 
 Write = Callable[[str, State | None], None]
 
 
-def doctor(disk_dir: Path | None, json_path: Path | None, write: Write) -> bool:
-    """Whether nothing needs attention; each finding goes to ``write`` with its state.
-
-    With ``json_path`` of ``-`` the JSON is all that is written.
-    """
+def doctor(disk_dir: Path | None, write: Write) -> dict[str, Any]:
+    """All findings as JSON, ``fine`` if nothing needs attention; each goes to ``write`` with its state."""
     findings = list(examine(disk_dir))
-    result = as_json(findings)
-    if json_path == STDOUT:
-        write(json.dumps(result, indent=1), None)
-        return bool(result["fine"])
     for finding in findings:
         write(f"{finding.state.value:9}  {finding.topic:13}  {finding.found}", finding.state)
         if finding.next_step:
             write(f"{'':26}next: {finding.next_step}", None)
     write(summary(findings), None)
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-    return bool(result["fine"])
+    return as_json(findings)
 
 
 def examine(disk_dir: Path | None) -> Iterator[Finding]:

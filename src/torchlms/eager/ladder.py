@@ -53,7 +53,8 @@ class Ladder:
         self.sizes = sizes
         self.budget_bytes = budget_bytes
         self.reclaims = 0  # times that room had to be made at once
-        self.full_reclaims = 0  # of these, those that had everything leave that could
+        self.single_reclaims = 0  # of these, those for which one value left
+        self.full_reclaims = 0  # those that had everything leave that could
         self.reclaimed_bytes = 0
         self.retries = 0  # ops that failed and were run again
         self.ooms = 0  # failed allocations that somebody heard of
@@ -62,19 +63,23 @@ class Ladder:
 
     def reclaim(self, want_bytes: int) -> int:
         """Free at least ``want_bytes`` on the device if it can be done; returns what was freed."""
-        freed = 0
+        freed = left = 0
         full: HostBudgetTooSmall | SpillError | None = None
         for slot in self._victims():
             if freed >= want_bytes:
                 break
             try:
-                freed += self._evict(slot)
+                freed_here = self._evict(slot)
             except (HostBudgetTooSmall, SpillError) as error:
                 full = error.with_traceback(None)  # another one may still find a place
+                continue
+            freed += freed_here
+            left += freed_here > 0
         if not freed and full is not None:
             raise full
         if freed:
             self.reclaims += 1
+            self.single_reclaims += left == 1
             self.full_reclaims += freed < want_bytes
             self.reclaimed_bytes += freed
         return freed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torchlms.core.rules import unmatched
 from torchlms.errors import BadOption
 from torchlms.fit.curve import CurvePoint, curve
 from torchlms.fit.largest import Batch, Batches
@@ -51,11 +52,11 @@ def answer(question: Question, evidence: Evidence) -> Answer:
         raise BadOption(
             "--largest needs recordings of two batch sizes: --record 50,100, or --tape and --batch twice"
         )
-    tape, machine, budget = evidence.tape, evidence.machine, evidence.budget
+    tape, machine, budget, rules = evidence.tape, evidence.machine, evidence.budget, evidence.rules
     return Answer(
         evidence=evidence,
-        outlook=look(tape, machine, budget),
-        points=curve(tape, machine, budget) if question.curve else None,
+        outlook=look(tape, machine, budget, rules),
+        points=curve(tape, machine, budget, rules=rules) if question.curve else None,
         largest=_largest(evidence) if question.largest else None,
         notes=_notes(evidence),
     )
@@ -63,7 +64,7 @@ def answer(question: Question, evidence: Evidence) -> Answer:
 
 def _largest(evidence: Evidence) -> Largest:
     assert evidence.scale is not None
-    batches = Batches(evidence.scale, evidence.machine, evidence.budget)
+    batches = Batches(evidence.scale, evidence.machine, evidence.budget, evidence.rules)
     return Largest(
         fits=batches.largest(),
         unmoved=batches.unmoved(),
@@ -73,7 +74,10 @@ def _largest(evidence: Evidence) -> Largest:
 
 def _notes(evidence: Evidence) -> tuple[str, ...]:
     """What a reader should know before believing the figures."""
-    notes = []
+    notes = [
+        f"the rule {pattern} matches nothing in this step: perhaps it is misspelt"
+        for pattern in unmatched(evidence.rules, evidence.tape)
+    ]
     tape, machine, scale = evidence.tape, evidence.machine, evidence.scale
     same = not machine.link if tape.device == "cpu" else tape.device == machine.device
     if not same:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchlms.fit.answer import answer
@@ -20,25 +18,16 @@ if TYPE_CHECKING:
     Write = Callable[[str], None]
     WriteTable = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
 
-STDOUT = Path("-")
-
 
 def fit(question: Question, write: Write, write_table: WriteTable) -> dict[str, Any]:
-    """Answer ``question``; the JSON, which is also written where ``json_path`` says.
+    """Answer ``question``, and say the answer; what is returned is for JSON.
 
-    With ``json_path`` of ``-`` the JSON is all that is written. A step that does not fit is an answer
-    like any other, not an error.
+    A step that does not fit is an answer like any other, not an error.
     """
-    quiet = question.json_path == STDOUT
-    evidence = gather(question, _nothing if quiet else write)
-    if not quiet:
-        for item in evidence.recordings:
-            write(described(item))
+    evidence = gather(question, write)
+    for item in evidence.recordings:
+        write(described(item))
     found = answer(question, evidence)
-    result = result_json(found)
-    if quiet:
-        write(json.dumps(result, indent=1))
-        return result
     write(f"{sentence(found)}.")
     write(f"({basis(found)})")
     if found.points is not None:
@@ -47,10 +36,4 @@ def fit(question: Question, write: Write, write_table: WriteTable) -> dict[str, 
         write_table(LARGEST_COLUMNS, largest_rows(found.largest))
     for note in found.notes:
         write(f"note: {note}.")
-    if question.json_path is not None:
-        question.json_path.write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def _nothing(line: str) -> None:
-    del line
+    return result_json(found)

@@ -9,12 +9,13 @@ from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget
 from torchlms.core.headroom import budget_for
 from torchlms.core.plan import Budget
-from torchlms.fit.outlook import look, plain_peak_bytes
+from torchlms.fit.outlook import NO_RULES, look, plain_peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchlms.core.machine import Machine
+    from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
 
 POINTS = 12
@@ -24,7 +25,7 @@ POINTS = 12
 class CurvePoint:
     """What is predicted at one budget. ``speed`` is the share of the speed without a budget.
 
-    ``lower_bound_s`` is a step time that no plan of moves can beat at this budget.
+    ``lower_bound_s`` is a step time that no plan can beat at this budget.
     """
 
     budget_bytes: int
@@ -37,7 +38,12 @@ class CurvePoint:
 
 
 def curve(
-    tape: Tape, machine: Machine, budget: Budget, budgets_bytes: Sequence[int] | None = None
+    tape: Tape,
+    machine: Machine,
+    budget: Budget,
+    budgets_bytes: Sequence[int] | None = None,
+    *,
+    rules: Rules = NO_RULES,
 ) -> tuple[CurvePoint, ...]:
     """A point per budget, smallest budget first; budgets that do not work have none.
 
@@ -48,7 +54,7 @@ def curve(
     points: list[CurvePoint] = []
     for device_bytes in sorted(set(budgets_bytes)):
         here = replace(budget, device_bytes=device_bytes)
-        outlook = look(tape, machine, here)
+        outlook = look(tape, machine, here, rules)
         if outlook.predicted is None:
             continue
         predicted = outlook.predicted
@@ -58,7 +64,7 @@ def curve(
             step_s=predicted.step_s,
             stall_s=predicted.stall_s,
             bytes_out=predicted.bytes_out,
-            lower_bound_s=lower_bound(tape, machine, here),
+            lower_bound_s=lower_bound(tape, machine, here, recompute=rules.recompute),
             speed=outlook.speed,
         )
         if points and points[-1].step_s < point.step_s:

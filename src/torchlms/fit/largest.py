@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget
-from torchlms.fit.outlook import Outlook, Verdict, look
+from torchlms.fit.outlook import NO_RULES, Outlook, Verdict, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torchlms.core.machine import Machine
     from torchlms.core.plan import Budget
+    from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
     from torchlms.fit.scale import Scale
 
@@ -42,13 +43,14 @@ class Batches:
     scale: Scale
     machine: Machine
     budget: Budget
+    rules: Rules = NO_RULES
     _tapes: dict[int, Tape] = field(default_factory=dict)
     _looks: dict[int, Outlook] = field(default_factory=dict)
 
     def outlook(self, batch: int) -> Outlook:
         """What is predicted of ``batch``."""
         if batch not in self._looks:
-            self._looks[batch] = look(self._tape(batch), self.machine, self.budget)
+            self._looks[batch] = look(self._tape(batch), self.machine, self.budget, self.rules)
         return self._looks[batch]
 
     def largest(self) -> Batch | None:
@@ -79,7 +81,8 @@ class Batches:
             # Far cheaper than a plan, and often enough to say no.
             tape = self._tape(batch)
             plain_s = sum(op.time_s for op in tape.ops)
-            if plain_s < share * lower_bound(tape, self.machine, self.budget):
+            recompute = self.rules.recompute
+            if plain_s < share * lower_bound(tape, self.machine, self.budget, recompute=recompute):
                 return False
         return self.outlook(batch).speed >= share
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torchlms.core import joint, planner
 from torchlms.core.curve import baseline_curve, floor_curve
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes
 from torchlms.core.plan import Budget, Plan, Prediction
-from torchlms.core.rules import Rules
+from torchlms.core.rules import Rules, leavers
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Narrow:
 class Outlook:
     """One step under one budget. ``predicted`` is None where it does not fit.
 
-    ``plain_bytes`` is what the step needs at once with nothing moved, ``plain_s`` how long it takes
-    then, ``missing_bytes`` what host memory and disk lack.
+    ``smallest_bytes`` is the smallest device budget that works, ``plain_bytes`` what the step needs at once
+    with nothing moved, ``plain_s`` how long it takes then, ``missing_bytes`` what host memory and disk lack.
     """
 
     verdict: Verdict
@@ -54,6 +55,7 @@ class Outlook:
     plain_bytes: int
     plain_s: float
     narrow: Narrow
+    smallest_bytes: int
     predicted: Prediction | None = None
     missing_bytes: int = 0
 
@@ -69,38 +71,41 @@ class Outlook:
             return 0.0
         return self.predicted.compute_s / self.predicted.step_s if self.predicted.step_s > 0 else 1.0
 
-    @property
-    def smallest_bytes(self) -> int:
-        """The smallest device budget that works."""
-        return self.narrow.needs_bytes
 
-
-def look(tape: Tape, machine: Machine, budget: Budget) -> Outlook:
+def look(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) -> Outlook:
     """What becomes of ``tape`` under ``budget`` on ``machine``. Raises nothing for want of memory."""
-    plain_bytes, plain_s = plain_peak_bytes(tape), sum(op.time_s for op in tape.ops)
-    narrow = narrowest(tape)
+    narrow = narrowest(tape, rules)
+    unknown = Outlook(
+        verdict=Verdict.TOO_SMALL,
+        budget=budget,
+        plain_bytes=plain_peak_bytes(tape),
+        plain_s=sum(op.time_s for op in tape.ops),
+        narrow=narrow,
+        smallest_bytes=narrow.needs_bytes + (rules.headroom_bytes or 0),
+    )
     try:
-        predicted = planned(tape, machine, budget)
+        plan = planned(tape, machine, budget, rules, quick=True)
     except BudgetTooSmall:
-        return Outlook(Verdict.TOO_SMALL, budget, plain_bytes, plain_s, narrow)
+        return unknown
     except HostBudgetTooSmall as error:
-        return Outlook(
-            Verdict.HOST_TOO_SMALL, budget, plain_bytes, plain_s, narrow, missing_bytes=error.missing_bytes
-        )
-    verdict = Verdict.MOVES if predicted.moves else Verdict.FITS
-    return Outlook(verdict, budget, plain_bytes, plain_s, narrow, predicted.predicted)
+        return replace(unknown, verdict=Verdict.HOST_TOO_SMALL, missing_bytes=error.missing_bytes)
+    verdict = Verdict.MOVES if plan.moves else Verdict.FITS
+    return replace(unknown, verdict=verdict, predicted=plan.predicted)
 
 
-def planned(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) -> Plan:
-    """The plan that LMS would begin with: with room for holes where it has some, else without."""
-    make_plan = joint.plan if rules.recompute else planner.plan
+def planned(
+    tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES, *, quick: bool = False
+) -> Plan:
+    """The plan that LMS would begin with: with room for holes where it has some, else without. ``quick``
+    tries fewer sets of values to drop, for questions that take many plans to answer."""
+    make_plan = partial(joint.plan, quick=quick) if rules.recompute else planner.plan
     try:
         return make_plan(
             tape,
             machine,
             budget,
             rules,
-            headroom_bytes=headroom_bytes(machine, budget.device_bytes),
+            headroom_bytes=headroom_bytes(machine, budget.device_bytes, rules.headroom_bytes),
             elbow=ELBOW if machine.link else NO_ELBOW,
         )
     except BudgetTooSmall:
@@ -112,12 +117,22 @@ def plain_peak_bytes(tape: Tape) -> int:
     return int(baseline_curve(tape).max(initial=0))
 
 
-def narrowest(tape: Tape) -> Narrow:
-    """Where the memory is needed that nothing can free."""
-    floor = floor_curve(tape)
+def narrowest(tape: Tape, rules: Rules = NO_RULES) -> Narrow:
+    """Where the memory is needed that nothing can free, as far as the rules permit."""
+    floor = floor_curve(_held(tape, rules))
     if not len(floor):
         return Narrow(-1, "", "", tape.resident_bytes, 0)
     worst = int(floor.argmax())
     op = tape.ops[worst]
     operands_bytes = sum(tape.values[value].size_bytes for value in {*op.reads, *op.writes})
     return Narrow(worst, op.name, op.module, int(floor[worst]), operands_bytes + op.scratch_bytes)
+
+
+def _held(tape: Tape, rules: Rules) -> Tape:
+    """``tape`` with what the rules keep as if it could not move."""
+    leave = leavers(rules, tape)
+    values = (
+        value if value.id in leave or not value.movable else replace(value, movable=False)
+        for value in tape.values
+    )
+    return replace(tape, values=tuple(values))

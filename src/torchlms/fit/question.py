@@ -13,12 +13,14 @@ from torchlms.bench.networks import get_network
 from torchlms.bench.options import BenchOptions
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget
+from torchlms.core.rules import Rules
 from torchlms.errors import BadOption
 from torchlms.fit import recording
 from torchlms.fit.scale import Scale
 from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
 from torchlms.memory.limits import disk_free_bytes, host_available_bytes, parse_bytes
+from torchlms.outlet import check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,7 +46,6 @@ class Question:
     save_tape: Path | None = None
     curve: bool = False
     largest: bool = False
-    json_path: Path | None = None
 
     def check(self) -> None:
         """Refuse now what would only be found out after minutes of recording."""
@@ -53,13 +54,12 @@ class Question:
             text = getattr(options, name)
             if text is not None:
                 _read_size(name, text, _WHOLE)
+        options.rules()
         if options.device and not self.tapes:
             supported(read_device(options.device))
         if options.batch_size < 0:
             raise BadOption("--batch-size must not be negative")
-        for path in filter(None, (self.json_path, self.save_tape)):
-            if not path.absolute().parent.is_dir():
-                raise BadOption(f"{path}: its folder does not exist")
+        check_folder(self.save_tape)
         if self.tapes and (self.record or self.save_tape):
             raise BadOption("--tape reads recordings; drop --record and --save-tape, or --tape")
         if self.batches and not self.tapes:
@@ -76,6 +76,7 @@ class Evidence:
     tape: Tape
     machine: Machine
     budget: Budget
+    rules: Rules
 
     @property
     def extrapolated(self) -> bool:
@@ -97,7 +98,8 @@ def gather(question: Question, write: Write) -> Evidence:
         scale = Scale.of(first.tape, second.tape, first.batch_size, second.batch_size)
     tape = _tape_of(recordings, scale, batch_size)
     machine = _machine(question, tape, write)
-    return Evidence(recordings, scale, batch_size, tape, machine, _budget(question, machine))
+    rules = Rules.read(question.options.rules() or {})
+    return Evidence(recordings, scale, batch_size, tape, machine, _budget(question, machine), rules)
 
 
 def _recorded(question: Question, write: Write) -> tuple[tuple[Recording, ...], int]:

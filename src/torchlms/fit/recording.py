@@ -21,6 +21,7 @@ from torchlms.errors import BadOption, NotSupported
 from torchlms.fit.outlook import plain_peak_bytes
 from torchlms.fit.times import eased
 from torchlms.memory.limits import format_bytes, host_available_bytes
+from torchlms.outlet import check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,8 +99,7 @@ def load(paths: Sequence[Path], batch_sizes: Sequence[int]) -> tuple[Recording, 
 
 def save(recordings: Sequence[Recording], path: Path) -> list[Path]:
     """A file for each, named after its batch: ``tape.json`` makes ``tape-50.json``, ``tape-100.json``."""
-    if not path.absolute().parent.is_dir():
-        raise BadOption(f"{path}: its folder does not exist")
+    check_folder(path)
     written = []
     for recording in recordings:
         place = path.with_name(f"{path.stem}-{recording.batch_size}{path.suffix or '.json'}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 from typing import TYPE_CHECKING
 
-from torchlms.core.tape import Op, Tape, Value
+from torchlms.core.tape import Op, Tape
 from torchlms.errors import BadOption
 from torchlms.fit.match import match
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torchlms.core.tape import Value
 
 _BLOCK_BYTES = 512  # the caching allocator's granularity
 
@@ -67,20 +69,8 @@ class Scale:
 
     def _values(self, run: Fraction) -> Iterator[Value]:
         for value, partner in zip(self.large.values, self.partners, strict=True):
-            yield Value(
-                id=value.id,
-                kind=value.kind,
-                size_bytes=_line(self.small.values[partner].size_bytes, value.size_bytes, run),
-                birth=value.birth,
-                death=value.death,
-                idle=value.idle,
-                saved=value.saved,
-                saved_at=value.saved_at,
-                movable=value.movable,
-                why_not=value.why_not,
-                op=value.op,
-                module=value.module,
-            )
+            small_bytes = self.small.values[partner].size_bytes
+            yield replace(value, size_bytes=_line(small_bytes, value.size_bytes, run))
 
     def _times_s(self, run: float) -> list[float]:
         """Op times: each one's line through its two times, none falling, none below zero.

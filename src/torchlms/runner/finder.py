@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchlms.api import current
 from torchlms.eager import private
@@ -41,12 +41,19 @@ class Finder:
         self._options = options
         self._device = None if device is None else torch.device(device)
         self._models = Models()
-        self._optimizers = Optimizers()
+        self.optimizers = Optimizers()
         self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # their submodules, too
         self._process = os.getpid()
-        self._step_hook = register_optimizer_step_pre_hook(self._before_step)
+        self._step_hooks = (
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        )
         self._forward_hook: Any = None
         self._look()
+
+    def stats(self) -> dict[str, Any]:
+        """As ``LMS.stats``, also before LMS is on."""
+        return self.lms.stats() if self.lms is not None else {"state": "off"}
 
     def end(self) -> None:
         """Take off every hook, and LMS; to be called where the script's main module has ended."""
@@ -72,7 +79,8 @@ class Finder:
 
     def _let_go(self) -> None:
         self._look_no_more()
-        self._step_hook.remove()
+        for hook in self._step_hooks:
+            hook.remove()
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         del args
@@ -90,16 +98,20 @@ class Finder:
             self._meet(self.lms, model)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
         if torch.compiler.is_compiling() or not self._is_ours():
             return
         self._stepped = True
-        if self._optimizers.add(optimizer):
-            parameters = [item for group in self._optimizers.param_groups for item in group["params"]]
+        if self.optimizers.add(optimizer):
+            parameters = [item for group in self.optimizers.param_groups for item in group["params"]]
             if self.lms is None and self._may_start(parameters):
                 self._start(device=parameters[0].device)  # no model: a step of functions, or all compiled
             elif self.lms is not None and self._forward_hook is None:
                 self._look()
+        self.optimizers.begin(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and self._is_ours():
+            self.optimizers.end(optimizer, args, kwargs)
 
     def _is_ours(self) -> bool:
         """Whether this is the process and the thread that we run, and the script leaves LMS to us."""
@@ -135,7 +147,7 @@ class Finder:
         try:
             lms = ScriptLMS(
                 self._models,
-                self._optimizers,
+                self.optimizers,
                 gave_way=self._leave_to_script,
                 device=device,
                 **self._options,

@@ -6,10 +6,14 @@ Neither keeps anything alive: a script that is done with a model gets its memory
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
+
+StepHook = Callable[[torch.optim.Optimizer, Any, Any], None]
 
 
 class Models(torch.nn.Module):
@@ -43,16 +47,43 @@ class Models(torch.nn.Module):
 
 
 class Optimizers:
-    """The parameter groups and the states of every optimizer in it."""
+    """The parameter groups and the states of every optimizer in it, and their steps, told by ``begin`` and
+    ``end``. Of an optimizer that has another one take its step only the outer step is passed on."""
 
     def __init__(self) -> None:
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
+        self._before: OrderedDict[int, StepHook] = OrderedDict()
+        self._after: OrderedDict[int, StepHook] = OrderedDict()
 
     def add(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether ``optimizer`` is new."""
         new = optimizer not in self._optimizers
         self._optimizers.add(optimizer)
         return new
+
+    def register_step_pre_hook(self, hook: StepHook) -> RemovableHandle:
+        """As that of an optimizer, for all of them."""
+        return _registered(self._before, hook)
+
+    def register_step_post_hook(self, hook: StepHook) -> RemovableHandle:
+        """As that of an optimizer, for all of them."""
+        return _registered(self._after, hook)
+
+    def begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """A step begins. One that was begun before by this optimizer and never ended has failed."""
+        outer = self._stepping() if self._stepping is not None else None
+        if outer is None or outer is optimizer:
+            self._stepping = weakref.ref(optimizer)
+            for hook in list(self._before.values()):
+                hook(optimizer, args, kwargs)
+
+    def end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """A step has ended."""
+        if self._stepping is not None and self._stepping() is optimizer:
+            self._stepping = None
+            for hook in list(self._after.values()):
+                hook(optimizer, args, kwargs)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -61,3 +92,9 @@ class Optimizers:
     @property
     def state(self) -> dict[Any, Any]:
         return {key: state for optimizer in self._optimizers for key, state in optimizer.state.items()}
+
+
+def _registered(hooks: OrderedDict[int, StepHook], hook: StepHook) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from torchlms.errors import BadOption
+from torchlms.loudness import read_level, wanted_level
 from torchlms.memory.limits import parse_bytes
+from torchlms.outlet import STDOUT
 from torchlms.rule_text import read_rules
 
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
@@ -29,12 +32,22 @@ class Request:
     plan: str | None = None
     recompute: bool = True
     rule: tuple[str, ...] = ()  # each as rule_text reads it
+    verify: bool = False
+    verify_every: int = 0  # steps; 0: as verify says
+    snapshot: bool = False
     device: str | None = None
     save_plan: Path | None = None
     save_tape: Path | None = None
     save_run: Path | None = None
     json_path: Path | None = None
+    csv_path: Path | None = None  # a row per step
+    skip: int = 5  # steps left out of averages
+    batch_size: int = 0  # items in a step; 0: not known
+    profile: Path | None = None  # a trace of some steps
+    profile_steps: str = "10-12"  # which ones, counted from 0
+    live: bool = False
     report: bool = False
+    log: str = ""  # least level of what is said; nothing: that of TORCHLMS_LOG
     quiet: bool = False
     whole_tracebacks: bool = False
 
@@ -44,15 +57,36 @@ class Request:
             if size is not None:
                 parse_bytes(size, whole_bytes=_SOME_WHOLE)
         read_rules(self.rule)
+        if self.verify_every < 0:
+            raise BadOption(f"--verify-every {self.verify_every}: a number of steps")
         if not self.as_module and not Path(self.target).exists():
             raise BadOption(f"there is no script {self.target!r}; for a module write: torchlms run -m name")
         if self.plan is not None and not Path(self.plan).is_file():
             raise BadOption(f"--plan {self.plan}: there is no such file")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise BadOption(f"cannot read --device {self.device!r}: write 'cuda', 'cuda:1' or 'cpu'")
-        for path in (self.save_plan, self.save_tape, self.save_run, self.json_path):
-            if path is not None and not os.access(path.absolute().parent, os.W_OK):
+        if self.skip < 0 or self.batch_size < 0:
+            raise BadOption("--skip and --batch-size must not be negative")
+        _ = self.profiled, self.level()
+        files = (self.save_plan, self.save_tape, self.save_run, self.json_path, self.csv_path, self.profile)
+        for path in files:
+            if path not in (None, STDOUT) and not os.access(path.absolute().parent, os.W_OK):
                 raise BadOption(f"{path} could not be written at the end: no such folder, or no permission")
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step of the profile."""
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.profile_steps)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise BadOption(f"--profile-steps {self.profile_steps}: write 10-12, or 10 for one step")
+        return first, last
+
+    def level(self) -> int:
+        """From which on LMS's lines are shown."""
+        if self.quiet:
+            return logging.ERROR
+        return read_level(self.log) if self.log else wanted_level()
 
     def lms_options(self) -> dict[str, Any]:
         """The keywords of ``LMS``. The device is that of the model, found when it is called."""
@@ -63,4 +97,6 @@ class Request:
             "disk_budget": self.disk_budget,
             "plan": self.plan,
             "rules": read_rules(self.rule, recompute=self.recompute),
+            "verify": self.verify_every or self.verify,
+            "snapshot": self.snapshot,
         }

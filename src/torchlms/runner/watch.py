@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from torchlms.errors import LMSError
+from torchlms.loudness import speak
+from torchlms.outlet import Put, into_nothing, last_outlet
 from torchlms.runner.importing import after_import
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from torchlms.api import LMS
     from torchlms.runner.finder import Finder
+    from torchlms.runner.notes import StepNotes
     from torchlms.runner.request import Request
 
 log = logging.getLogger("torchlms")
@@ -29,16 +31,21 @@ class Watch:
         self._request = request
         self._process = os.getpid()
         self._finder: Finder | None = None
+        self._notes: StepNotes | None = None
+        self._put: Put = into_nothing
 
     def begin(self) -> None:
-        _speak(quiet=self._request.quiet)
+        self._put = last_outlet(self._request.json_path)
+        _speak(self._request.level())
         after_import("torch", self._find)
 
     def _find(self) -> None:
         if os.getpid() == self._process:  # a fork may be the first to import torch
             from torchlms.runner.finder import Finder
+            from torchlms.runner.notes import StepNotes
 
             self._finder = Finder(self._request.lms_options(), self._request.device)
+            self._notes = StepNotes(self._request, self._finder)
 
     def end(self) -> None:
         """Take LMS off, and say and write what was asked for; never raises."""
@@ -47,6 +54,11 @@ class Watch:
             log.warning("the script never imported torch: there was nothing to do")
             return
         state = finder.lms.state if finder.lms is not None else "off"
+        try:
+            if self._notes is not None:
+                self._notes.close()
+        except OSError as error:
+            log.error("a file of steps could not be written: %s", error)
         try:
             finder.end()
         except (LMSError, RuntimeError) as error:
@@ -62,16 +74,20 @@ class Watch:
     def _hand_over(self, lms: LMS | None, state: str) -> None:
         """What was asked for; ``state`` is what it was when the script ended."""
         from torchlms.report import report_text
+        from torchlms.runner.notes import averages_text
 
         request = self._request
         counted: dict[str, Any] = {"steps": 0} if lms is None else lms.stats()
         stats = counted | {"state": state}
+        averages = self._notes.averages() if self._notes is not None else {}
+        if averages:
+            stats["averages"] = averages
+            log.info("after the first %d steps: %s", request.skip, averages_text(averages))
         if request.report:
             plan, tape = (lms.plan, lms.tape) if lms is not None else (None, None)
             print(report_text(stats, tape, plan), file=sys.stderr)
         if request.json_path is not None:
-            path = request.json_path
-            _write(path, "figures", lambda: path.write_text(json.dumps(stats, indent=1) + "\n"))
+            _write(request.json_path, "figures", lambda: self._put(stats))
         if request.save_plan is not None:
             plan, path = lms.plan if lms is not None else None, request.save_plan
             _write(path, "plan", None if plan is None else lambda: plan.save(path))
@@ -119,11 +135,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def _speak(*, quiet: bool) -> None:
-    """Say what LMS says on standard error, apart from however the script sets its own log up."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
-    log.addHandler(handler)
+def _speak(level: int) -> None:
+    """Say what LMS says on standard error, apart from however the script sets its own log up. Errors are
+    said whatever the level: they are why the run ends."""
+    speak()
     log.propagate = False
-    silent = quiet or os.environ.get("TORCHLMS_LOG", "") == "off"
-    log.setLevel(logging.ERROR if silent else logging.INFO)
+    log.setLevel(min(level, logging.ERROR))

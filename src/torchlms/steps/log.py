@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from torchlms.api import LMS
+
+class HasStats(Protocol):
+    """What is needed of an ``LMS``."""
+
+    def stats(self) -> dict[str, Any]: ...
 
 
 class ScalarWriter(Protocol):
@@ -24,11 +27,13 @@ class ScalarWriter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """What happened since the row before. Bytes are those that moved, or are in use at the end."""
+    """What happened since the row before. Bytes are those that moved, or are in use at the end. ``tags`` are
+    the user's own; ``items_per_s`` is 0 where no batch size is known."""
 
     step: int
     seconds: float
     reclaims: int
+    single_reclaims: int
     full_reclaims: int
     reclaimed_bytes: int
     retries: int
@@ -37,10 +42,20 @@ class StepRow:
     active_device_bytes: int
     inactive_device_bytes: int
     host_bytes: int
+    items_per_s: float = 0.0
+    tags: dict[str, str | int | float] = field(default_factory=dict)
 
 
-_NAMES = tuple(field.name for field in fields(StepRow))
-_COUNTED = ("reclaims", "full_reclaims", "reclaimed_bytes", "retries", "late_fetches", "replayed_ops")
+_NAMES = tuple(each.name for each in fields(StepRow) if each.name not in ("items_per_s", "tags"))
+_COUNTED = (
+    "reclaims",
+    "single_reclaims",
+    "full_reclaims",
+    "reclaimed_bytes",
+    "retries",
+    "late_fetches",
+    "replayed_ops",
+)
 _AT_THE_END = ("active_device_bytes", "inactive_device_bytes", "host_bytes")
 
 
@@ -48,7 +63,9 @@ class StepLog:
     """Call ``step()`` after each step. On CUDA that waits for the device, so that seconds are true.
 
     ``path`` gets one CSV row per step, written at once. ``writer`` gets the same as scalars under
-    ``torchlms/``. The first ``skip`` steps are left out of ``averages()``: they record and plan.
+    ``torchlms/``. The first ``skip`` steps are left out of ``averages()``: they record and plan. With
+    ``batch_size`` there is a rate. What ``step`` is given by name, such as ``phase="train"``, is in the row:
+    columns of the CSV are the names of the first step.
 
     >>> with torchlms.LMS(model, budget="16GiB") as lms, StepLog(lms, "steps.csv") as steps:  # doctest: +SKIP
     ...     for batch in loader:
@@ -58,11 +75,12 @@ class StepLog:
 
     def __init__(
         self,
-        lms: LMS,
+        lms: HasStats,
         path: str | Path | None = None,
         *,
         writer: ScalarWriter | None = None,
         skip: int = 5,
+        batch_size: int = 0,
     ) -> None:
         if skip < 0:
             raise ValueError(f"skip must be 0 or more, not {skip}")
@@ -73,18 +91,23 @@ class StepLog:
         self._file: IO[str] | None = None
         if path is not None:
             self._file = Path(path).open("w", newline="")  # noqa: SIM115  (close() closes it)
-            csv.writer(self._file).writerow(_NAMES)
+        self._batch_size = batch_size
+        self._names = (*_NAMES, "items_per_s") if batch_size else _NAMES
         self._before = self._now()
         self._since_s = time.perf_counter()
 
-    def step(self) -> StepRow:
-        """A step has ended; what it took."""
+    def step(self, **tags: str | int | float) -> StepRow:
+        """A step has ended; what it took, and the ``tags`` that it is given."""
+        if self.rows and tags.keys() != self.rows[0].tags.keys():
+            raise ValueError(f"tags {sorted(tags)}: the first step had {sorted(self.rows[0].tags)}")
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now, now_s = self._now(), time.perf_counter()
         row = StepRow(
             step=len(self.rows),
             seconds=now_s - self._since_s,
+            items_per_s=self._batch_size / (now_s - self._since_s),
+            tags=tags,
             **{name: now[name] - self._before[name] for name in _COUNTED},
             **{name: now[name] for name in _AT_THE_END},
         )
@@ -99,7 +122,7 @@ class StepLog:
         rows = self.rows[self._skip :]
         if not rows:
             return {}
-        means = {name: statistics.fmean(getattr(row, name) for row in rows) for name in _NAMES[1:]}
+        means = {name: statistics.fmean(getattr(row, name) for row in rows) for name in self._names[1:]}
         return {"steps": len(rows), "median_seconds": statistics.median(row.seconds for row in rows), **means}
 
     def close(self) -> None:
@@ -121,8 +144,11 @@ class StepLog:
 
     def _write(self, row: StepRow) -> None:
         if self._file is not None:
-            csv.writer(self._file).writerow(getattr(row, name) for name in _NAMES)
+            rows = csv.writer(self._file)
+            if row.step == 0:
+                rows.writerow((*self._names, *row.tags))
+            rows.writerow((*(getattr(row, name) for name in self._names), *row.tags.values()))
             self._file.flush()  # what was measured stays if the program is killed
         if self._writer is not None:
-            for name in _NAMES[1:]:
+            for name in self._names[1:]:
                 self._writer.add_scalar(f"torchlms/{name}", getattr(row, name), row.step)

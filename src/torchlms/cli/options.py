@@ -1,4 +1,4 @@
-"""cli_options: options that several verbs of the command line share, each with its one line of help."""
+"""Options: those that several verbs of the command line share, each with its one line of help."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ Recompute = Annotated[bool, typer.Option(help="Whether LMS may also drop values 
 Rule = Annotated[
     Words | None, typer.Option(help="What may leave, name=value as in docs/tuning.md; once for each rule.")
 ]
+DiskDir = Annotated[Text, typer.Option(help="Folder whose disk is meant. Default: a cache.")]
+DiskBudget = Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB.")]
+SpillDir = Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")]
+SpillBudget = Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")]
+PlanFile = Annotated[Text, typer.Option(help="A plan file to use instead of planning.")]
+MachineFile = Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")]
+Report = Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")]
+Json = Annotated[File, typer.Option("--json", help="Write the figures to this file; - prints nothing else.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check in some steps the bits of what comes back.")]
+VerifyEvery = Annotated[int, typer.Option(help="The same, in every so many steps; --verify: in every 100th.")]
+Snapshot = Annotated[
+    bool, typer.Option("--snapshot", help="Undo an optimizer step that fails for want of memory.")
+]
+Csv = Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")]
+Log = Annotated[str, typer.Option(help="What LMS says: debug, info, warning, error or off. Default: info.")]
 SaveRun = Annotated[File, typer.Option(help="Write the record of the run, for torchlms report.")]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]

@@ -1,0 +1,58 @@
+"""Loudness: from which level on the lines that LMS writes are shown. TORCHLMS_LOG says so; else info."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from torchlms.errors import BadOption
+
+VARIABLE = "TORCHLMS_LOG"
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "off": logging.CRITICAL + 1,
+}
+
+log = logging.getLogger("torchlms")
+
+
+def wanted_level() -> int:
+    """The level of TORCHLMS_LOG; a word that is none counts as nothing."""
+    return LEVELS.get(os.environ.get(VARIABLE, "").lower(), logging.INFO)
+
+
+def read_level(name: str) -> int:
+    """The level of that name; BadOption if there is none."""
+    if name.lower() not in LEVELS:
+        raise BadOption(f"--log {name}: choose from {', '.join(LEVELS)}")
+    return LEVELS[name.lower()]
+
+
+def choose(name: str) -> None:
+    """Have this process, and those that it starts, show the log from that level on; "" changes nothing."""
+    if name:
+        read_level(name)
+        os.environ[VARIABLE] = name
+
+
+def show_log() -> None:
+    """Make the lines visible where the program has not set logging up itself."""
+    if log.hasHandlers():
+        return
+    if wanted_level() == LEVELS["off"]:
+        log.addHandler(logging.NullHandler())  # without any, Python itself shows warnings
+        return
+    speak()
+    if log.level == logging.NOTSET:
+        log.setLevel(wanted_level())
+
+
+def speak() -> None:
+    """A line on standard error for each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
+    log.addHandler(handler)

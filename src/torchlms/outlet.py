@@ -1,0 +1,68 @@
+"""Outlet: where figures go as JSON. ``-`` is standard output, which then carries nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torchlms.errors import BadOption
+
+STDOUT = Path("-")
+
+Put = Callable[[Any], None]
+
+
+@contextmanager
+def outlet(path: Path | None) -> Iterator[Put]:
+    """A function that writes figures to ``path``, if there is one; BadOption if its folder is not there.
+
+    As long as this is open with ``-``, whatever else is printed goes to standard error.
+    """
+    check_folder(path)
+    if path != STDOUT:
+        yield _into(path)
+        return
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lambda figures: print(_text(figures), file=out, flush=True)
+
+
+def last_outlet(path: Path | None) -> Put:
+    """As ``outlet``, to the end of this process and of those that it starts."""
+    if path != STDOUT:
+        return _into(path)
+    sys.stdout.flush()
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return lambda figures: print(_text(figures), file=out, flush=True)
+
+
+def into_nothing(figures: Any) -> None:
+    """For figures that nobody wants as JSON."""
+
+
+def check_folder(*paths: Path | None) -> None:
+    """BadOption for a file that could not be written in the end because its folder does not exist."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadOption(f"{path}: its folder does not exist")
+
+
+def _into(path: Path | None) -> Put:
+    if path is None:
+        return into_nothing
+
+    def write(figures: Any) -> None:
+        path.write_text(_text(figures) + "\n")
+
+    return write
+
+
+def _text(figures: Any) -> str:
+    return json.dumps(figures, indent=1)

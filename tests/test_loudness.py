@@ -1,0 +1,35 @@
+"""TORCHLMS_LOG: each level shows what is at least as grave, in a program that has set nothing up itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LEVELS = ["debug", "info", "warning", "error"]
+PROGRAM = """
+import logging, torch, torchlms
+logger = logging.getLogger("torchlms")
+with torchlms.LMS(torch.nn.Linear(2, 2), budget="1GiB"):
+    for level in ("debug", "info", "warning", "error"):
+        getattr(logger, level)("%s it is", level)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [(level, LEVELS[number:]) for number, level in enumerate(LEVELS)]
+    + [("off", []), ("", LEVELS[1:]), ("INFO", LEVELS[1:]), ("nonsense", LEVELS[1:])],
+)
+def test_each_level(wanted: str, shown: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"TORCHLMS_LOG": wanted},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert [line.split()[1] for line in done.stderr.splitlines() if line.endswith(" it is")] == shown
