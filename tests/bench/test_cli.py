@@ -39,6 +39,7 @@ def invoke(*arguments: str) -> Any:
 def captured_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> BenchCommand:
     seen: list[BenchCommand] = []
     monkeypatch.setattr("torchlms.bench.command.bench", lambda command, *rest: seen.append(command))
+    monkeypatch.setattr("torchlms.bench.command.pace", lambda options: (1, "images"))
     done = invoke("bench", *arguments)
     assert done.exit_code == 0, done.output
     return seen[0]
