@@ -67,7 +67,8 @@ class LMS:
     ``budget``: bytes, ``"16GiB"``, ``"80%"`` of the device, or None for what the device has.
     ``host_budget``, ``disk_budget``: bytes for values off the device; None for nine tenths of what
     is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
-    after one recorded step instead of planning. ``rules``: a Rules or a dict of its fields.
+    after one recorded step instead of planning; False for no plan at all: values leave only when memory
+    runs out. ``rules``: a Rules or a dict of its fields.
     ``recompute``: values may also be dropped and made again (None: as the rules say, which is no).
     ``verify``: check in the first steps and in every so many (True: 100) that what comes back has the bits
     that left; such steps are slower. ``snapshot``: copy parameters and optimizer states to host memory
@@ -170,6 +171,7 @@ class LMS:
             rules=options.rules,
             given=options.plan,
             model=self._model_name(),
+            planning=options.planning,
         )
         engine = Engine(
             device,

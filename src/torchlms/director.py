@@ -36,6 +36,8 @@ _AS_PREDICTED = 0.07  # off by less is as good as predicted
 _WORTH_TRYING = 0.97  # of the step time with more headroom
 _ROOMIER = 0.05  # of the budget, for a contender
 _MOVES_ONLY = "moving alone"
+_HOST_SHARE = 0.9  # of what is left, where host memory is refused
+_MOST_HOST_REFUSALS = 3
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
 
@@ -43,12 +45,20 @@ class Director:
     """Policy between the tape and the program of each routine."""
 
     def __init__(
-        self, *, machine: Machine, budget: Budget, rules: Rules, given: Plan | None, model: str
+        self,
+        *,
+        machine: Machine,
+        budget: Budget,
+        rules: Rules,
+        given: Plan | None,
+        model: str,
+        planning: bool = True,
     ) -> None:
         self.machine = machine
         self.budget = budget
         self.rules = rules
         self.given = given
+        self.planning = planning
         self.model = model
         self.headroom_bytes = self.usual_bytes = headroom_bytes(machine, budget.device_bytes)
         self._reclaims_seen = 0
@@ -56,6 +66,7 @@ class Director:
         self._lean_tried = False
         self._races: dict[Signature, Race] = {}
         self._given_fits = False  # the plan given is that of some routine
+        self._host_refusals = 0  # times that host memory which was planned was not to be had
 
     def rebudget(self, budget: Budget) -> None:
         """Plans from here on are for ``budget``; the one that was given is not."""
@@ -70,7 +81,9 @@ class Director:
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
-        if routine.verdict is Verdict.RECORD and routine.tape is not None:
+        if not self.planning:
+            routine.improvise()
+        elif routine.verdict is Verdict.RECORD and routine.tape is not None:
             if self.given is not None:
                 self._take_given(engine, routine, self.given)
             else:
@@ -171,8 +184,9 @@ class Director:
         known = routine.settled or self.given is not None
         routine.verdict = Verdict.FITS if fits and known and engine.device.is_cuda else Verdict.FOLLOW
         routine.rise_bytes = rise_bytes(tape)
-        arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
-        engine.store.plan_arena(arena_bytes)
+        if not self._have_arena(engine):
+            self._plan(engine, routine, tape)
+            return
         engine.restart_measuring()
         self._reclaims_seen = engine.ladder.reclaims
         if quietly:
@@ -181,6 +195,32 @@ class Director:
             log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
         else:
             log.info("a first plan is made; timing each op under it for %d steps", TIMINGS)
+
+    def _have_arena(self, engine: Engine) -> bool:
+        """Take the host memory that the plans ask for; False if another plan is to be made, for less of it.
+
+        What was free when LMS was entered may be somebody else's by now. Where that happens again and again
+        the plan stays: its values leave for pageable memory, or for the disk, as ``Store.place`` finds room.
+        """
+        arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
+        try:
+            engine.store.plan_arena(arena_bytes)
+        except HostBudgetTooSmall as refusal:
+            self._host_refusals += 1
+            again = self.given is None and self._host_refusals <= _MOST_HOST_REFUSALS
+            left_bytes = max(0, arena_bytes - refusal.missing_bytes)
+            host_bytes = min(int(_HOST_SHARE * left_bytes), self.budget.host_bytes // 2)
+            self.budget = replace(self.budget, host_bytes=host_bytes)
+            engine.store.host_budget_bytes = host_bytes
+            log.warning(
+                "%s. %s",
+                refusal,
+                f"Planning again with {format_bytes(host_bytes)} of it"
+                if again
+                else "Values leave for wherever there is room, more slowly",
+            )
+            return not again
+        return True
 
     def _distrust(self, engine: Engine, routine: Routine) -> None:
         """Plan again without the recipes that gave other bytes."""

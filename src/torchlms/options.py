@@ -17,7 +17,7 @@ from torchlms.memory.disk import default_directory
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_bytes
 
 Size = str | int | float | None
-PlanSource = Plan | str | os.PathLike[str] | None
+PlanSource = Plan | str | os.PathLike[str] | bool | None
 
 _HOST_SHARE = 0.9  # of what is available, by default
 _DISK_SHARE = 0.9
@@ -35,6 +35,7 @@ class Options:
     disk_budget: Size
     disk_dir: Path
     plan: Plan | None
+    planning: bool  # or else values leave only when memory runs out
     rules: Rules
     verify_every: int  # steps between two that are checked; 0: none is
 
@@ -81,6 +82,7 @@ class Options:
             disk_budget=disk_budget,
             disk_dir=Path(disk_dir) if disk_dir is not None else default_directory(),
             plan=_read_plan(plan),
+            planning=plan is not False,
             rules=_read_rules(rules, recompute),
             verify_every=_read_verify(verify),
         )
@@ -139,8 +141,10 @@ def _or_share(size: Size, available_bytes: int, share: float) -> int:
 
 
 def _read_plan(source: PlanSource) -> Plan | None:
+    if source is False:
+        return None
     if not isinstance(source, (Plan, str, os.PathLike, type(None))):
-        raise BadOption(f"plan={source!r}: give a Plan, or the path of a plan file")
+        raise BadOption(f"plan={source!r}: give a Plan, the path of a plan file, or False for none at all")
     plan = source if source is None or isinstance(source, Plan) else Plan.load(os.fspath(source))
     if plan is not None and plan.torch != torch.__version__:
         raise PlanMismatch(

@@ -47,6 +47,8 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "full_reclaims": engine.ladder.full_reclaims,
         "reclaimed_bytes": engine.ladder.reclaimed_bytes,
         "retries": engine.ladder.retries,
+        "host_refusals": engine.store.host_refusals,
+        "disk_overflows": engine.store.overflows,
         "lessons": max((plan.lessons for plan in engine.programs()), default=0),
         "holes_opened": engine.holes.opened,
         "moved_bytes": engine.holes.moved_bytes,

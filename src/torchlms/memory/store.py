@@ -81,6 +81,8 @@ class Store:
         self.bytes_out = 0
         self.bytes_in = 0
         self.disk_bytes = 0
+        self.host_refusals = 0  # times that host memory within the budget was not to be had
+        self.overflows = 0  # values that went to disk because host memory was full
         self.closed = False
         self._slabs_lock = threading.Lock()  # workers stage in slabs, too
         self._workers: ThreadPoolExecutor | None = None
@@ -91,7 +93,8 @@ class Store:
 
     def plan_arena(self, size_bytes: int) -> None:
         """Have a planned arena of ``size_bytes``; one that is hardly larger is kept, since pinning
-        takes time. An old one in which something still lives is kept until that has left."""
+        takes time. An old one in which something still lives is kept until that has left. Where host
+        memory refuses (HostBudgetTooSmall) there is none, and what was to go there finds other places."""
         if self.planned is not None and size_bytes <= self.planned.capacity_bytes <= _SPARE * size_bytes:
             return
         if self.planned is not None:
@@ -99,7 +102,11 @@ class Store:
             self.planned = None
         self.close_empty_slabs()
         if size_bytes and self.device.is_cuda:
-            self.planned = Arena(size_bytes, pinned=True)
+            try:
+                self.planned = Arena(size_bytes, pinned=True)
+            except HostBudgetTooSmall:
+                self.host_refusals += 1
+                raise
         self._note_host_peak()
 
     def place_planned(self, offset_bytes: int, size_bytes: int) -> Place | None:
@@ -115,6 +122,7 @@ class Store:
             found = self._place_in_slabs(size_bytes)
             if found is not None:
                 return found
+            self.overflows += 1
         return self.place_on_disk(size_bytes)
 
     def place_on_disk(self, size_bytes: int) -> Place:
@@ -169,6 +177,7 @@ class Store:
         try:
             slab = Arena(slab_bytes, pinned=False)
         except HostBudgetTooSmall:
+            self.host_refusals += 1
             return None
         slab.touch()
         self.slabs.append(slab)
