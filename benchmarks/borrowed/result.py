@@ -99,6 +99,8 @@ def amend(name: str, findings: Findings, made: dict[str, Any], path: Path = FILE
     for case, finding in anew.items():
         old["counts"][before[case]["verdict"]] -= 1
         old["counts"][finding.verdict.value] += 1
+        for total, figure in (("moved", "away"), ("planned", "planned")):
+            old[total] += (getattr(finding, figure) > 0) - (before[case][figure] > 0)
         before[case] = {"case": case, **asdict(finding)}
     old["others"] = [other for other in before.values() if Verdict(other["verdict"]) not in PLAIN_SUCCESSES]
     note = {key: made[key] for key in ("command", "date", "torch", "code", "driver")}
@@ -145,7 +147,10 @@ def markdown(suites: dict[str, dict[str, Any]]) -> str:
         versions = f"torch {made['torch']}"
         if made["transformers"]:
             versions += f", transformers {made['transformers']}"
-        lines += ["", f"**{name}** ({versions}, {made['date'][:10]}):"]
+        anew = "".join(
+            f", {len(one['cases'])} judged anew {one['date'][:10]}" for one in made.get("amended", [])
+        )
+        lines += ["", f"**{name}** ({versions}, {made['date'][:10]}{anew}):"]
         lines += [f"- {line}" for line in _gathered(made["others"])] or ["- nothing but plain successes"]
     return "\n".join(lines)
 
