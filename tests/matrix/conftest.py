@@ -24,6 +24,8 @@ def device(request: pytest.FixtureRequest) -> str:
     asked = str(request.config.getoption("--device", default="cpu"))
     if asked == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if asked == "cuda":
+        torch.cuda.init()  # its settings can be compared only from here on
     return asked
 
 
