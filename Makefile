@@ -72,7 +72,7 @@ docs: $(READY)   ## build the pages of docs/ as a site in build/docs
 	$(PY) -m mkdocs build --strict
 
 suites: $(READY) ## other projects' own tests under LMS: PyTorch's samples, transformers' architectures
-	$(PY) benchmarks/suites.py operators --most 12
+	$(PY) benchmarks/suites.py operators --most 20
 	$(PY) benchmarks/suites.py modules --most 12
 	$(PY) benchmarks/suites.py transformers
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.machine()
+
+
+def without_paths(text: str) -> str:
+    """``text`` without paths of this machine: results are committed."""
+    for path in (Path(__file__).resolve().parent.parent, Path(tempfile.gettempdir()), Path.home()):
+        text = text.replace(str(path) + os.sep, "")
+    return text
 
 
 def driver_version() -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convolutions import compare
+from ladder import ladder_figures
 from rows import IDENTITY_STEPS, ROWS, Kind, Row
 
 from torchlms.bench import provenance
@@ -25,7 +26,8 @@ _FACTS = ("device", "device_name", "torch")  # entries of one file agree in thes
 
 def driver_hash(row: Row) -> str:
     """SHA-256 of the sources beside this one that measure the row."""
-    names = ["training.py"] + (["convolutions.py"] if row.kind is Kind.CONVOLUTIONS else [])
+    own = {Kind.CONVOLUTIONS: ["convolutions.py"], Kind.LADDER: ["ladder.py"]}
+    names = ["training.py", *own.get(row.kind, [])]
     return hashlib.sha256(b"\0".join((_HERE / name).read_bytes() for name in names)).hexdigest()
 
 
@@ -146,6 +148,8 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
     done = {entry["way"]: entry for entry in entries if "error" not in entry}
     if row.kind is Kind.CONVOLUTIONS:
         return _convolution_figures(done)
+    if row.kind is Kind.LADDER:
+        return ladder_figures(done, cuda=row.cuda, identity_steps=IDENTITY_STEPS)
     found: dict[str, Any] = {}
     plain, lms = done.get("none"), done.get("lms")
     if plain is not None:

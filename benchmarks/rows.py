@@ -19,6 +19,7 @@ class Kind(str, Enum):
     TRAINING = "training"  # plain, then LMS, then plain again in one process; each rival in its own
     ASIDE = "aside"  # plain and LMS in turns, for a difference of one per cent
     CONVOLUTIONS = "convolutions"  # each convolution before and after steps under LMS
+    LADDER = "ladder"  # plain, planned, and without a plan that fits, in one process
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,20 @@ ROWS: dict[str, Row] = {
         _joint(_resnet(200, (), (), ""), 0.98),
         _joint(_resnet(400, (), (), ""), 0.87),
         _joint(_resnet(800, (), (), ""), 0.60),
+        replace(
+            _resnet(230, (), (), "without a plan that fits: slower, never wrong, soon back at speed"),
+            name="ladder-resnet50-b230",
+            label="ResNet-50, batch 230",
+            kind=Kind.LADDER,
+            targets=(
+                Target("finished", at_least=1),
+                Target("same_bits", at_least=1),
+                Target("within_budget", at_least=1),
+                Target("misplanned_steps_to_speed", at_most=3),
+                Target("shrunk_steps_to_speed", at_most=3),
+            ),
+            seconds=110,
+        ),
         Row(
             name="googlenet-8192",
             label="GoogLeNet, one image of 8192x8192",
@@ -375,7 +390,8 @@ ROWS: dict[str, Row] = {
 
 def tiny(row: Row) -> Row:
     """The same machinery on any machine in seconds, for tests; its figures mean nothing."""
-    if row.kind is Kind.TRAINING:
+    trains = row.kind in (Kind.TRAINING, Kind.LADDER)
+    if trains:
         options = BenchOptions(
             model="llama", batch_size=8, device="cpu", hidden=32, layers=6, heads=2, sequence=64, vocab=50
         )
@@ -384,7 +400,7 @@ def tiny(row: Row) -> Row:
     return replace(
         row,
         options=replace(options, recompute=row.options.recompute),
-        share=0.6 if row.kind is Kind.TRAINING else 0.0,
+        share=0.6 if trains else 0.0,
         need_over_cap=0.0,
         warmup=5,
         steps=5,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from borrowed import result as suites
+from facts import without_paths
 from result_file import Code, load, load_all, load_current, merged, save, why_stale
 from rows import ROWS, Row, find, tiny
 from tables import targets_lines, text_table, write_tables
@@ -176,7 +177,7 @@ class Intake:
     def close(self, why: str) -> None:
         """Entries that were expected and did not come say why."""
         self.look()
-        self.error = _clean(self.error or why)
+        self.error = without_paths(self.error or why)
         if self.error:
             for way in self.job.ways:
                 if way not in self._ways:
@@ -233,13 +234,6 @@ def _last_words(code: int, errors: Path) -> str:
         return f"killed by signal {-code}" + (" (out of host memory?)" if code == -9 else "")
     lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"exit code {code}"
-
-
-def _clean(text: str) -> str:
-    """Without paths of this machine: results are committed."""
-    for path in (Path(__file__).resolve().parent.parent, Path(tempfile.gettempdir()), Path.home()):
-        text = text.replace(str(path) + os.sep, "")
-    return text
 
 
 def _work(asked: argparse.Namespace) -> int:

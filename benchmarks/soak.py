@@ -1,196 +1,216 @@
-"""Soak: thousands of small steps whose shapes change all the time; is memory flat, and are the bits right?
+"""Soak: thousands of steps whose shapes change all the time; is everything flat, and are the bits right?
 
-    python benchmarks/soak.py --steps 4000
+    python benchmarks/soak.py                      4800 steps of a small transformer on the CPU
+    python benchmarks/soak.py --device cuda        500 steps of ResNet-50 in 16 GiB, in at most 150 seconds
 
-Trains a small transformer plainly and under LMS on the CPU, with batch and sequence drawn anew for each
-step, evaluation in between, and one step in a hundred given up half-way. Compares all losses, parameters
-and optimizer states; writes memory on every tier over time to benchmarks/results/soak-cpu.json.
+Trains plainly and under LMS in one process, with evaluation in between, and one step in a hundred given up
+half-way. Losses of all steps must be the same, and parameters, buffers and optimizer states after each
+quarter. Memory on every tier, threads, open files and step time may not grow beyond the bounds of
+soak_sample.py, nothing may be left when LMS ends, and the steps must be done in time. Fails otherwise, and
+says why. Writes what it saw to benchmarks/results/soak-<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import gc
 import json
-import random
 import statistics
+import sys
+import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from facts import device_facts
+from soak_course import COURSES, Course, Trace, Training
+from soak_sample import BOUNDS, FEWEST, Sample, grown, growth, look, open_files
 
 import torchlms
 from torchlms.bench import provenance
+from torchlms.bench.flags import flags_set
+from torchlms.bench.options import BenchOptions
+from torchlms.eager import private
+from torchlms.memory.arena import pinned_bytes_in_use
 
-RESULT = Path(__file__).with_name("results") / "soak-cpu.json"
-BATCHES, SEQUENCES, WORDS, WIDTH = (2, 3, 4, 8), (16, 32, 48), 64, 64
-BUDGET_BYTES = 6 << 20
-GIVEN_UP = 100  # one step in so many
-EVALUATED = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One look at the process."""
-
-    step: int
-    step_s: float  # median since the sample before
-    rss_bytes: int
-    live_bytes: int  # of the ledger
-    spill_bytes: int  # in use
-    spill_peak_bytes: int
-    objects: int  # that the collector knows
-    threads: int
-
-
-class Model(nn.Module):
-    """Embedding, two encoder layers with dropout, head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(WORDS, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.1, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, WORDS)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.layers(self.embed(ids)))
+FOLDER = Path(__file__).resolve().parent / "results"
+_STEPS = {"cpu": 4800, "cuda": 500}
+_EVERY = {"cpu": 240, "cuda": 20}
+_WITHIN_S = {"cpu": 7200.0, "cuda": 150.0}
+_DIGESTS = 4  # over a run
+_GRACE_S = 2.0  # for a thread to end
+_OTHER_BITS = "not the same bits as plain"
 
 
 @dataclass
-class Training:
-    """A model, its optimizer, and the losses so far."""
+class Soaked:
+    """What was seen of the run under LMS, and what was wrong with it."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    losses: list[str]
-
-    @staticmethod
-    def begin() -> Training:
-        torch.manual_seed(7)
-        model = Model()
-        return Training(model, torch.optim.AdamW(model.parameters(), lr=1e-3), [])
-
-    def step(self, number: int) -> None:
-        draw = random.Random(number)
-        shape = (draw.choice(BATCHES), draw.choice(SEQUENCES))
-        ids = torch.randint(0, WORDS, shape, generator=torch.Generator().manual_seed(number))
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(ids).flatten(0, 1), ids.roll(1, 1).flatten())
-        if number % GIVEN_UP == GIVEN_UP - 1:
-            return  # as if the batch were bad
-        loss.backward()
-        self.optimizer.step()
-        self.losses.append(float(loss.detach()).hex())
-        if number % EVALUATED == 0:
-            self.model.eval()
-            with torch.no_grad():
-                self.model(ids)
-            self.model.train()
-
-    def state(self) -> list[Tensor]:
-        states = self.optimizer.state_dict()["state"].values()
-        return [*self.model.state_dict().values(), *(item for state in states for item in state.values())]
+    samples: list[Sample] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    steps: int = 0
+    wrong: list[str] = field(default_factory=list)
 
 
-def main() -> int:
-    asked = _arguments()
+def main(arguments: list[str] | None = None) -> int:
+    began_s = time.monotonic()
+    asked = _arguments(arguments)
     torch.set_num_threads(1)
-    plain = Training.begin()
-    for number in range(asked.steps):
-        plain.step(number)
-    ours = Training.begin()
-    began_s = time.perf_counter()
-    with torchlms.LMS(
-        ours.model, ours.optimizer, budget=BUDGET_BYTES, rules={"min_bytes": 4096}, recompute=asked.recompute
-    ) as lms:
-        samples = list(_soak(ours, lms, asked.steps, asked.every))
-        stats = lms.stats()
-    same = ours.losses == plain.losses and all(map(_same, ours.state(), plain.state()))
-    for sample in samples:
+    # Only the flags: nothing else of these options is read.
+    with flags_set(BenchOptions(device=asked.device, deterministic=asked.device == "cuda")):
+        course = COURSES[asked.device]()
+        plain = _trained_plainly(course, asked.steps)
+        _tidy()
+        soaked = soak(course, plain, asked, began_s + asked.within)
+    for sample in soaked.samples:
         print(asdict(sample))
-    result = {
-        "schema": "torchlms.soak/1",
-        "command": f"python benchmarks/soak.py --steps {asked.steps}" + (" --recompute" * asked.recompute),
-        "same_bits": same,
-        "steps": asked.steps,
-        "seconds": round(time.perf_counter() - began_s, 1),
-        "budget_bytes": BUDGET_BYTES,
-        "stats": {name: item for name, item in stats.items() if isinstance(item, (int, float, str))},
-        "samples": [asdict(sample) for sample in samples],
-        "growth": _growth(samples),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "code": provenance.code_hash(),
-        "host": provenance.host_facts(),
-    }
-    asked.json.write_text(json.dumps(result, indent=1) + "\n")
-    print({name: result[name] for name in ("same_bits", "growth", "seconds")})
-    return 0 if same else 1
+    path = asked.json or FOLDER / f"soak-{asked.device}.json"
+    path.write_text(json.dumps(_result(asked, course, soaked), indent=1) + "\n")
+    print("\n".join(soaked.wrong) or f"flat, and the same bits, over {soaked.steps} steps")
+    return 1 if soaked.wrong else 0
 
 
-def _soak(training: Training, lms: torchlms.LMS, steps: int, every: int) -> Any:
-    times_s: list[float] = []
+def _trained_plainly(course: Course, steps: int) -> Trace:
+    """What a plain run leaves. Its model is gone, for LMS needs the room."""
+    training = Training.begin(course)
     for number in range(steps):
-        began_s = time.perf_counter()
         training.step(number)
-        times_s.append(time.perf_counter() - began_s)
-        if (number + 1) % every == 0:
-            yield _look(number + 1, statistics.median(times_s), lms)
-            times_s.clear()
+        _maybe_digest(training, number + 1, steps)
+    return training.trace
 
 
-def _look(step: int, step_s: float, lms: torchlms.LMS) -> Sample:
-    gc.collect()
-    assert lms._engine is not None
-    spill = lms._engine.store.spill
-    ledger = getattr(lms._engine.device, "ledger", None)
-    return Sample(
-        step=step,
-        step_s=round(step_s, 5),
-        rss_bytes=psutil.Process().memory_info().rss,
-        live_bytes=ledger.live_bytes if ledger is not None else 0,
-        spill_bytes=spill.in_use_bytes if spill is not None else 0,
-        spill_peak_bytes=spill.peak_bytes if spill is not None else 0,
-        objects=len(gc.get_objects()),
-        threads=threading.active_count(),
-    )
-
-
-def _growth(samples: list[Sample]) -> dict[str, float]:
-    """The last quarter's median over the second quarter's: 1.0 is flat. The first quarter still plans."""
-    quarter = max(1, len(samples) // 4)
-    before, after = samples[quarter : 2 * quarter], samples[-quarter:]
-    found = {}
-    for name in ("step_s", "rss_bytes", "live_bytes", "spill_peak_bytes", "objects"):
-        with contextlib.suppress(ZeroDivisionError, statistics.StatisticsError):
-            ratio = statistics.median(getattr(s, name) for s in after) / statistics.median(
-                getattr(s, name) for s in before
-            )
-            found[name] = round(ratio, 4)
+def soak(course: Course, plain: Trace, asked: argparse.Namespace, ends_s: float) -> Soaked:
+    """The run under LMS, and all that is wrong with it."""
+    found = Soaked()
+    before = {"threads": threading.active_count(), "open files": open_files()}
+    with tempfile.TemporaryDirectory(prefix="torchlms-soak-") as folder:
+        disk_dir = Path(folder)
+        training = Training.begin(course)
+        began_s = time.perf_counter()
+        with torchlms.LMS(
+            training.model,
+            training.optimizer,
+            budget=course.budget_bytes,
+            disk_dir=disk_dir,
+            rules=course.rules,
+            recompute=asked.recompute,
+        ) as lms:
+            found.samples = list(_samples(training, lms, disk_dir, asked, ends_s, found))
+            found.stats = lms.stats()
+        found.seconds = round(time.perf_counter() - began_s, 1)
+        found.wrong += _left_behind(disk_dir, before)
+    found.wrong += _judged(found, training.trace, plain, asked, course.budget_bytes)
     return found
 
 
-def _same(left: Any, right: Any) -> bool:
-    return torch.equal(left, right) if isinstance(left, Tensor) else left == right
+def _samples(
+    training: Training,
+    lms: torchlms.LMS,
+    disk_dir: Path,
+    asked: argparse.Namespace,
+    ends_s: float,
+    found: Soaked,
+) -> Iterator[Sample]:
+    times_s: list[float] = []
+    for number in range(asked.steps):
+        if time.monotonic() > ends_s:
+            return
+        began_s = time.perf_counter()
+        training.step(number)
+        times_s.append(time.perf_counter() - began_s)
+        found.steps += 1
+        _maybe_digest(training, found.steps, asked.steps)
+        if found.steps % asked.every == 0:
+            yield look(found.steps, statistics.median(times_s), lms, disk_dir)
+            times_s.clear()
 
 
-def _arguments() -> argparse.Namespace:
+def _maybe_digest(training: Training, done: int, steps: int) -> None:
+    if done == steps or done % max(1, steps // _DIGESTS) == 0:
+        training.digest(done)
+
+
+def _judged(
+    found: Soaked, ours: Trace, plain: Trace, asked: argparse.Namespace, budget_bytes: int
+) -> Iterator[str]:
+    if not ours.same_as(plain):
+        yield _OTHER_BITS
+    if found.steps < asked.steps:
+        yield f"{found.steps} of {asked.steps} steps in {asked.within:.0f} s"
+    if len(found.samples) < FEWEST:
+        yield f"{len(found.samples)} samples, which say nothing of growth"
+    else:
+        yield from grown(found.samples)
+    if (
+        asked.device == "cuda"
+        and max((sample.reserved_bytes for sample in found.samples), default=0) > budget_bytes
+    ):
+        yield "more was reserved than the budget allows"
+
+
+def _left_behind(disk_dir: Path, before: dict[str, int]) -> Iterator[str]:
+    """What is still there after LMS has ended."""
+    deadline_s = time.monotonic() + _GRACE_S
+    while threading.active_count() > before["threads"] and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    now = {"threads": threading.active_count(), "open files": open_files()}
+    for what, count in now.items():
+        # The driver opens files of its own when memory is first registered.
+        if count > before[what] and not (what == "open files" and torch.cuda.is_available()):
+            yield f"left behind: {count - before[what]} {what}"
+    if pinned_bytes_in_use():
+        yield f"left behind: {pinned_bytes_in_use()} pinned bytes"
+    if any(disk_dir.iterdir()):
+        yield "left behind: files in the disk directory"
+    if private.top_dispatch_mode() is not None or private.top_saved_tensor_hooks() is not None:
+        yield "left behind: a mode or hooks"
+
+
+def _tidy() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _result(asked: argparse.Namespace, course: Course, soaked: Soaked) -> dict[str, Any]:
+    command = f"python benchmarks/soak.py --device {asked.device} --steps {asked.steps}"
+    return {
+        "schema": "torchlms.soak/2",
+        "command": command + (" --recompute" * asked.recompute),
+        "wrong": soaked.wrong,
+        "same_bits": _OTHER_BITS not in soaked.wrong,
+        "steps": soaked.steps,
+        "seconds": soaked.seconds,
+        "budget_bytes": course.budget_bytes,
+        "bounds": {name: asdict(bound) for name, bound in BOUNDS.items()},
+        "growth": growth(soaked.samples) if len(soaked.samples) >= FEWEST else {},
+        "stats": {name: item for name, item in soaked.stats.items() if isinstance(item, (int, float, str))},
+        "samples": [asdict(sample) for sample in soaked.samples],
+        **device_facts(torch.device(asked.device)),
+        "date": provenance.now(),
+        "code": provenance.code_hash(),
+    }
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help="steps to train, plainly and under LMS")
-    parser.add_argument("--every", type=int, default=200, help="steps between two looks at the process")
+    parser.add_argument("--device", choices=list(COURSES), default="cpu")
+    parser.add_argument("--steps", type=int, default=0, help="steps to train, plainly and under LMS")
+    parser.add_argument("--every", type=int, default=0, help="steps between two looks at the process")
+    parser.add_argument("--within", type=float, default=0.0, help="seconds for everything together")
     parser.add_argument("--recompute", action="store_true", help="values may also be dropped and made again")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes")
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    asked = parser.parse_args(arguments)
+    asked.steps = asked.steps or _STEPS[asked.device]
+    asked.every = asked.every or _EVERY[asked.device]
+    asked.within = asked.within or _WITHIN_S[asked.device]
+    return asked
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

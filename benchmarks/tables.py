@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ladder
 from borrowed import result as suites
 from result_file import FOLDER, load_all
 
@@ -73,7 +74,7 @@ def short_table(results: Results) -> str:
             "`checkpoint`",
             "peak",
         )
-        notes = [note for result in group.values() if (note := _convolution_note(result))]
+        notes = [note for result in group.values() if (note := _note_of(result))]
         if rows:
             parts += [f"**{_where(device, group)}**", "", *markdown(columns, rows), ""]
         parts += [f"{note}\n" for note in notes]
@@ -104,6 +105,11 @@ def _short_row(result: dict[str, Any]) -> list[str]:
         _rival(result, "checkpoint"),
         _peak(result, lms),
     ]
+
+
+def _note_of(result: dict[str, Any]) -> str:
+    """What is said of a row that is not one of the table."""
+    return ladder.note(result) if result["definition"]["kind"] == "ladder" else _convolution_note(result)
 
 
 def _convolution_note(result: dict[str, Any]) -> str:
@@ -146,7 +152,7 @@ def long_tables(results: Results) -> str:
             parts += [*markdown(columns, [row for result in training for row in _way_rows(result)]), ""]
             parts += ["What was predicted, and what came of it:", ""]
             parts += [*markdown(_PREDICTED, [_predicted_row(result) for result in training]), ""]
-        parts += [f"{note}\n" for result in group.values() if (note := _convolution_note(result))]
+        parts += [f"{note}\n" for result in group.values() if (note := _note_of(result))]
     parts += ["### Targets", "", *markdown(("case", "figure", "target", "found", ""), _target_rows(results))]
     return "\n".join(parts)
 
@@ -356,7 +362,7 @@ def _where(device: str, group: Results) -> str:
 
 
 def _training(result: dict[str, Any]) -> bool:
-    return bool(result["definition"]["kind"] != "convolutions")
+    return result["definition"]["kind"] not in ("convolutions", "ladder")
 
 
 def _entry(result: dict[str, Any], way: str) -> dict[str, Any] | None:

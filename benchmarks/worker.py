@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from convolutions import measure_after, measure_before, measure_starved
 from facts import device_facts
+from ladder import WAYS as LADDER_WAYS
+from ladder import measure_ladder
 from rows import Kind
 from training import first_line, flags_of, measure_aside, measure_rival, measure_row
 
@@ -47,6 +49,8 @@ def main_jobs(row: Row) -> list[Job]:
     if row.kind is Kind.CONVOLUTIONS:
         after = [Job(row, f"lms-{batch}", (f"lms-{batch}",), batch=batch) for batch in row.batches]
         return [Job(row, BEFORE, (BEFORE,)), *after, Job(row, STARVED, (STARVED,))]
+    if row.kind is Kind.LADDER:
+        return [Job(row, MAIN, LADDER_WAYS)]
     ways = ("none", "lms") if row.kind is Kind.ASIDE else ("none", "lms", "none_again")
     return [Job(row, MAIN, ways)]
 
@@ -93,6 +97,8 @@ def _measure(job: Job, emit: Any, batch_size: int) -> None:
         measure_starved(job.row, emit)
     elif job.batch:
         measure_after(job.row, job.batch, emit)
+    elif job.row.kind is Kind.LADDER:
+        measure_ladder(job.row, emit)
     elif job.row.kind is Kind.ASIDE:
         measure_aside(job.row, emit)
     else:

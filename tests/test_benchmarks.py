@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import convolutions  # noqa: E402
+import ladder  # noqa: E402
 import result_file  # noqa: E402
 import rows  # noqa: E402
 import run  # noqa: E402
@@ -315,6 +316,7 @@ def test_a_process_that_takes_too_long_is_ended() -> None:
     [
         pytest.param(["cpu-transformer"], marks=pytest.mark.slow),
         ["conv-health", "--only", "before,lms-4"],
+        pytest.param(["ladder-resnet50-b230"], marks=pytest.mark.slow),
     ],
 )
 def test_a_row_from_end_to_end(
@@ -330,6 +332,9 @@ def test_a_row_from_end_to_end(
         assert result["figures"]["within_budget"] is True
         assert result["figures"]["identity"]["steps"] >= rows.IDENTITY_STEPS
         assert "cpu-transformer  lms" in capsys.readouterr().out
+    elif arguments[0].startswith("ladder"):
+        assert result["figures"]["finished"] is True
+        assert result["figures"]["same_bits"] is True
     else:
         assert result["figures"]["same_bits"] is True
         assert result["figures"]["batches"]["lms-4"]["bits_compared"] > 5
@@ -341,3 +346,33 @@ def test_the_tables_are_those_of_the_results() -> None:
         text = path.read_text()
         for mark, content in texts.items():
             assert tables.between_marks(text, mark, content) == text, f"{path.name}: run `make figures`"
+
+
+def ladder_sample() -> dict[str, Any]:
+    ours = {"each_step_s": [0.4, 0.2, 0.101, 0.1, 0.1, 0.1]}
+    return made(
+        "ladder-resnet50-b230",
+        entry("none", 0.08),
+        lms_entry(),
+        *({**lms_entry(**ours), "way": way} for way in ladder.WAYS[2:]),
+    )
+
+
+def test_a_ladder_says_how_soon_it_is_back_at_speed() -> None:
+    result = ladder_sample()
+    figures = result["figures"]
+    assert figures["finished"] is figures["same_bits"] is figures["within_budget"] is True
+    assert figures["misplanned_steps_to_speed"] == figures["shrunk_steps_to_speed"] == 2
+    assert ladder.steps_to_speed([0.1, 0.3, 0.1, 0.1, 0.1], 0.1) == 2
+    assert ladder.steps_to_speed([0.2] * 5, 0.1) == 5
+    results = {"ladder-resnet50-b230": result}
+    assert tables.targets_lines(results) == ["all targets met"]
+    assert "Back at planned speed 2 steps after" in tables.short_table(results)
+    assert "the same bits as plain in all of them" in tables.long_tables(results)
+
+
+def test_a_ladder_with_a_way_that_fails_has_not_finished() -> None:
+    failed = {"way": ladder.SHRUNK, "lms": True, "error": "OutOfMemoryError: no"}
+    result = made("ladder-resnet50-b230", entry("none", 0.08), lms_entry(), failed)
+    assert result["figures"]["finished"] is False
+    assert ladder.note(result) == ""

@@ -298,3 +298,34 @@ def test_a_suite_is_stale_when_what_it_ran_has_changed(
     assert result.why_stale(made) == "the package changed"
     assert provenance.stale_results(tmp_path) == [tmp_path / "suites.json"]
     assert result.why_stale({**made, "driver": ""}) == "the package and benchmarks/borrowed/ changed"
+
+
+def test_cases_are_judged_anew_and_the_rest_stays(tmp_path: Path) -> None:
+    path = tmp_path / "suites.json"
+    result.save("operators", sample(), path)
+    before = result.load(path)["operators"]
+    findings = {
+        "cov float64 #0": Finding(Verdict.UNSTEADY, "step 1: result", away=1),
+        "prod float64 #1": Finding(Verdict.SAME),
+        "unknown #1": Finding(Verdict.DIFFERS),
+    }
+    result.amend("operators", findings, {**sample(), "command": "again"}, path)
+    after = result.load(path)["operators"]
+    assert after["counts"]["differs"] == before["counts"]["differs"] - 1
+    assert after["counts"]["plain differs"] == before["counts"]["plain differs"] + 1
+    assert after["counts"]["same bits"] == before["counts"]["same bits"] + 1
+    assert sum(after["counts"].values()) == after["cases"] == before["cases"]
+    assert {other["case"] for other in after["others"]} == {"cov float64 #0", "prod float64 #0"}
+    assert after["amended"][0]["command"] == "again"
+    assert after["amended"][0]["cases"] == ["cov float64 #0", "prod float64 #1"]
+    assert (after["code"], after["driver"]) == (before["code"], before["driver"])
+
+
+def test_plain_runs_that_differ_now_and_then_come_before_any_mode() -> None:
+    """What a mode changes by chance in one run is not laid at its door, either."""
+    calls = itertools.count()
+
+    def unsteady(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 if next(calls) % 7 else 2.0)
+
+    assert try_case(Case("now and then", lambda: subject(unsteady, leaf(3)))).verdict is Verdict.UNSTEADY

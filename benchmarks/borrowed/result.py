@@ -90,6 +90,24 @@ def save(name: str, made: dict[str, Any], path: Path = FILE) -> None:
     beside.replace(path)
 
 
+def amend(name: str, findings: Findings, made: dict[str, Any], path: Path = FILE) -> None:
+    """Put new findings in place of those in ``path`` that were no plain success, and note by what they were
+    made. All else stays, and with it the code that the suite is said to depend on."""
+    old = load(path)[name]
+    before = {other["case"]: other for other in old["others"]}
+    anew = {case: finding for case, finding in findings.items() if case in before}
+    for case, finding in anew.items():
+        old["counts"][before[case]["verdict"]] -= 1
+        old["counts"][finding.verdict.value] += 1
+        for total, figure in (("moved", "away"), ("planned", "planned")):
+            old[total] += (getattr(finding, figure) > 0) - (before[case][figure] > 0)
+        before[case] = {"case": case, **asdict(finding)}
+    old["others"] = [other for other in before.values() if Verdict(other["verdict"]) not in PLAIN_SUCCESSES]
+    note = {key: made[key] for key in ("command", "date", "torch", "code", "driver")}
+    old["amended"] = [*old.get("amended", []), {**note, "cases": list(anew)}]
+    save(name, old, path)
+
+
 def why_stale(made: dict[str, Any]) -> str:
     """What has changed since; empty if nothing that the suite depends on."""
     now = code(made["module"])
@@ -129,7 +147,10 @@ def markdown(suites: dict[str, dict[str, Any]]) -> str:
         versions = f"torch {made['torch']}"
         if made["transformers"]:
             versions += f", transformers {made['transformers']}"
-        lines += ["", f"**{name}** ({versions}, {made['date'][:10]}):"]
+        anew = "".join(
+            f", {len(one['cases'])} judged anew {one['date'][:10]}" for one in made.get("amended", [])
+        )
+        lines += ["", f"**{name}** ({versions}, {made['date'][:10]}{anew}):"]
         lines += [f"- {line}" for line in _gathered(made["others"])] or ["- nothing but plain successes"]
     return "\n".join(lines)
 

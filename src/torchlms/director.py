@@ -112,7 +112,7 @@ class Director:
             )  # times that are rough are not worth more
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
-            log.warning("going on without a plan, slowly: values leave as memory runs out. %s", refusal)
+            log.warning("going on without a plan, slowly: values leave as memory runs out. %s", str(refusal))
             return
         self._adopt(engine, routine, tape, plan)
 
@@ -216,7 +216,7 @@ class Director:
             engine.store.host_budget_bytes = host_bytes
             log.warning(
                 "%s. %s",
-                refusal,
+                str(refusal),  # whoever keeps the record must not keep the frames of the error
                 f"Planning again with {format_bytes(host_bytes)} of it"
                 if again
                 else "Values leave for wherever there is room, more slowly",

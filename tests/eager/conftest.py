@@ -18,6 +18,10 @@ os.environ.setdefault("TORCHLMS_LOG", "off")  # pytest's own handler sees it all
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return know_machine(monkeypatch)
+
+
+def know_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """The same rates everywhere, without measuring them."""
     made = Machine(
         device="cpu",

@@ -109,7 +109,7 @@ def bits(tensor: Tensor) -> str:
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce()
         return f"{bits(tensor.indices())} {bits(tensor.values())}"
-    raw = tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:16]}"
 
 
@@ -127,8 +127,16 @@ def outcome(session: Session) -> Outcome:
             if hasattr(keeper, "state_dict")
             for path, text in _leaves(name, keeper.state_dict())
         },
-        generator=bits(torch.get_rng_state()),
+        generator=" ".join(map(bits, generator_states())),
     )
+
+
+def generator_states() -> list[Tensor]:
+    """Of the default device, and of the CPU, from which data is drawn."""
+    states = [torch.get_rng_state()]
+    if torch.get_default_device().type == "cuda":
+        states.append(torch.cuda.get_rng_state())
+    return states
 
 
 def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str]]:

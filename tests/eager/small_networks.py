@@ -152,11 +152,13 @@ class Network:
     classes: int = 10
 
     def batch(self, step: int, batch_size: int | None = None) -> Batch:
-        """The batch of one step: always the same for the same step."""
+        """The batch of one step: always the same for the same step, on the default device."""
         generator = torch.Generator().manual_seed(100 + step)
-        size = batch_size or self.batch_size
-        inputs = self.make_inputs(generator, size)
-        return inputs, torch.randint(0, self.classes, (size,), generator=generator)
+        size, device = batch_size or self.batch_size, torch.get_default_device()
+        with torch.device("cpu"):
+            inputs = self.make_inputs(generator, size)
+            target = torch.randint(0, self.classes, (size,), generator=generator)
+        return inputs.to(device), target.to(device)
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:

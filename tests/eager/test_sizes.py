@@ -264,3 +264,13 @@ def test_signatures_tell_calls_apart() -> None:
     # A learning rate that changes every step must not fill the memory.
     rates = {signature(aten.mul.Scalar, (x, rate), {"alpha": rate}) for rate in (0.1, 0.2, 0.3)}
     assert len(rates) == 1
+
+
+def test_generators_made_anew_are_not_remembered() -> None:
+    """A key for each would grow for ever, and keep the generators alive."""
+    sizes = ResultSizes()
+    for seed in range(3):
+        sizes.of(
+            aten.randint.low_generator, (0, 9, [4, 4]), {"generator": torch.Generator().manual_seed(seed)}
+        )
+    assert len(sizes._known) == 1

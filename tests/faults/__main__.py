@@ -1,4 +1,7 @@
-"""Inject faults at random moments: python -m tests.faults --count 1000 --seed 1 [--json FILE]
+"""Inject faults at random moments, or out of memory at every op of two steps.
+
+    python -m tests.faults --count 1000 --seed 1 [--json FILE]
+    python -m tests.faults --every-op [--stride 1] [--json FILE]
 
 Prints each trial in which something was wrong, and a table. Ends with 1 if there was any.
 """

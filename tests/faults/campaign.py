@@ -1,19 +1,22 @@
-"""Campaign: many faults, drawn from a seed, and the table of what came of them."""
+"""Campaign: many faults, drawn from a seed or at every op, and the table of what came of them."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import logging
 import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from faults.every_op import Struck, strike_every
 from faults.injection import KINDS, Fault
 from faults.trial import Found, moments, try_fault
 
@@ -22,30 +25,71 @@ from torchlms.bench.provenance import code_hash, host_facts
 
 def main() -> int:
     """The command: see the package's ``__main__``."""
-    parser = argparse.ArgumentParser(description="Inject faults into training under LMS.")
-    parser.add_argument("--count", type=int, default=1000, help="Faults to inject.")
-    parser.add_argument("--seed", type=int, default=1, help="Which faults.")
-    parser.add_argument("--json", type=Path, help="Write the table to this file.")
-    asked = parser.parse_args()
+    asked = _arguments()
     torch.set_num_threads(1)
     logging.getLogger("torchlms").addHandler(logging.NullHandler())
-    print(f"{asked.count} faults, seed {asked.seed}")
     began_s = time.perf_counter()
-    found = []
-    for number, trial in enumerate(trials(asked.count, asked.seed), 1):
-        found.append(trial)
-        if trial.wrong:
-            print(f"WRONG {trial}")
-        if number % 50 == 0:
-            print(f"{number} faults, {sum(bool(other.wrong) for other in found)} wrong", flush=True)
-    wrong = sum(bool(trial.wrong) for trial in found)
-    print("\n".join(table(found)))
+    made = every_op(asked.stride) if asked.every_op else at_random(asked.count, asked.seed)
+    made |= {
+        "seconds": round(time.perf_counter() - began_s, 1),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "code": code_hash(),
+        "host": host_facts(),
+    }
     if asked.json is not None:
-        asked.json.write_text(json.dumps(result(found, asked.seed, time.perf_counter() - began_s), indent=1))
-    return 1 if wrong else 0
+        asked.json.write_text(json.dumps(made, indent=1) + "\n")
+    return 1 if made["wrong"] else 0
 
 
-def trials(count: int, seed: int) -> Iterator[Found]:
+def at_random(count: int, seed: int) -> dict[str, Any]:
+    """``count`` faults of all kinds: what came of each kind."""
+    print(f"{count} faults, seed {seed}")
+    struck = told(trials(count, seed))
+    print("\n".join(table(tally(struck))))
+    return {
+        "schema": "torchlms.faults/1",
+        "command": f"python -m tests.faults --count {count} --seed {seed}",
+        "faults": len(struck),
+        "seed": seed,
+        "wrong": sum(bool(one.found.wrong) for one in struck),
+        "kinds": tally(struck),
+    }
+
+
+def every_op(stride: int) -> dict[str, Any]:
+    """Out of memory at each op of two steps, with and without snapshots and recomputing: what came of each
+    phase."""
+    struck: list[Struck] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for recompute, snapshot in itertools.product((False, True), repeat=2):
+            print(f"recompute {recompute}, snapshot {snapshot}", flush=True)
+            struck += told(strike_every(stride, Path(folder), snapshot=snapshot, recompute=recompute))
+    print("\n".join(table(tally(struck))))
+    return {
+        "schema": "torchlms.faults/1",
+        "command": f"python -m tests.faults --every-op --stride {stride}",
+        "faults": len(struck),
+        "wrong": sum(bool(one.found.wrong) for one in struck),
+        "phases": tally(struck),
+    }
+
+
+def told(struck: Iterable[Struck]) -> list[Struck]:
+    """All of them; what is wrong, and how far it has come, is said meanwhile."""
+    all_of_them = []
+    wrong = 0
+    for number, one in enumerate(struck, 1):
+        all_of_them.append(one)
+        if one.found.wrong:
+            wrong += 1
+            print(f"WRONG {one.found}")
+        if number % 50 == 0:
+            print(f"{number} faults, {wrong} wrong", flush=True)
+    return all_of_them
+
+
+def trials(count: int, seed: int) -> Iterator[Struck]:
     """``count`` faults of all kinds in turn, each at a moment drawn from ``seed``."""
     draw = random.Random(seed)
     kinds = list(KINDS)
@@ -56,27 +100,8 @@ def trials(count: int, seed: int) -> Iterator[Found]:
             snapshot = draw.random() < 0.5
             spill_dir = Path(folder)
             moment = draw.randrange(max(1, moments(kind, recompute=recompute, spill_dir=spill_dir)))
-            yield try_fault(Fault(kind, moment), spill_dir, snapshot=snapshot, recompute=recompute)
-
-
-def result(found: list[Found], seed: int, seconds: float) -> dict[str, object]:
-    """The committed record: what was injected, and what came of it."""
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for trial in found:
-        kinds[trial.fault.kind][came_of(trial)] += 1
-    return {
-        "schema": "torchlms.faults/1",
-        "command": f"python -m tests.faults --count {len(found)} --seed {seed}",
-        "faults": len(found),
-        "seed": seed,
-        "wrong": sum(bool(trial.wrong) for trial in found),
-        "kinds": {kind: dict(sorted(counts.items())) for kind, counts in kinds.items()},
-        "seconds": round(seconds, 1),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "code": code_hash(),
-        "host": host_facts(),
-    }
+            found = try_fault(Fault(kind, moment), spill_dir, snapshot=snapshot, recompute=recompute)
+            yield Struck(kind, found)
 
 
 def came_of(trial: Found) -> str:
@@ -86,10 +111,25 @@ def came_of(trial: Found) -> str:
     return f"raised {trial.errors[0]}" if trial.errors else "survived"
 
 
-def table(found: list[Found]) -> Iterator[str]:
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for trial in found:
-        kinds[trial.fault.kind][came_of(trial)] += 1
-    for kind, counts in kinds.items():
-        said = ", ".join(f"{number} {what}" for what, number in counts.most_common())
-        yield f"{kind:42} {said}"
+def tally(struck: list[Struck]) -> dict[str, dict[str, int]]:
+    """How often what came of it, by kind of fault or by phase."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in struck:
+        counts[one.where][came_of(one.found)] += 1
+    return {where: dict(sorted(found.items())) for where, found in counts.items()}
+
+
+def table(counts: dict[str, dict[str, int]]) -> Iterator[str]:
+    for what, found in counts.items():
+        said = ", ".join(f"{number} {came}" for came, number in found.items())
+        yield f"{what:42} {said}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Inject faults into training under LMS.")
+    parser.add_argument("--count", type=int, default=1000, help="Faults to inject.")
+    parser.add_argument("--seed", type=int, default=1, help="Which faults.")
+    parser.add_argument("--every-op", action="store_true", help="Out of memory at each op of two steps.")
+    parser.add_argument("--stride", type=int, default=1, help="With --every-op: at each so many-th op.")
+    parser.add_argument("--json", type=Path, help="Write the table to this file.")
+    return parser.parse_args()

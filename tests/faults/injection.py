@@ -9,6 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,19 @@ from unittest.mock import patch
 import torch
 from torch._ops import OpOverload
 
-from torchlms.errors import SpillError
+from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.disk import SpillFile
+from torchlms.memory.store import Store
 
 PERSISTS = 40  # calls for which a fault goes on that does not pass at once
 
 
 class Users(Exception):
     """An exception of the user's own."""
+
+
+class DeviceFails(RuntimeError):
+    """What torch raises when the device itself does not do what it was told: no fault of memory or disk."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,21 @@ def raising_in_backward(right: Callable[..., Any], strikes: Strikes) -> Callable
     return call
 
 
+def failing_later(right: Callable[..., Any], strikes: Strikes) -> Callable[..., Any]:
+    """A copy that begins, and fails on its way."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        going: Future[None] = right(*args, **kwargs)
+        if not strikes.now():
+            return going
+        failing: Future[None] = Future()
+        # Not before the real one has ended: until then its tensor is in use.
+        going.add_done_callback(lambda _: failing.set_exception(DeviceFails("on purpose")))
+        return failing
+
+    return call
+
+
 def out_of_memory() -> BaseException:
     return torch.OutOfMemoryError("on purpose. Tried to allocate 2.00 MiB")
 
@@ -141,6 +162,14 @@ def system_error(number: int) -> Callable[[], BaseException]:
 
 def spill_error() -> BaseException:
     return SpillError(errno.EIO, "on purpose")
+
+
+def host_refused() -> BaseException:
+    return HostBudgetTooSmall("on purpose", missing_bytes=1 << 20)
+
+
+def device_fails() -> BaseException:
+    return DeviceFails("on purpose")
 
 
 OPS = (OpOverload, "__call__")
@@ -161,10 +190,21 @@ KINDS: dict[str, tuple[Any, str, Make]] = {
     "spill file deleted": (SpillFile, "read", deleted),
     "a copy out cannot start": (SpillFile, "write", raising(spill_error)),
     "a copy in cannot start": (SpillFile, "read", raising(spill_error)),
+    "the device fails as a copy out starts": (Store, "copy_out", raising(device_fails)),
+    "the device fails as a copy in starts": (Store, "copy_in", raising(device_fails)),
+    "the device fails during a copy out": (SpillFile, "write", failing_later),
+    "the device fails during a copy in": (SpillFile, "read", failing_later),
+    "host memory refused to a plan": (Store, "plan_arena", raising(host_refused)),
+    "host memory refused to all plans": (Store, "plan_arena", raising(host_refused)),
+    "exception as an update begins": (torch.optim.AdamW, "_init_group", raising(Users)),
+    "exception in the middle of an update": (torch, "_foreach_sqrt", raising(Users)),
 }
+# What no run may even notice, but for its speed.
+HARMLESS = ("host memory refused to a plan", "host memory refused to all plans", "slow writes", "slow reads")
 LASTS = {
     "out of memory in an op and all after it": PERSISTS,
     "disk full for a while": PERSISTS,
     "slow writes": PERSISTS,
     "slow reads": PERSISTS,
+    "host memory refused to all plans": PERSISTS,
 }

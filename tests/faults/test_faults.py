@@ -10,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from faults.campaign import tally
+from faults.every_op import phases_of_ops, strike_every
 from faults.injection import KINDS, Fault
 from faults.trial import moments, try_fault
 
@@ -41,3 +43,19 @@ def test_a_torn_step_is_undone_where_that_was_asked_for(spill_dir: Path) -> None
             told.setdefault(snapshot, []).append(found.errors)
     assert told[True] == told[False]
     assert ("StepTorn",) in told[True]
+
+
+STRIDE = 45  # of the ops of two steps; `python -m tests.faults --every-op` leaves none out
+
+
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_ops_of_every_phase_may_run_out_of_memory(recompute: bool, spill_dir: Path) -> None:
+    struck = list(strike_every(STRIDE, spill_dir, snapshot=not recompute, recompute=recompute, first=7))
+    assert [one.found for one in struck if one.found.wrong] == []
+    assert set(tally(struck)) == {"forward", "backward", "optimizer"}
+
+
+def test_the_ops_of_a_run_are_the_same_every_time(spill_dir: Path) -> None:
+    """Or else the phases that are told would not be those of the ops that are struck."""
+    once = phases_of_ops.__wrapped__(spill_dir, snapshot=True, recompute=False)
+    assert phases_of_ops.__wrapped__(spill_dir, snapshot=True, recompute=False) == once

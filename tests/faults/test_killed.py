@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eager"))
 from sessions import Session, new_session, open_lms, outcome, plain_step, run_plain
 from small_networks import NETWORKS
 
+from torchlms.memory.disk import SpillFile
+
 MLP = NETWORKS["mlp"]
 BUDGET = 800_000  # of 1.7 MB
 STEPS = 6
@@ -73,6 +75,35 @@ def test_a_killed_process_takes_nothing_with_it(
     assert list(spill_dir.iterdir()) == []
 
 
+def test_whoever_cleans_up_leaves_the_living_alone(spill_dir: Path) -> None:
+    """One process trains, a second is killed, a third starts meanwhile, cleans up, and is killed, too."""
+    first = Victim(in_backward, 4, spill_dir)
+    survivor = new_session(MLP)
+    with open_lms(survivor, BUDGET, spill_dir) as lms:
+        for number in range(STEPS):
+            if number == 2:
+                first.ready()
+                first.killed()
+                assert owners(spill_dir) == {os.getpid(), first.pid}
+            if number == 4:
+                second = Victim(in_the_optimizer, 4, spill_dir)
+                second.ready()
+                assert owners(spill_dir) == {os.getpid(), second.pid}, "what the first left is gone"
+                second.killed()
+            plain_step(survivor, number)
+        assert lms.stats()["bytes_out_per_step"] > 0
+        assert owners(spill_dir) == {os.getpid(), second.pid}
+    assert outcome(survivor).differences(run_plain(MLP, steps=STEPS)) == []
+    with SpillFile(spill_dir, None):
+        assert owners(spill_dir) == {os.getpid()}
+    assert list(spill_dir.iterdir()) == []
+
+
+def owners(spill_dir: Path) -> set[int]:
+    """The processes whose directories are there."""
+    return {int(path.name.split("-")[1]) for path in spill_dir.iterdir()}
+
+
 class Victim:
     """A process that trains until it is in ``phase`` of ``step``, says so, and is killed there."""
 
@@ -86,6 +117,10 @@ class Victim:
             finally:
                 os._exit(1)
         os.close(says)
+
+    @property
+    def pid(self) -> int:
+        return self._process
 
     def ready(self) -> None:
         with os.fdopen(self._hears, "rb") as pipe:

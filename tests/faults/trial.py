@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from faults.injection import KINDS, PERSISTS, Fault, Strikes, Users
+from faults.injection import HARMLESS, KINDS, PERSISTS, DeviceFails, Fault, Strikes, Users
 from sessions import Outcome, Session, new_session, outcome, plain_peak, plain_step, run_plain
 from small_networks import NETWORKS, Network, Perceptron
 
@@ -57,10 +57,16 @@ class Found:
 
 
 def try_fault(
-    fault: Fault, spill_dir: Path, *, snapshot: bool, recompute: bool, network: Network = NETWORK
+    fault: Fault,
+    spill_dir: Path,
+    *,
+    snapshot: bool,
+    recompute: bool,
+    network: Network = NETWORK,
+    steps: int = STEPS,
 ) -> Found:
     threads = set(threading.enumerate())
-    budget, plain = budget_bytes(network), expected(network)
+    budget, plain = budget_bytes(network, steps), expected(network, steps)
     session = new_session(network)
     rules = {"min_bytes": 512, "recompute": recompute}
     errors: list[str] = []
@@ -75,9 +81,11 @@ def try_fault(
             snapshot=snapshot,
         )
         with lms, fault.injected():
-            for step in range(STEPS):
+            for step in range(steps):
                 _step_until_done(session, step, errors, wrong)
     wrong += outcome(session).differences(plain)
+    if errors and fault.kind in HARMLESS:
+        wrong.append(f"it was raised to the user: {errors}")
     wrong += _left_behind(lms, spill_dir, threads)
     return Found(fault, snapshot, recompute, tuple(errors), tuple(wrong))
 
@@ -90,11 +98,13 @@ def _step_until_done(session: Session, step: int, errors: list[str], wrong: list
             plain_step(session, step)
             before.forget()
             return
-        except (torchlms.LMSError, Users, KeyboardInterrupt) as error:
+        except (torchlms.LMSError, Users, DeviceFails, KeyboardInterrupt) as error:
             errors.append(type(error).__name__)
             torn = isinstance(error, torchlms.StepTorn) and not error.restored
-            # In the middle of an update Ctrl-C is as bad as in plain PyTorch; after one the step was done.
+            # In the middle of an update an exception that is not ours is as bad as in plain PyTorch; after
+            # one the step was done.
             torn = torn or isinstance(error, KeyboardInterrupt) or before.updated
+            torn = torn or (isinstance(error, Users) and before.updating)
         except Exception as error:
             wrong.append(f"step {step} raised {type(error).__name__}: {error}")
             torn = True
@@ -114,17 +124,24 @@ class _State:
         self.optimizer = copy.deepcopy(session.optimizer.state_dict())
         self.generator = torch.get_rng_state()
         self.bits = _lasting(outcome(session))
-        self.updated = False
-        self._hook = session.optimizer.register_step_post_hook(self._note_update)
+        self.updating = self.updated = False
+        self._hooks = (
+            session.optimizer.register_step_pre_hook(self._note_begin),
+            session.optimizer.register_step_post_hook(self._note_end),
+        )
 
-    def _note_update(self, *_: Any) -> None:
+    def _note_begin(self, *_: Any) -> None:
+        self.updating = True
+
+    def _note_end(self, *_: Any) -> None:
         self.updated = True
 
     def parameters_differ(self) -> bool:
         return _lasting(outcome(self.session)) != self.bits
 
     def forget(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def put_back(self, *, torn: bool) -> None:
         self.forget()
@@ -140,13 +157,13 @@ def _lasting(found: Outcome) -> tuple[dict[str, str], dict[str, str]]:
 
 
 @cache
-def budget_bytes(network: Network = NETWORK) -> int:
-    return int(0.6 * plain_peak(network, steps=STEPS))
+def budget_bytes(network: Network, steps: int) -> int:
+    return int(0.6 * plain_peak(network, steps=steps))
 
 
 @cache
-def expected(network: Network = NETWORK) -> Outcome:
-    return run_plain(network, steps=STEPS)
+def expected(network: Network, steps: int) -> Outcome:
+    return run_plain(network, steps=steps)
 
 
 @cache

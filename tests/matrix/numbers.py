@@ -16,10 +16,15 @@ from tests.matrix.stack import WIDTH, stack, stack_of
 SCALE = 2.0**40  # with which float16 gradients overflow
 
 
+def here() -> str:
+    """The kind of the default device."""
+    return torch.get_default_device().type
+
+
 def autocast(session: Session, step: int) -> None:
     inputs, target = session.network.batch(step)
     session.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here(), torch.bfloat16):
         loss = F.cross_entropy(session.model(inputs).float(), target)
     loss.backward()
     session.optimizer.step()
@@ -28,10 +33,10 @@ def autocast(session: Session, step: int) -> None:
 
 def scaled(session: Session, step: int) -> None:
     """float16 with a scaler; the first step is skipped for its scale, the sixth for a bad batch."""
-    scaler = session.keep("scaler", lambda: torch.amp.GradScaler("cpu", SCALE, backoff_factor=2.0**-24))
+    scaler = session.keep("scaler", lambda: torch.amp.GradScaler(here(), SCALE, backoff_factor=2.0**-24))
     inputs, target = session.network.batch(step)
     session.optimizer.zero_grad()
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(here(), torch.float16):
         loss = F.cross_entropy(session.model(inputs).float(), target)
     if step == 5:
         loss = loss * float("inf")

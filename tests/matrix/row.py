@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sessions import DROPPING, SMALL, Loop, plain_step
@@ -16,6 +16,10 @@ Around = Callable[[Callable[[], Any]], Any]  # runs a whole training, and return
 
 # How each row is run: rules under which values as small as these move, and may be made again.
 WAYS: dict[str, dict[str, Any]] = {"moved": SMALL, "made again": DROPPING}
+
+
+def _able() -> str:
+    return ""
 
 
 def directly(training: Callable[[], Any]) -> Any:
@@ -34,7 +38,10 @@ class Row:
     around: Around = directly
     resumes_at: int = 0  # before this step training ends, and goes on elsewhere from a file
     refused: str = ""  # what the error says, where this cannot be done under LMS
-    wrong: Mapping[str, str] = field(default_factory=dict)  # by way: what is known to go wrong, until mended
+    any_mode: str = ""  # what torch computes otherwise as soon as any dispatch mode is on
+    slow: bool = False
+    unable: Callable[[], str] = _able  # why it cannot be run here, where it cannot
+    only_cpu: str = ""  # why it is not run on other devices
 
     def __str__(self) -> str:
         return self.name

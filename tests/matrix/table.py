@@ -24,8 +24,9 @@ gradients, parameters,\
 - **slower, for steps are not as planned**: a step that is unlike the recorded one is recorded anew. Until \
 there is a plan, values leave when memory runs out and come back when they are needed.
 - **slower, without a plan**: that is how all of it went: no plan fits, or no step came twice.
+- **bits of any dispatch mode**: PyTorch itself computes otherwise, and as exactly, as soon as any dispatch \
+mode is on; LMS leaves the bits that one leaves which only looks on.
 - **refused**: the error is raised at once, and training goes on without it.
-- **wrong**: known, and not yet mended. The test fails on the day it works.
 
 The last column is with `rules={{"recompute": True}}`.
 

@@ -67,6 +67,8 @@ def _freeze(item: Any, exact: bool) -> Any:
         return tuple(_freeze(entry, exact) for entry in item)
     if isinstance(item, float) and not exact:
         return float
+    if isinstance(item, torch.Generator):  # some programs make a new one for every step
+        return torch.Generator
     return item if item.__hash__ is not None else repr(item)
 
 
