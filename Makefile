@@ -84,7 +84,6 @@ loops: $(READY)  ## write docs/loops.md from a run of the training loops in test
 	$(PY) -m pytest tests/matrix --write-loops -n 0 -m "slow or not slow" $(ARGS)
 
 docs: $(READY)   ## build the pages of docs/ as a site in build/docs
-	$(PY) -m pip install --quiet -e '.[docs]'
 	$(PY) docs/api.py
 	$(PY) -m mkdocs build --strict
 
