@@ -1,4 +1,4 @@
-"""A script that runs out of memory, unchanged, under ``torchlms run``: it ends, with the losses of more memory.
+"""A script that runs out of memory, unchanged, under ``torchlms run``: it ends, with the same losses.
 
 The memory is the process's own, under a limit that the kernel keeps (RLIMIT_DATA: what a process maps for
 itself to write to). A plain run without a limit says what the script needs; less than that is then allowed to
