@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest slow lint trainers format bench docs suites figures loops stale wheel test-torch clean
+.PHONY: help env demo test pytest slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -48,10 +48,27 @@ lint: $(READY)   ## ruff and mypy
 slow: $(READY)   ## the tests that `make test` leaves out because they take long
 	$(PY) -m pytest -v -n 2 --dist loadfile -m slow $(ARGS)
 
-TRAINERS := EXTRAS=cli,examples,huggingface,keras,lightning ALSO=peft
+# An environment that borrows the packages of $(PY) by a path file, so that nothing large is installed twice.
+# Naming the borrowed torch keeps pip from taking another. A stamp: other settings, another install.
+TRAINERS_VENV ?= build/venv-trainers
+TRAINERS_READY := $(TRAINERS_VENV)/.ready
+BORROW = $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 
-trainers:        ## `make test` with the trainers' own libraries, in their own environment
-	$(MAKE) test $(TRAINERS) VENV=$(if $(filter .venv,$(VENV)),build/venv-trainers,$(VENV))
+trainers-env: $(TRAINERS_READY)  ## the environment of `make trainers`, nothing else
+
+trainers: $(TRAINERS_READY)  ## integrations and examples, with the trainers' own libraries
+	$(TRAINERS_VENV)/bin/python -m pytest -v -n 2 --dist worksteal \
+	  tests/integrations tests/test_examples.py tests/steps $(ARGS)
+
+$(TRAINERS_READY): $(READY) pyproject.toml
+	rm -rf $(TRAINERS_VENV)
+	$(PY) -m venv --without-pip $(TRAINERS_VENV)
+	$(call BORROW,$(TRAINERS_VENV))
+	$(PY) -m pip --python $(TRAINERS_VENV)/bin/python install --quiet \
+	  "torch==$$($(PY) -c 'import torch; print(torch.__version__)')" \
+	  --editable '.[cli,examples,huggingface,keras,lightning]' peft tensorboard
+	touch $@
 
 format: $(READY) ## let ruff format and fix what it can
 	$(PY) -m ruff format .
@@ -67,7 +84,6 @@ loops: $(READY)  ## write docs/loops.md from a run of the training loops in test
 	$(PY) -m pytest tests/matrix --write-loops -n 0 -m "slow or not slow" $(ARGS)
 
 docs: $(READY)   ## build the pages of docs/ as a site in build/docs
-	$(PY) -m pip install --quiet -e '.[docs]'
 	$(PY) docs/api.py
 	$(PY) -m mkdocs build --strict
 
@@ -82,18 +98,14 @@ stale: $(READY)  ## list result files whose code has changed since they were mad
 test-torch:      ## `make test` with another torch, in its own environment: make test-torch TORCH=torch==2.15.0
 	$(MAKE) test VENV=build/venv-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-') TORCH='$(TORCH)'
 
-# The wheel is tried in an environment that does not see src/; torch and the other dependencies are
-# borrowed from $(PY) by a path file, so that nothing large is installed twice.
+# The wheel is tried in an environment that does not see src/ and borrows torch, as that of the trainers.
 wheel: $(READY)  ## build the wheel and try it in a fresh environment
 	rm -rf dist build/wheel-venv
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PY) -m venv --without-pip build/wheel-venv
 	$(PY) -m pip --python build/wheel-venv/bin/python install --quiet --no-deps dist/*-py3-none-any.whl
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > "$$(build/wheel-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
-	cd build && PYTHONPATH= wheel-venv/bin/python -c "import torchlms; print('wheel:', torchlms.__version__); \
-	  assert 'wheel-venv' in torchlms.__file__, torchlms.__file__"
-	cd build && PYTHONPATH= wheel-venv/bin/python -m torchlms --help > /dev/null
+	$(call BORROW,build/wheel-venv)
+	cd build && PYTHONPATH= wheel-venv/bin/python ../tests/wheel.py
 	@ls -l dist/*.whl
 
 clean:           ## remove the environment and everything that was built

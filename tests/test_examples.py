@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
     "language_model_long_sequence": (
         ["transformers", "accelerate"],
-        ["--tokens", "512", "--budget", "24MiB"],
+        ["--tokens", "512", "--budget", "28MiB"],
     ),
     "mnist_fabric": (["lightning", "sklearn"], ["--epochs", "2"]),
     "mnist_huggingface": (["transformers", "accelerate", "sklearn"], ["--epochs", "2"]),

@@ -252,6 +252,8 @@ def test_ten_thousand_ops_in_five_seconds() -> None:
         began_s = time.process_time()
         made = joint.plan(tape, gpu(link=1e9), budget, RULES)
         took_s.append(time.process_time() - began_s)
+        if took_s[-1] <= 5:
+            break
     assert min(took_s) <= 5, took_s
     assert any(decision.choice is Choice.RECOMPUTE for decision in made.moves)
 

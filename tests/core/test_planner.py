@@ -363,6 +363,8 @@ def test_ten_thousand_ops_in_two_seconds(network: Callable[[int], Tape], share: 
         started_s = time.process_time()
         made = plan(tape, gpu(), _budget(tape, share))
         took_s.append(time.process_time() - started_s)
+        if took_s[-1] <= 2.0:
+            break
     assert min(took_s) <= 2.0
     assert len(made.moves) > 500
     assert validate(tape, made, gpu()) == []

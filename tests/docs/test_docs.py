@@ -1,8 +1,8 @@
-"""README and docs: every snippet runs as it stands, and every command line is one that the program takes.
+"""README and docs: every snippet runs as it stands, links lead somewhere, and the site can be built.
 
-Snippets of a page share one namespace, with a small network, data and a directory at hand. Commands are
-read by the command line's own parser and not carried out: most take minutes, or a GPU. A snippet that only
-shows where a line goes is marked with an HTML comment, ``<!-- not run -->``.
+Snippets of a page share one namespace, with a small network, data and a directory at hand. A snippet that
+only shows where a line goes is marked with an HTML comment, ``<!-- not run -->``. ``test_commands.py``
+carries out the commands.
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import typer
 from torch import nn
 
 import torchlms
-from torchlms.cli import app
+from tests.docs.commands import DOCS, NOT_RUN, PAGES, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")])
 ELSEWHERE = ("trainers.md",)  # tests/integrations/test_docs.py runs these, with the trainers' libraries
 
 _SNIPPET = re.compile(r"(<!-- not run -->\n)?```python\n(.*?)```", re.DOTALL)
-_COMMAND = re.compile(r"^ {4}((?:torchlms|python|make|pip) .*?)$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -37,13 +32,7 @@ def snippets(page: Path) -> list[str]:
     return [code for mark, code in _SNIPPET.findall(page.read_text()) if not mark]
 
 
-def commands(page: Path) -> list[str]:
-    text = page.read_text().replace("\\\n", " ")
-    return [line.split("  #")[0].strip() for line in _COMMAND.findall(text)]
-
-
 WITH_SNIPPETS = [page for page in PAGES if snippets(page) and page.name not in ELSEWHERE]
-COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.name)
@@ -73,42 +62,17 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, loader: list[Any]
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_can_be_read(command: str) -> None:
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_other_commands_are_there(command: str) -> None:
+    """Those that ``test_commands.py`` does not carry out."""
     words = shlex.split(command)
     if words[0] == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert words[1] in targets
-    elif words[0] == "torchlms":
-        _read(words[1:])
-    elif words[:3] == ["python", "-m", "torchlms"]:
-        _read(words[3:])
-    elif words[:2] == ["python", "-m"]:
-        folder = ROOT.joinpath(*words[2].split("."))
-        inside = ROOT.joinpath("src", *words[2].split("."))
-        assert any(path.exists() for path in (folder / "__main__.py", inside.with_suffix(".py"), inside))
-    elif words[0] == "python":
-        assert (ROOT / words[1]).exists() or (ROOT / "examples" / words[1]).exists(), words[1]
+        assert words[1] in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
-        assert words[0] == "pip"
-        _check_extras(command)
-
-
-def _read(words: list[str]) -> None:
-    """Parse, and do nothing."""
-    group: Any = typer.main.get_command(app)
-    context = group.make_context("torchlms", list(words))
-    left = [*getattr(context, "_protected_args", []), *context.args]
-    if not left:
-        return
-    name, verb, rest = group.resolve_command(context, left)
-    verb.make_context(name, rest, parent=context)
-
-
-def _check_extras(command: str) -> None:
-    known = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-    for extras in re.findall(r"\[([a-z,]+)\]", command):
-        assert set(extras.split(",")) <= known, command
+        assert words[:2] == ["pip", "install"]
+        known = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+        for extras in re.findall(r"\[([a-z,]+)\]", command):
+            assert set(extras.split(",")) <= known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -146,3 +110,21 @@ def test_every_error_is_explained() -> None:
     names = [name for name in torchlms.__all__ if isinstance(getattr(torchlms, name), type)]
     errors = [name for name in names if issubclass(getattr(torchlms, name), torchlms.LMSError)]
     assert [name for name in errors if f"`{name}`" not in page and name != "LMSError"] == []
+
+
+def test_the_limits_are_all_on_their_page() -> None:
+    """README's list of what LMS does not do names nothing that docs/limits.md leaves out."""
+    inside = re.search(r"## What it does not do yet\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert inside
+    page = (DOCS / "limits.md").read_text()
+    assert [name for name in re.findall(r"`([a-z_.]+)`", inside.group(1)) if name not in page] == []
+    assert "Writes that nobody can see" in page
+
+
+def test_the_site_can_be_built(tmp_path: Path) -> None:
+    """With every warning an error: a page that nothing leads to, a link to an anchor that is not there."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {path.parent.name for path in tmp_path.glob("*/index.html")} >= {"run", "limits", "report"}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +16,6 @@ from tapes import resnet, transformer
 
 from tests.report_page.runs import NAMES, run
 from torchlms.errors import NotSupported
-from torchlms.fit.curve import curve
 from torchlms.report_page.page import page
 from torchlms.report_page.run import Run
 
@@ -99,65 +95,3 @@ def test_without_jinja2_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(NotSupported, match=r"pip install 'torchlms\[report\]'"):
         page(run("host"))
-
-
-BROWSER = next(
-    filter(
-        None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))
-    ),
-    None,
-)
-# Written onto the page by the test: uses it as a reader does, and puts what came of it into an attribute.
-TRY = """<script>
-const said = [];
-const table = document.getElementById("values");
-const first = () => table.tBodies[0].rows[0].cells[3].dataset.v;
-table.tHead.rows[0].cells[3].click();
-said.push("smallest first: " + (first() === SMALLEST));
-table.tHead.rows[0].cells[3].click();
-said.push("largest first: " + (first() === LARGEST));
-const box = document.querySelector("#memory .plot").getBoundingClientRect();
-const at = { clientX: box.left + box.width / 2, clientY: box.top + 5, bubbles: true };
-document.querySelector("#memory .plot").dispatchEvent(new PointerEvent("pointermove", at));
-said.push("pointed: " + / ms, .*GiB|MiB/.test(document.getElementById("here").textContent));
-const filter2 = document.getElementById("filter");
-filter2.value = "no such module";
-filter2.dispatchEvent(new Event("input"));
-said.push("filtered: " + (document.getElementById("count").textContent === "0 values"));
-const wide = document.documentElement.scrollWidth;
-said.push("fits: " + (wide <= window.innerWidth) + " " + wide + " of " + window.innerWidth);
-const small = [...document.querySelectorAll("body *")].filter((e) => e.textContent.trim()
-  && !e.closest("svg") && !e.closest("script") && parseFloat(getComputedStyle(e).fontSize) < 10);
-said.push("readable: " + (small.length === 0));
-const drawings = [...document.querySelectorAll(".plot svg")];
-const drawn = drawings.every((svg) => svg.getBoundingClientRect().width > 200);
-said.push("drawn: " + drawn);
-document.body.setAttribute("data-said", said.join("; "));
-</script>"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt install chromium-headless-shell")
-@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1400, "dark")])
-def test_in_a_browser(width: int, scheme: str, tmp_path: Path) -> None:
-    one = run("host")
-    assert one.plan is not None
-    text = page(one, curve(one.tape, one.machine, one.plan.budget, [one.plan.budget.device_bytes]))
-    sizes = [
-        int(size) for size in re.findall(r'<td class="n" data-v="(\d+)">[\d.]+ [A-Za-z]+</td><td><i', text)
-    ]
-    use = TRY.replace("SMALLEST", f'"{min(sizes)}"').replace("LARGEST", f'"{max(sizes)}"')
-    path, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    path.write_text(text.replace("</body>", use + "</body>"))
-    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    done = subprocess.run(
-        [
-            str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--window-size={width},2400", f"--user-data-dir={tmp_path / 'profile'}", *dark,
-            f"--screenshot={shot}", "--dump-dom", path.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, done.stderr
-    said = re.search(r'data-said="([^"]*)"', done.stdout)
-    assert said, done.stderr
-    assert "false" not in said.group(1), said.group(1)

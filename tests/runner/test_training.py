@@ -74,7 +74,7 @@ def slow(case: str) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "budget"),
     [
-        (["digits.py", "--epochs=1"], 52 << 20),
+        pytest.param(["digits.py", "--epochs=1"], 52 << 20, marks=pytest.mark.slow),
         pytest.param(["language_model.py", "--steps=5"], 30 << 20, marks=pytest.mark.slow),
         (["images.py", "--workers=1", "--start-method=fork"], 15 << 20),
         pytest.param(["images.py", "--workers=1", "--start-method=spawn"], 15 << 20, marks=pytest.mark.slow),

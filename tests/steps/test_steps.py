@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,19 @@ def test_a_window_that_is_never_reached(tmp_path: Path) -> None:
     assert not (tmp_path / "trace.json").exists()
     with pytest.raises(ValueError, match="first comes first"):
         ProfileWindow(tmp_path / "trace.json", first=3, last=2)
+
+
+def test_tensorboard_reads_what_was_written(lms: torchlms.LMS, tmp_path: Path) -> None:
+    """With the real writer, and read back by TensorBoard itself."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer, lms, StepLog(lms, writer=writer) as log:
+        rows = [log.step() for _ in range(STEPS)]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()["scalars"]
+    assert sorted(tags) == sorted(f"torchlms/{name}" for name in asdict(rows[0]) if name != "step")
+    written = events.Scalars("torchlms/seconds")
+    assert [event.step for event in written] == list(range(STEPS))
+    assert [event.value for event in written] == pytest.approx([row.seconds for row in rows])
