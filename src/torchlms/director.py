@@ -11,7 +11,7 @@ from torchlms.core import joint, planner
 from torchlms.core.calibrate import Rates, explanation, foretold, heat, lap_s, scaled, stretched
 from torchlms.core.curve import baseline_curve
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
-from torchlms.core.plan import Budget, Choice, Plan
+from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
@@ -96,7 +96,7 @@ class Director:
             self._distrust(engine, routine)
         elif routine.verdict is Verdict.FOLLOW:
             self._watch(engine, routine)
-            if self.rules.recompute and routine.settled and self.given is None:
+            if routine.settled and self.given is None:
                 self._race(engine, routine)
 
     # -- planning ----------------------------------------------------------------------------
@@ -242,20 +242,19 @@ class Director:
     # -- racing ------------------------------------------------------------------------------
 
     def _race(self, engine: Engine, routine: Routine) -> None:
-        """Time the plan that drops values, then others that may be faster; keep the fastest."""
+        """Time the plan, then others that may be faster; keep the fastest."""
         lap, routine.lap = routine.lap, None
-        program = routine.program
-        if lap is None or program is None or (not program.drops and routine.signature not in self._races):
+        program, race = routine.program, self._races.get(routine.signature)
+        if lap is None or program is None or (race is not None and race.over):
             return
-        race = self._races.get(routine.signature)
+        if not program.plan.moves and race is None:
+            return
         if race is None or program.plan is not race.running.plan:
-            if race is not None and race.over:
-                return
             # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
             race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
         measured_s = lap.seconds
         learning = engine.device.is_cuda and program.lessons
-        if race.over or measured_s is None or learning or self._feel_heat(routine, program, race):
+        if measured_s is None or learning or self._feel_heat(routine, program, race):
             return
         race.running.laps_s.append(measured_s)
         if race.running.done and not self._ask_heat(routine, race):
@@ -343,12 +342,12 @@ class Director:
             race.calibrations += 1
             race.rates = explanation(tape, self.machine, best.plan, best.median_s)
             made = self._made_or_none(tape, race.rates, drops=True)
-            if made is not None and all(made.decisions != other.plan.decisions for other in race.contenders):
+            if made is not None and not race.knows(made):
                 return Contender(made, str(race.rates))
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
         made = self._made_or_none(tape, race.rates, drops=False)
-        if made is None or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
+        if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
             return None
         return Contender(made, _MOVES_ONLY)
 
@@ -397,6 +396,13 @@ def rise_bytes(tape: Tape) -> int:
     return max(0, int(baseline_curve(tape).max(initial=0)) - before)
 
 
+def _off_device(predicted: Prediction) -> str:
+    """Where what is away will lie, and how much memory that takes."""
+    tiers = (("host memory", predicted.arena_bytes), ("disk", predicted.spill_bytes))
+    taken = [f"{format_bytes(size_bytes)} of {name}" for name, size_bytes in tiers if size_bytes]
+    return " and ".join(taken) or "nothing off the device"
+
+
 def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
     """One line for the log: what was decided and what it should cost."""
     predicted = plan.predicted
@@ -421,5 +427,6 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
         f"planned in {plan.plan_s:.2f} s: {len(moved)} values move, {again}"
         f"{format_bytes(predicted.bytes_out)} out and {format_bytes(predicted.bytes_in)} in per step; "
         f"predicted peak {format_bytes(predicted.peak_device_bytes)} of {format_bytes(budget_bytes)}, "
+        f"{_off_device(predicted)}, "
         f"step {predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting){widest}"
     )

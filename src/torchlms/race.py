@@ -49,6 +49,10 @@ class Race:
     def running(self) -> Contender:
         return self.contenders[-1]
 
+    def knows(self, plan: Plan) -> bool:
+        """Whether a plan that does the same has run already."""
+        return any(plan.decisions == contender.plan.decisions for contender in self.contenders)
+
     def winner(self) -> Contender:
         """The first contender, unless a later one was faster by more than noise."""
         best = self.contenders[0]

@@ -26,6 +26,7 @@ def report_text(
         lines += _comparison(stats)
         lines += _limit(stats, bound_s)
         lines += _choices(stats)
+        lines += _kept(tape, plan)
         lines += _moved(tape, plan)
     return "\n".join(lines)
 
@@ -42,6 +43,7 @@ def plan_text(tape: Tape, plan: Plan, bound_s: float | None = None) -> str:
         f"{format_bytes(predicted.bytes_in)} in; planned in {plan.plan_s:.2f} s",
         *_limit(stats, bound_s),
         *_choices(stats),
+        *_kept(tape, plan),
         *_moved(tape, plan),
     ]
     return "\n".join(lines if plan.moves else [*lines, "nothing has to move"])
@@ -102,8 +104,9 @@ def _comparison(stats: dict[str, Any]) -> list[str]:
 
 
 def _limit(stats: dict[str, Any], bound_s: float | None) -> list[str]:
-    if not bound_s or not stats["predicted"]["step_s"]:
-        return []
+    measured_s = stats.get("measured_step_s", 0.0)
+    if not bound_s or not stats["predicted"]["step_s"] or 0 < measured_s < bound_s:
+        return []  # nothing is known, or the machine is faster than it was when its rates were measured
     share = bound_s / stats["predicted"]["step_s"]
     return [
         f"no plan can bring this step below {bound_s * 1e3:.1f} ms within the budget; the prediction is at "
@@ -118,6 +121,19 @@ def _choices(stats: dict[str, Any]) -> list[str]:
         if entry["values"]
     ]
     return ["values that could move: " + ", ".join(parts)] if parts else []
+
+
+def _kept(tape: Tape, plan: Plan) -> list[str]:
+    """Why what autograd saved stays on the device, by reason, most bytes first."""
+    moved = {move.value for move in plan.moves}
+    reasons: dict[str, list[int]] = {}
+    for value in tape.values:
+        if value.saved >= 0 and value.id not in moved:
+            why = value.why_not or "it fits, and going would cost more than others that go"
+            reasons.setdefault(why, []).append(value.size_bytes)
+    found = sorted(reasons.items(), key=lambda entry: -sum(entry[1]))
+    parts = [f"{len(sizes)} ({format_bytes(sum(sizes))}): {why}" for why, sizes in found]
+    return ["saved values that stay: " + "; ".join(parts)] if parts else []
 
 
 def _moved(tape: Tape, plan: Plan) -> list[str]:

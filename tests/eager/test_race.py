@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sessions import DROPPING, new_session, open_lms, outcome, plain_peak, plain_step, run_plain, slow_disk
+from sessions import (
+    DROPPING,
+    SMALL,
+    new_session,
+    open_lms,
+    outcome,
+    plain_peak,
+    plain_step,
+    run_plain,
+    slow_disk,
+)
 from small_networks import NETWORKS
 
 from torchlms.core.plan import Choice
@@ -70,6 +80,24 @@ def test_a_disk_that_is_faster_than_was_thought(
     _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert "copies taken to be 2.00 times as fast" in said[0]
+
+
+def test_moves_alone_are_calibrated_as_well(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the first plan predicts for a disk that is thought to be slow is not what the log ends with."""
+    slow_disk(monkeypatch)
+    caplog.set_level(logging.INFO, logger="torchlms")
+    session = new_session(NETWORK)
+    with open_lms(session, int(0.6 * plain_peak(NETWORK)), spill_dir, rules=SMALL) as lms:
+        for step in range(STEPS):
+            plain_step(session, step)
+        texts = [record.getMessage() for record in caplog.records]
+        first_ms = next(float(text.split(", step ")[1].split()[0]) for text in texts if ", step " in text)
+        assert lms.plan is not None
+        assert lms.plan.predicted.step_s < 0.75 * first_ms / 1e3
+        assert "no plan can bring this step" not in lms.report(), "it takes less than that"
+    assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ class Engine(SlotOwner):
         elif routine.verdict is Verdict.FOLLOW:
             program = routine.program
             now.timer = OpTimer(self.device) if routine.wants_times else None
-        now.lap = Lap(self.device) if self.recompute and program is not None else None
+        now.lap = Lap(self.device) if program is not None and program.actions else None
         self.holes.begin_step(program)
         watching = now.recorder is not None or now.timer is not None or self.holes.learning
         now.plainly = self.device.is_cuda and not watching
