@@ -144,12 +144,13 @@ class Director:
         machine: Machine | None = None,
         drops: bool = True,
         quick: bool = False,
+        like: Plan | None = None,
     ) -> Plan:
         machine = machine if machine is not None else self.machine
         elbow = ELBOW if machine.link else NO_ELBOW
         room: dict[str, Any] = {"headroom_bytes": headroom_bytes, "elbow": elbow}
         if self.rules.recompute and drops:
-            return joint.plan(tape, machine, self.budget, self.rules, quick=quick, **room)
+            return joint.plan(tape, machine, self.budget, self.rules, quick=quick, like=like, **room)
         return planner.plan(tape, machine, self.budget, self.rules, **room)
 
     def _settle(self, engine: Engine, routine: Routine) -> None:
@@ -335,29 +336,33 @@ class Director:
         if not race.roomier and self.machine.link and best.median_s > (1 + _AS_PREDICTED) * predicted_s:
             # The allocator has to close holes; a plan that leaves more free lets it be.
             race.roomier = True
-            made = self._made_or_none(tape, race.rates, drops=True, more_headroom=_ROOMIER)
+            made = self._made_or_none(tape, race.rates, like=best.plan, more_headroom=_ROOMIER)
             if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
             race.rates = explanation(tape, self.machine, best.plan, best.median_s)
-            made = self._made_or_none(tape, race.rates, drops=True)
+            made = self._made_or_none(tape, race.rates, like=best.plan)
             if made is not None and not race.knows(made):
                 return Contender(made, str(race.rates))
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
-        made = self._made_or_none(tape, race.rates, drops=False)
+        made = self._made_or_none(tape, race.rates, like=None)
         if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
             return None
         return Contender(made, _MOVES_ONLY)
 
     def _made_or_none(
-        self, tape: Tape, rates: Rates, *, drops: bool, more_headroom: float = 0.0
+        self, tape: Tape, rates: Rates, *, like: Plan | None, more_headroom: float = 0.0
     ) -> Plan | None:
+        """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or one
+        that only moves. None where there is no such plan."""
         machine = scaled(self.machine, rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
         try:
-            return self._make(stretched(tape, rates.ops), spare_bytes, machine=machine, drops=drops)
+            return self._make(
+                stretched(tape, rates.ops), spare_bytes, machine=machine, drops=like is not None, like=like
+            )
         except LMSError:
             return None
 

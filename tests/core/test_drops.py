@@ -214,6 +214,26 @@ def test_close_to_the_best_subset() -> None:
     assert found <= 1.05 * best
 
 
+def test_a_search_may_begin_with_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a part of the work, and gives no worse a plan than that one."""
+    tape, machine = blocks(14), gpu(link=5e9)
+    budget = Budget(int(0.5 * baseline_curve(tape).max()), LOTS, 0)
+    tried = []
+    make = joint.plan_moves
+    monkeypatch.setattr(
+        joint, "plan_moves", lambda *args, **options: tried.append(1) or make(*args, **options)
+    )
+    first = joint.plan(tape, machine, budget, RULES)
+    whole = len(tried)
+    tried.clear()
+    again = joint.plan(tape, machine, budget, RULES, like=first)
+    assert again.predicted.step_s <= first.predicted.step_s
+    assert len(tried) < 0.6 * whole
+    less = Budget(int(0.45 * baseline_curve(tape).max()), LOTS, 0)
+    roomier = joint.plan(tape, machine, less, RULES, like=first)
+    assert roomier.predicted.step_s <= 1.05 * joint.plan(tape, machine, less, RULES).predicted.step_s
+
+
 def test_nothing_is_dropped_where_moving_is_free() -> None:
     tape = blocks(10)
     budget = Budget(int(0.9 * baseline_curve(tape).max()), LOTS, 0)

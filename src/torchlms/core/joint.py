@@ -44,6 +44,7 @@ LOOK = 0.25  # of the usual effort, for a set that is only looked at
 SETS = 95  # that are tried at the most, on a short tape
 HALF_WORK = 3_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
+SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
@@ -56,8 +57,10 @@ def plan(
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
     quick: bool = False,
+    like: Plan | None = None,
 ) -> Plan:
-    """The plan with the shortest predicted step over all that were tried; ``quick`` tries fewer.
+    """The plan with the shortest predicted step over all that were tried; ``quick`` tries fewer, and so
+    does a search that begins with what another plan of this tape (``like``) drops.
 
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
@@ -80,7 +83,10 @@ def plan(
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
-        for share in CHAINS if most >= MOST_FLIPS and not quick else CHAINS[:1]:
+        if like is not None:
+            most = int(most * SHARE_LIKE)
+            trials.of(_dropped_by(like, ranked))
+        for share in () if trials.best else CHAINS if most >= MOST_FLIPS and not quick else CHAINS[:1]:
             chained = short_chains(ranked, share * limit_bytes)
             _try_shares(
                 trials,
@@ -97,6 +103,12 @@ def plan(
         smallest_bytes=trials.smallest_bytes,
         plan_s=time.perf_counter() - started_s,
     )
+
+
+def _dropped_by(plan: Plan, ranked: Sequence[Value]) -> list[Value]:
+    """Of ``ranked``, what ``plan`` drops."""
+    dropped = {move.value for move in plan.moves if move.choice is Choice.RECOMPUTE}
+    return [value for value in ranked if value.id in dropped]
 
 
 class _Trials:
