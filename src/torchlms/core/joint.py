@@ -66,6 +66,7 @@ def plan(
     """
     started_s = time.perf_counter()
     limit_bytes = budget.device_bytes - headroom_bytes
+    compute_s = sum(op.time_s for op in tape.ops)
     ranked = _ranked(tape, rules)
 
     def make(drops: Sequence[Value], effort: float) -> Plan:
@@ -79,7 +80,7 @@ def plan(
             effort=effort,
         )
 
-    trials = _Trials(make)
+    trials = _Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops))
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
@@ -114,8 +115,11 @@ def _dropped_by(plan: Plan, ranked: Sequence[Value]) -> list[Value]:
 class _Trials:
     """Sets of drops that were tried, the plan of moves for each, and which is the best so far."""
 
-    def __init__(self, make: Callable[[Sequence[Value], float], Plan]) -> None:
+    def __init__(
+        self, make: Callable[[Sequence[Value], float], Plan], least_s: Callable[[Sequence[Value]], float]
+    ) -> None:
         self._make = make
+        self._least_s = least_s  # what a step takes with a set of drops, if it never waits
         self._made: dict[frozenset[int], Plan | None] = {}
         self._refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
         self.best: tuple[Value, ...] = ()
@@ -127,6 +131,9 @@ class _Trials:
         if key in self._made and effort < 1:
             return False
         before = self.step_s
+        if effort < 1 and self._least_s(drops) >= before:
+            self._made[key] = None
+            return False
         try:
             made = self._made[key] = self._make(drops, effort)
         except (BudgetTooSmall, HostBudgetTooSmall) as error:
