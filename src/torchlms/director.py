@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import Rates, explanation, foretold, heat, lap_s, scaled, stretched
-from torchlms.core.curve import baseline_curve
+from torchlms.core.curve import peak_bytes
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
 from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
@@ -162,6 +162,8 @@ class Director:
         routine.tape = retimed(routine.tape, routine.timings, usual)
         routine.settled = True
         if self.given is None:
+            if peak_bytes(routine.tape) > self.budget.device_bytes:
+                log.info("planning a step of %d ops; for long ones this takes seconds", len(routine.tape.ops))
             self._plan(engine, routine, routine.tape)
 
     def _take_given(self, engine: Engine, routine: Routine, plan: Plan) -> None:
@@ -398,7 +400,7 @@ class Director:
 def rise_bytes(tape: Tape) -> int:
     """How much more memory a step takes at its peak than before it begins."""
     before = tape.resident_bytes + sum(value.size_bytes for value in tape.values if value.birth < 0)
-    return max(0, int(baseline_curve(tape).max(initial=0)) - before)
+    return max(0, peak_bytes(tape) - before)
 
 
 def _off_device(predicted: Prediction) -> str:
@@ -412,10 +414,9 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
     """One line for the log: what was decided and what it should cost."""
     predicted = plan.predicted
     if aside:
-        peak_bytes = int(baseline_curve(tape).max(initial=0))
         return (
-            f"everything fits ({format_bytes(peak_bytes)} of {format_bytes(plan.budget.device_bytes)}): "
-            "LMS stepped aside"
+            f"everything fits ({format_bytes(peak_bytes(tape))} of "
+            f"{format_bytes(plan.budget.device_bytes)}): LMS stepped aside"
         )
     moved = [decision for decision in plan.moves if decision.choice in (Choice.HOST, Choice.DISK)]
     operands = [sum(tape.values[value].size_bytes for value in {*op.reads, *op.writes}) for op in tape.ops]

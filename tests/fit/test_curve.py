@@ -9,12 +9,12 @@ import pytest
 from tapes import MIB, chain, cpu, gpu, resnet
 
 from tests.fit.batches import AMPLE, step
-from torchlms.core.curve import smallest_budget
+from torchlms.core.curve import peak_bytes, smallest_budget
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget
 from torchlms.core.tape import Tape
 from torchlms.fit.curve import POINTS, curve, default_budgets
-from torchlms.fit.outlook import Verdict, look, plain_peak_bytes
+from torchlms.fit.outlook import Verdict, look
 
 DISK = replace(AMPLE, disk_bytes=AMPLE.host_bytes)
 
@@ -39,7 +39,7 @@ def test_a_curve(tape: Tape, machine: Machine) -> None:
 
 def test_budgets_that_do_not_work_have_no_point() -> None:
     tape = chain(8)
-    low, high = smallest_budget(tape), 2 * plain_peak_bytes(tape)
+    low, high = smallest_budget(tape), 2 * peak_bytes(tape)
     points = curve(tape, gpu(), DISK, [low // 2, high, low])
     assert [point.budget_bytes for point in points] == [low, high]
 

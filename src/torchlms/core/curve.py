@@ -34,6 +34,11 @@ def baseline_curve(tape: Tape) -> Bytes:
     return tape.resident_bytes + scratch + occupancy(count, births, ends, sizes)
 
 
+def peak_bytes(tape: Tape) -> int:
+    """The most bytes in use at once when nothing moves."""
+    return int(baseline_curve(tape).max(initial=0))
+
+
 def memory_curve(tape: Tape, decisions: Iterable[Decision], *, baseline: Bytes | None = None) -> Bytes:
     """Bytes at each op under ``decisions``; a moved value is absent from its release to its reload."""
     away = [decision for decision in decisions if decision.choice is not Choice.KEEP]

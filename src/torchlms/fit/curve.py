@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torchlms.core.bound import lower_bound
-from torchlms.core.curve import smallest_budget
+from torchlms.core.curve import peak_bytes, smallest_budget
 from torchlms.core.headroom import budget_for
 from torchlms.core.plan import Budget
-from torchlms.fit.outlook import NO_RULES, look, plain_peak_bytes
+from torchlms.fit.outlook import NO_RULES, look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ def curve(
 def default_budgets(tape: Tape, machine: Machine, points: int = POINTS) -> tuple[int, ...]:
     """Evenly from the smallest budget that works to the one under which nothing moves."""
     low = smallest_budget(tape)
-    high = budget_for(machine, plain_peak_bytes(tape))
+    high = budget_for(machine, peak_bytes(tape))
     if high <= low or points < 2:
         return (high,)
     return tuple(low + (high - low) * step // (points - 1) for step in range(points))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torchlms.core import joint, planner
-from torchlms.core.curve import baseline_curve, floor_curve
+from torchlms.core.curve import floor_curve, peak_bytes
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes
 from torchlms.core.plan import Budget, Plan, Prediction
 from torchlms.core.rules import Rules, leavers
@@ -78,7 +78,7 @@ def look(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) 
     unknown = Outlook(
         verdict=Verdict.TOO_SMALL,
         budget=budget,
-        plain_bytes=plain_peak_bytes(tape),
+        plain_bytes=peak_bytes(tape),
         plain_s=sum(op.time_s for op in tape.ops),
         narrow=narrow,
         smallest_bytes=narrow.needs_bytes + (rules.headroom_bytes or 0),
@@ -110,11 +110,6 @@ def planned(
         )
     except BudgetTooSmall:
         return make_plan(tape, machine, budget, rules)
-
-
-def plain_peak_bytes(tape: Tape) -> int:
-    """The most bytes in use at once with nothing moved."""
-    return int(baseline_curve(tape).max(initial=0))
 
 
 def narrowest(tape: Tape, rules: Rules = NO_RULES) -> Narrow:

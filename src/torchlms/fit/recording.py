@@ -15,10 +15,10 @@ from torchlms.bench.networks import get_network
 from torchlms.bench.options import Way
 from torchlms.bench.ways import open_lms
 from torchlms.bench.workload import Workload, make_workload
+from torchlms.core.curve import peak_bytes
 from torchlms.core.tape import Tape
 from torchlms.eager.routine import TIMINGS
 from torchlms.errors import BadOption, NotSupported
-from torchlms.fit.outlook import plain_peak_bytes
 from torchlms.fit.times import eased
 from torchlms.memory.limits import format_bytes, host_available_bytes
 from torchlms.outlet import check_folder
@@ -75,7 +75,7 @@ def record(options: BenchOptions, batch_size: int, write: Write) -> Recording:
             raise NotSupported(
                 f"{options.model} at batch {batch_size} gave no tape: nothing was saved for a backward pass"
             )
-        step_s = _plain_step_s(workload, plain_peak_bytes(tape))
+        step_s = _plain_step_s(workload, peak_bytes(tape))
     tape = replace(tape, model=options.model)
     if step_s is None:
         write("no room for plain steps: op times include what measuring them took; record smaller batches")
@@ -138,5 +138,5 @@ def described(recording: Recording) -> str:
     step_ms = 1e3 * sum(op.time_s for op in tape.ops)
     return (
         f"batch {recording.batch_size or '?'}: {len(tape.ops)} ops, {step_ms:.1f} ms, "
-        f"{format_bytes(plain_peak_bytes(tape))} at its peak, on {tape.device}"
+        f"{format_bytes(peak_bytes(tape))} at its peak, on {tape.device}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from torchlms.fit.outlook import plain_peak_bytes
+from torchlms.core.curve import peak_bytes
 from torchlms.fit.text import sentence
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def result_json(answer: Answer) -> dict[str, Any]:
                 "batch_size": item.batch_size or None,
                 "ops": len(item.tape.ops),
                 "values": len(item.tape.values),
-                "peak_device_bytes": plain_peak_bytes(item.tape),
+                "peak_device_bytes": peak_bytes(item.tape),
                 "step_s": sum(op.time_s for op in item.tape.ops),
                 "device": item.tape.device,
                 "torch": item.tape.torch,
