@@ -188,10 +188,8 @@ def test_tables_show_rivals_failures_and_predictions() -> None:
     results = {"resnet50-b200": sample()}
     short, long = tables.short_table(results), tables.long_tables(results)
     assert "**Some GPU, capped at 16 GiB, torch 2.11.0**" in short
-    assert (
-        "| ResNet-50, batch 200, moving alone (plain needs 17.0 GiB) | 2041 | 2000 | 0.980 | 0.950 | 200 | - |"
-        in short
-    )
+    assert "| ResNet-50, batch 200, moving alone (plain needs 17.0 GiB) | 2041 | 2000 |" in short
+    assert "| 2041 | 2000 | 0.980 | 0.950 | 200 | - |" in short
     assert "OutOfMemoryError: CUDA out of memory. Tried \\| to" in long
     assert "0.10 → 100.0" not in long
     assert "98.0 → 100.0 (+2.0%)" in long
