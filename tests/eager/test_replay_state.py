@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from sessions import slow_disk
 from torch import Tensor, nn
-from traps import STEPS, Trap, assert_same, batch, usual
+from traps import STEPS, Trap, assert_same, batch, train, usual
 
+import torchlms
 from torchlms.eager.backends import Backends
 from torchlms.eager.private import backend_switches
+from torchlms.eager.provenance import Call
 from torchlms.eager.writes import without_statistics, written_tensors
 
 Around = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -177,3 +180,123 @@ def test_spectral_norm(old: bool, spill_dir: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("traps.Trap", Spectral)
     stats = assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 0.5), spill_dir)
     assert stats["replayed_ops"]
+
+
+# -- parameters that lie elsewhere by the time of backward ---------------------------------------
+
+
+def scaled(model: nn.Module, x: Tensor) -> Tensor:
+    return F.relu(F.silu(x * model.scale + model.shift) * 2 + 0.5)  # type: ignore[operator]
+
+
+def given_other_data(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+    """As averaged weights are swapped in and out: the graph was made with the old data."""
+    x, y = batch(step)
+    loss = F.cross_entropy(model(x), y)
+    before = model.scale.data
+    model.scale.data = torch.full_like(before, 1.5)
+    optimizer.zero_grad()
+    loss.backward()
+    model.scale.data = before
+    optimizer.step()
+    return float(loss.detach()).hex()
+
+
+def test_a_parameter_that_is_given_other_data(spill_dir: Path) -> None:
+    stats = assert_same(scaled, spill_dir, given_other_data)
+    assert stats["replayed_ops"]
+
+
+def test_a_leaf_that_is_kept_shows_its_new_data_as_in_plain_pytorch(spill_dir: Path) -> None:
+    gradients = []
+    for lms in (contextlib.nullcontext(), torchlms.LMS(device="cpu", budget="1GiB", disk_dir=spill_dir)):
+        weight = torch.nn.Parameter(torch.full((64, 64), 2.0))
+        x = torch.ones(64, 64, requires_grad=True)
+        with lms:
+            y = x @ weight
+            weight.data = torch.full((64, 64), 3.0)
+            y.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    assert float(gradients[0][0, 0]) == 3 * 64
+
+
+def test_a_parameter_without_its_bytes_is_an_error_and_not_a_guess(spill_dir: Path) -> None:
+    def emptied(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        if step == STEPS - 1:
+            model.scale.untyped_storage().resize_(0)
+        optimizer.zero_grad()
+        loss.backward()
+        return float(loss.detach()).hex()
+
+    with pytest.raises(torchlms.ReplayFailed, match="and 0 bytes"):
+        train(lambda model, x: F.relu(F.silu(x + model.scale) * 2 + 0.5), spill_dir, emptied)
+
+
+# -- random ops ----------------------------------------------------------------------------------
+
+
+def dropping(model: nn.Module, x: Tensor) -> Tensor:
+    del model
+    return F.relu(F.dropout(F.gelu(x), 0.3))
+
+
+def test_the_programs_generator_is_not_touched(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may draw from it while an op runs again."""
+    set_states = []
+    monkeypatch.setattr("torchlms.eager.replay._drawn_again", lambda *_: set_states.append(1))
+    stats = assert_same(dropping, spill_dir, budget_bytes=1_200_000)
+    assert stats["replayed_ops"]
+    assert not set_states
+
+
+def test_batched_gradients(spill_dir: Path) -> None:
+    """They unpack inside a vmap, which refuses random ops."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        if step < STEPS - 2:
+            return usual(model, optimizer, step)
+        scores = model(x)
+        rows = torch.eye(4)[:2, None, :].expand(2, 512, 4)
+        (slopes,) = torch.autograd.grad(scores, [model.scale], rows, is_grads_batched=True)
+        return float(slopes.square().sum() + F.cross_entropy(scores, y).detach()).hex()
+
+    stats = assert_same(lambda model, x: dropping(model, x * model.scale), spill_dir, loop, 1_500_000)
+    assert stats["replayed_ops"]
+
+
+def test_warnings_of_what_does_not_repeat_stay_warnings(spill_dir: Path) -> None:
+    @contextlib.contextmanager
+    def warning() -> Iterator[None]:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    assert_same(scaled, spill_dir, under(contextlib.nullcontext, warning, 0))
+
+
+def test_what_the_program_keeps_does_not_keep_its_history(spill_dir: Path) -> None:
+    """A small result kept in a list at each step, as for a log."""
+    kept: list[Tensor] = []
+    counts: list[int] = []
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        scores = model(x)
+        loss = F.cross_entropy(scores, y)
+        kept.append(scores.mean(0).relu().detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        counts.append(sum(isinstance(item, Call) for item in gc.get_objects()))
+        return float(loss.detach()).hex()
+
+    assert_same(scaled, spill_dir, loop)
+    under_lms = counts[-STEPS:]
+    assert max(under_lms[-3:]) <= max(under_lms[:4]), "calls of steps that are over are still there"

@@ -126,7 +126,7 @@ class Engine(SlotOwner):
         now = self.now = MicroStep(routine, before)
         now.provenance = self._new_provenance(routine)
         program: Program | None = None
-        if routine.verdict is Verdict.RECORD:
+        if routine.verdict is Verdict.RECORD and routine.worth_recording():
             self._begin_to_record(now)
         elif routine.verdict is Verdict.FOLLOW:
             program = routine.program
@@ -189,6 +189,8 @@ class Engine(SlotOwner):
         if past.routine is None:
             return
         self._warn_of_starved(past)
+        if past.provenance is not None and not self.dropped:
+            past.provenance.forget()
         if past.recorder is not None:
             self._keep_tape(past.recorder, past.routine, whole=past.backward_seen)
         elif past.strayed:
@@ -208,6 +210,8 @@ class Engine(SlotOwner):
         if whole and recorder.phase is not Phase.BACKWARD:
             recorder.reclassify(self.late_kinds())
             routine.recorded(recorder.finish())
+        elif not whole:
+            routine.unfinished += 1
         recorder.closed = True
         self.store.close_empty_slabs()
 

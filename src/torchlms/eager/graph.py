@@ -2,7 +2,8 @@
 
 A loss made of gradients (a penalty on the slope, a meta-learner's outer loss) is computed after a backward
 pass and out of the same graph. The next step's first layer is computed after a backward pass, too, but out of
-inputs and parameters.
+inputs and parameters. After a pass that is itself differentiable everything belongs together until one comes
+that is not, or the optimizer steps.
 """
 
 from __future__ import annotations
@@ -21,24 +22,30 @@ _MOST_PASSES = 16  # a graph that never ends, such as a state carried from step 
 class Graph:
     """The nodes that a thread made between the backward passes of one micro-step and those of the next."""
 
-    __slots__ = ("_first", "_last", "_passes", "_steps")
+    __slots__ = ("_first", "_goes_on", "_last", "_passes", "_steps")
 
     def __init__(self, before: Graph | None = None) -> None:
         self._first: int = before._last if before is not None else 0
         self._last: int = self._first
         self._passes = 0
         self._steps = 0  # of the optimizer, when a backward pass last began
+        self._goes_on = False
 
-    def gone_through(self, optimizer_steps: int) -> None:
-        """A backward pass goes through it: what was made until now is of this micro-step."""
+    def gone_through(self, optimizer_steps: int, *, goes_on: bool) -> None:
+        """A backward pass goes through it: what was made until now is of this micro-step. ``goes_on``: the
+        pass is itself part of a graph (``create_graph``), which another pass will go through."""
         self._last = private.nodes_made()
         self._passes += 1
         self._steps = optimizer_steps
+        self._goes_on = goes_on
 
     def goes_on_to(self, tensor: torch.Tensor, optimizer_steps: int) -> bool:
-        """Whether ``tensor`` comes out of this graph, and no optimizer's step has ended it."""
-        if tensor.grad_fn is None or self._passes > _MOST_PASSES or optimizer_steps != self._steps:
+        """Whether ``tensor`` comes out of this graph, or is to be gone through together with it, and no
+        optimizer's step has ended it."""
+        if self._passes > _MOST_PASSES or optimizer_steps != self._steps:
             return False
+        if self._goes_on or tensor.grad_fn is None:
+            return self._goes_on
         waiting, seen = [tensor.grad_fn], {tensor.grad_fn}
         while waiting and len(seen) < _LOOKED_AT:
             node = waiting.pop()

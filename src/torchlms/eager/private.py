@@ -86,6 +86,18 @@ def _nothing() -> None:
 functorch_interpreter: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", _nothing)
 
 
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no ``torch.func`` transform is on: batched gradients unpack inside a vmap, which
+    has its own opinion of random ops. Nothing where there is none, or torch lacks the way out."""
+    if functorch_interpreter() is None:
+        return contextlib.nullcontext()
+    from torch._functorch import pyfunctorch
+
+    clear = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", contextlib.nullcontext)
+    cleared: contextlib.AbstractContextManager[Any] = clear()
+    return cleared
+
+
 def allocator_stats(device: torch.device) -> dict[str, Any]:
     """The caching allocator's nested counters: 15 microseconds, a tenth of the public flat form."""
     raw = getattr(torch._C, "_cuda_memoryStats", None)
@@ -196,7 +208,8 @@ def backend_switches(device_type: str) -> tuple[list[Switch], list[Switch]]:
     if not on_cuda:
         slow.append((torch.get_num_threads, torch.set_num_threads))
     quick = [_switch(name) for name in (_SWITCHES_OF_CUDA if on_cuda else _SWITCHES_OF_CPU)]
-    quick.append((torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms))
+    quick.append((_determinism, _set_determinism))
+    quick.append((torch.get_default_dtype, torch.set_default_dtype))
     read = getattr(torch._C, "_get_fp32_precision_getter", None)
     write = getattr(torch._C, "_set_fp32_precision_setter", None)
     if read is not None and write is not None:
@@ -214,6 +227,15 @@ _SWITCHES_OF_CUDA = (
     "cublas_allow_fp16_accumulation",
 )
 _SWITCHES_OF_CPU = ("mkldnn_enabled", "mkldnn_deterministic", "nnpack_enabled")
+
+
+def _determinism() -> tuple[bool, bool]:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warn_only
+
+
+def _set_determinism(setting: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(setting[0], warn_only=setting[1])
 
 
 def _switch(name: str) -> Switch:

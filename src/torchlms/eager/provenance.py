@@ -75,7 +75,8 @@ class Ref:
     strides: tuple[int, ...]
     offset: int
     version: int
-    lasting: torch.Tensor | None  # a parameter or buffer: here to stay
+    lasting: torch.Tensor | None = None  # a parameter or buffer: here to stay
+    storage: torch.UntypedStorage | None = None  # where it lay, should the program give it another one
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +115,7 @@ class Provenance:
         self._hold = hold
         self._hollow = hollow
         self._backends = Backends(device.type)
+        self._histories: list[list[Call]] = []
         self._held: list[Slot] = []  # until they are dropped values' sources, or backward begins
         self.value_of: Callable[[torch.Tensor], int] | None = None  # while a tape is written
 
@@ -146,6 +148,13 @@ class Provenance:
     def release(self) -> None:
         """What is still needed is held by recipes from here on."""
         self._held.clear()
+
+    def forget(self) -> None:
+        """The lap is over and no recipe of it is left: what the program keeps of it need not know its
+        history, which would keep the histories of all that it was made from."""
+        for history in self._histories:
+            history.clear()
+        self._histories.clear()
 
     def after(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The call ended: its results have a history, and what it wrote has one more entry."""
@@ -192,7 +201,8 @@ class Provenance:
         return not (tensor.is_conj() or tensor.is_neg())
 
     def _ref(self, tensor: torch.Tensor) -> Ref:
-        cell = self._cell(tensor)
+        cell, storage = self._cell(tensor), tensor.untyped_storage()
+        lasts = self._lasts(storage)
         return Ref(
             cell,
             len(cell.history),
@@ -201,7 +211,8 @@ class Provenance:
             tensor.stride(),
             int(tensor.storage_offset()),
             tensor._version,
-            tensor if self._lasts(tensor.untyped_storage()) else None,
+            tensor if lasts else None,
+            storage if lasts else None,
         )
 
     def _cell(self, tensor: torch.Tensor) -> Cell:
@@ -220,6 +231,7 @@ class Provenance:
     def _new_cell(self, tensor: torch.Tensor, place: int, history: list[Call]) -> Cell:
         value = self.value_of(tensor) if self.value_of is not None else -1
         size_bytes = tensor.untyped_storage().nbytes()
+        self._histories.append(history)
         return Cell(
             self._lap,
             place,

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.eager.backends import Backends
+from torchlms.eager.private import outside_transforms
 from torchlms.eager.provenance import Call, Cell, Recipe, Ref, results_of
+from torchlms.eager.traits import takes_generator
 from torchlms.errors import ReplayFailed
 
 if TYPE_CHECKING:
@@ -28,8 +30,15 @@ def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
     Raises ReplayFailed if a source has been written since, which a write that torch does not count
     can bring about and nothing else.
     """
-    with torch.no_grad(), torch.autocast(recipe.device_type, enabled=False):
+    with torch.no_grad(), torch.autocast(recipe.device_type, enabled=False), outside_transforms():
         return _Replay(recipe, run).storage(recipe.cell, recipe.writes)
+
+
+def _generator_at(generator: torch.Generator, state: torch.Tensor) -> torch.Generator:
+    """Another generator, in that state: the program's own may be drawn from in another thread meanwhile."""
+    alike = torch.Generator(generator.device)
+    alike.set_state(state)
+    return alike
 
 
 @contextlib.contextmanager
@@ -41,6 +50,17 @@ def _drawn_again(generator: torch.Generator, state: torch.Tensor) -> Iterator[No
         yield
     finally:
         generator.set_state(now)
+
+
+def _unchanged(ref: Ref, lasting: torch.Tensor, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """The bytes of a parameter or buffer as they were read, also if it lies elsewhere by now."""
+    if lasting._version == ref.version and storage.nbytes() == ref.cell.size_bytes:
+        return storage
+    raise ReplayFailed(
+        f"a parameter or buffer of shape {list(ref.shape)} was changed between forward and backward, unseen "
+        f"by LMS (version {lasting._version} and {storage.nbytes()} bytes; when it was read, version "
+        f"{ref.version} and {ref.cell.size_bytes} bytes). With recompute=False nothing is made from it"
+    )
 
 
 class _Replay:
@@ -77,7 +97,11 @@ class _Replay:
     def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
         args = tuple(self._item(item, here) for item in call.args)
         kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
-        drawn = contextlib.nullcontext() if call.drawn is None else _drawn_again(*call.drawn)
+        drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if call.drawn is not None and takes_generator(call.func):
+            kwargs["generator"] = _generator_at(*call.drawn)
+        elif call.drawn is not None:
+            drawn = _drawn_again(*call.drawn)
         with drawn, self._backends.set_to(call.backends):
             return results_of(self._run_op(call.func, args, kwargs))
 
@@ -89,14 +113,8 @@ class _Replay:
         return item
 
     def _tensor(self, ref: Ref, here: dict[int, torch.UntypedStorage]) -> torch.Tensor:
-        lasting = ref.lasting
-        if lasting is not None:
-            if lasting._version != ref.version:
-                raise ReplayFailed(
-                    f"a parameter or buffer of shape {list(ref.shape)} was changed between forward and "
-                    f"backward (version {lasting._version}, {ref.version} when it was read), unseen by LMS"
-                )
-            storage = lasting.untyped_storage()
+        if ref.lasting is not None and ref.storage is not None:
+            storage = _unchanged(ref, ref.lasting, ref.storage)
         elif id(ref.cell) in here:
             storage = here[id(ref.cell)]
         elif id(ref.cell) in self._recipe.slots:

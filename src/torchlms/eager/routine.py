@@ -14,6 +14,9 @@ from torchlms.eager.timer import Lap
 
 TIMINGS = 2  # steps under a first plan in which each op is timed
 FORGIVING_STEPS = 20
+STRAYS = 2  # in a row, and the step is taken to be another one
+FEW_UNFINISHED = 6  # recordings without a backward pass; from then on
+SELDOM = 16  # one in so many is tried
 MOST_RECORDINGS = 6  # a routine that keeps changing is run without a plan
 
 
@@ -59,12 +62,15 @@ class Routine:
     rise_bytes: int = 0  # memory at the peak beyond that before the step
     recordings: int = 0
     strayed: int = 0  # micro-steps that did not match the program
+    in_a_row: int = 0  # of these, the last ones without one between that did
+    unfinished: int = 0  # recordings without a backward pass
     replans: int = 0
     steps: int = 0  # micro-steps that followed the present program
     lap: Lap | None = None  # of the last of them
 
     def recorded(self, tape: Tape) -> None:
         self.tape = tape
+        self.unfinished = 0
         self.trust = Trust()
         self.timings.clear()
         self.settled = self.check_wanted = False
@@ -72,8 +78,13 @@ class Routine:
         self.recordings += 1
 
     def stray(self) -> None:
-        """The step did not match: record it again, unless that has been tried enough."""
+        """The step did not match. Where that happens twice in a row it is recorded again, unless that has
+        been tried enough; a step now and then that has another loss is none of the plan's business."""
         self.strayed += 1
+        self.in_a_row += 1
+        if self.in_a_row < STRAYS and self.program is not None:
+            return
+        self.in_a_row = 0
         self.tape = self.program = None
         self.steps = 0
         if self.recordings < MOST_RECORDINGS:
@@ -88,6 +99,7 @@ class Routine:
     def followed(self, lap: Lap | None = None) -> None:
         """A step kept to the program; after enough of them earlier changes are forgotten."""
         self.steps += 1
+        self.in_a_row = 0
         self.lap = lap
         if self.steps == FORGIVING_STEPS:
             self.recordings = 1
@@ -103,6 +115,14 @@ class Routine:
             self.checked, self.check_wanted = times, False
         else:
             self.timings.append(times)
+
+    def worth_recording(self) -> bool:
+        """Whether this micro-step is to be recorded. One that never has a backward pass, such as a metric
+        that is computed with gradients on, is tried seldom."""
+        if self.unfinished < FEW_UNFINISHED:
+            return True
+        self.unfinished += 1
+        return self.unfinished % SELDOM == 0
 
     def improvise(self) -> None:
         """Give planning up: every value finds its own way."""

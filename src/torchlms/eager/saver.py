@@ -47,14 +47,18 @@ class Saver:
                 return Kept(tensor.detach())
             if not self.movable(tensor):
                 self._note_kept(tensor)
-                return Kept(tensor.detach())
+                # A leaf may be given other data, which plain PyTorch reads; anything else holds its graph.
+                return Kept(tensor if tensor.is_leaf else tensor.detach())
             return Saved(self._slot_of(tensor), tensor, memoryless_alias(tensor, self.hollow(tensor.dtype)))
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
         saved.check()
         if isinstance(saved, Kept):
-            return saved.tensor
+            if not saved.tensor.requires_grad:
+                return saved.tensor
+            with private.unwatched():
+                return saved.tensor.detach()
         with private.unwatched():
             if not self._engine.dead:
                 self._note_use(saved.slot)
@@ -72,7 +76,9 @@ class Saver:
         size_bytes = storage.nbytes()
         if size_bytes < _LEAST_BYTES or not storage.resizable():
             return False
-        if isinstance(tensor._base, torch.nn.Parameter) or self._engine.kinds(storage) is not None:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return False
+        if self._engine.kinds(storage) is not None:
             return False
         if tensor._is_zerotensor() or private.functorch_interpreter() is not None:
             return False
@@ -181,7 +187,7 @@ class Saver:
         """A backward pass asks for its first value; perhaps it is not the first one over this graph."""
         now = self._engine.now
         again, now.backward_seen, now.backward = now.backward_seen, True, backward
-        now.graph.gone_through(self._engine.guard.steps)
+        now.graph.gone_through(self._engine.guard.steps, goes_on=torch.is_grad_enabled())
         if now.lap is not None and private.in_backward():
             private.at_end_of_backward(now.lap.end)
         if again:

@@ -15,6 +15,7 @@ from torchlms.eager import private
 
 Key = tuple[Any, ...]
 _INDEX_BYTES = 8
+_MOST_KNOWN = 20_000
 
 
 class ResultSizes:
@@ -36,6 +37,8 @@ class ResultSizes:
         if sizes is None:
             sizes = _on_meta(func, args, kwargs)
             if torch.Tag.dynamic_output_shape not in func.tags:
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()  # arguments that are new each time would fill it for ever
                 self._known[key] = sizes
                 self._unproven = key
         return sizes

@@ -55,6 +55,13 @@ def _writes_list(func: Any) -> bool:
     )
 
 
+def _takes_generator(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and any(argument.name == "generator" for argument in schema.arguments)
+
+
+# Whether it can be told which generator to draw from.
+takes_generator = PerOp(_takes_generator)
 # Whether an op draws random numbers from a generator.
 seeded = PerOp(_is_seeded)
 # Whether it writes a list of tensors, so that a failure may leave it half done.
