@@ -313,19 +313,23 @@ class LMS:
 
     @property
     def tape(self) -> Tape | None:
-        """The last recorded tape, or None before the first recorded step has ended."""
-        return self._engine.last_tape() if self._engine is not None else None
+        """The tape of the steps that there are most of, or None before the first recorded step has ended."""
+        return self._engine.usual_tape() if self._engine is not None else None
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the routine planned last, or None before there is one."""
-        plans = self._engine.plans() if self._engine is not None else []
-        return plans[-1] if plans else None
+        """The plan of the steps that there are most of, or None before there is one."""
+        return self._engine.usual_plan() if self._engine is not None else None
 
     @property
     def machine(self) -> Machine | None:
         """The measured rates that plans are made with, or None before LMS is entered."""
         return self._director.machine if self._director is not None else None
+
+    @property
+    def rules(self) -> Rules:
+        """What was asked for of what may leave."""
+        return self._options.rules
 
     @property
     def state(self) -> str:
@@ -345,7 +349,7 @@ class LMS:
 
     def report(self) -> str:
         """What was decided, why, what was predicted and what was measured, as text."""
-        return report_text(self.stats(), self.tape, self.plan, self._bound_s())
+        return report_text(self.stats(), self.tape, self.plan, self._bound_s(), self.rules)
 
     def _bound_s(self) -> float | None:
         """A step time that no plan can beat, as far as tape, machine and plan are known."""

@@ -192,7 +192,8 @@ class Director:
         if not self._have_arena(engine):
             self._plan(engine, routine, tape)
             return
-        engine.restart_measuring()
+        if engine.usual() in (routine, None):  # a smaller last batch is not what figures are about
+            engine.restart_measuring()
         self._reclaims_seen = engine.ladder.reclaims
         if quietly:
             log.debug("%s", planned_line(tape, plan, aside=False))

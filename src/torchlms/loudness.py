@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from torchlms.errors import BadOption
 
@@ -51,8 +52,19 @@ def show_log() -> None:
         log.setLevel(wanted_level())
 
 
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to what standard error is at the moment: a live line puts itself in its place."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def speak() -> None:
     """A line on standard error for each."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(logging.Formatter("torchlms: %(message)s"))
     log.addHandler(handler)

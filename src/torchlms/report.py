@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core.plan import Choice
+from torchlms.core.rules import Rules, leavers
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -15,23 +16,27 @@ _MOST_ROWS = 20
 
 
 def report_text(
-    stats: dict[str, Any], tape: Tape | None, plan: Plan | None, bound_s: float | None = None
+    stats: dict[str, Any],
+    tape: Tape | None,
+    plan: Plan | None,
+    bound_s: float | None = None,
+    rules: Rules | None = None,
 ) -> str:
     """A few lines on how it went, then the largest values that moved and the reason for each.
 
-    ``bound_s`` is a step time that no plan can beat.
+    ``bound_s`` is a step time that no plan can beat, ``rules`` those that the plan had to keep to.
     """
     lines = [_state_line(stats)]
     if plan is not None and tape is not None:
         lines += _comparison(stats)
         lines += _limit(stats, bound_s)
         lines += _choices(stats)
-        lines += _kept(tape, plan)
+        lines += _kept(tape, plan, rules)
         lines += _moved(tape, plan)
     return "\n".join(lines)
 
 
-def plan_text(tape: Tape, plan: Plan, bound_s: float | None = None) -> str:
+def plan_text(tape: Tape, plan: Plan, bound_s: float | None = None, rules: Rules | None = None) -> str:
     """What a plan that was not followed yet would do and cost, and the reason for each of its choices."""
     predicted = plan.predicted
     stats = {"predicted": {"step_s": predicted.step_s}, "plan": choice_totals(tape, plan)}
@@ -43,7 +48,7 @@ def plan_text(tape: Tape, plan: Plan, bound_s: float | None = None) -> str:
         f"{format_bytes(predicted.bytes_in)} in; planned in {plan.plan_s:.2f} s",
         *_limit(stats, bound_s),
         *_choices(stats),
-        *_kept(tape, plan),
+        *_kept(tape, plan, rules),
         *_moved(tape, plan),
     ]
     return "\n".join(lines if plan.moves else [*lines, "nothing has to move"])
@@ -71,7 +76,8 @@ def _state_line(stats: dict[str, Any]) -> str:
         "improvise": "on, without a plan: values leave as memory runs out",
         "aside": "everything fits: LMS stepped aside",
     }
-    line = f"LMS is {explained[stats['state']]}; {stats['steps']} steps"
+    word = "has ended" if stats["state"] == "off" and stats["steps"] else f"is {explained[stats['state']]}"
+    line = f"LMS {word}; {stats['steps']} steps"
     if stats["steps"]:
         line += f", {stats['record_steps']} of them recorded; budget {format_bytes(stats['budget_bytes'])}"
     return line
@@ -123,14 +129,22 @@ def _choices(stats: dict[str, Any]) -> list[str]:
     return ["values that could move: " + ", ".join(parts)] if parts else []
 
 
-def _kept(tape: Tape, plan: Plan) -> list[str]:
+def _kept(tape: Tape, plan: Plan, rules: Rules | None) -> list[str]:
     """Why what autograd saved stays on the device, by reason, most bytes first."""
-    moved = {move.value for move in plan.moves}
+    moved, free = {move.value for move in plan.moves}, leavers(rules or Rules(), tape)
+    least_bytes = rules.min_bytes if rules is not None else 0
     reasons: dict[str, list[int]] = {}
     for value in tape.values:
-        if value.saved >= 0 and value.id not in moved:
-            why = value.why_not or "it fits, and going would cost more than others that go"
-            reasons.setdefault(why, []).append(value.size_bytes)
+        if value.saved < 0 or value.id in moved:
+            continue
+        why = value.why_not or "it fits, and going would cost more than others that go"
+        if not value.why_not and value.id not in free:
+            why = "a rule keeps it"
+        elif not value.why_not and value.size_bytes < least_bytes:
+            why = f"smaller than min_bytes ({format_bytes(least_bytes)})"
+        elif not value.why_not and not moved:
+            why = "nothing has to go"
+        reasons.setdefault(why, []).append(value.size_bytes)
     found = sorted(reasons.items(), key=lambda entry: -sum(entry[1]))
     parts = [f"{len(sizes)} ({format_bytes(sum(sizes))}): {why}" for why, sizes in found]
     return ["saved values that stay: " + "; ".join(parts)] if parts else []

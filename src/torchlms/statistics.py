@@ -20,8 +20,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
     """Counters of ``engine``; peaks and per-step figures are of planned steps once there are any."""
     if engine is None:
         return {"state": state, "steps": 0}
-    plans = engine.plans()
-    plan = plans[-1] if plans else None
+    plan, tape = engine.usual_plan(), engine.usual_tape()
     from_step, from_out, from_in, from_disk = engine.counted_from
     steps = max(1, engine.steps - from_step)
     times = list(engine.step_times_s)[1:] or list(engine.step_times_s)
@@ -39,10 +38,13 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "peak_host_bytes": engine.store.peak_host_bytes,
         "host_budget_bytes": engine.store.host_budget_bytes,
         "pinned_bytes": engine.store.planned_bytes(),
+        "bytes_out": engine.store.bytes_out,
+        "bytes_in": engine.store.bytes_in,
+        "disk_bytes": engine.store.disk_bytes,
         "bytes_out_per_step": (engine.store.bytes_out - from_out) // steps,
         "bytes_in_per_step": (engine.store.bytes_in - from_in) // steps,
         "disk_bytes_per_step": (engine.store.disk_bytes - from_disk) // steps,
-        "recompute_s_per_step": _recompute_s(engine.last_tape(), plan),
+        "recompute_s_per_step": _recompute_s(tape, plan),
         "replayed_ops": engine.replays,
         "reclaims": engine.ladder.reclaims,
         "single_reclaims": engine.ladder.single_reclaims,
@@ -51,7 +53,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "retries": engine.ladder.retries,
         "host_refusals": engine.store.host_refusals,
         "disk_overflows": engine.store.overflows,
-        "lessons": max((plan.lessons for plan in engine.programs()), default=0),
+        "lessons": _lessons(engine),
         "holes_opened": engine.holes.opened,
         "moved_bytes": engine.holes.moved_bytes,
         "late_fetches": engine.late_fetches,
@@ -60,10 +62,15 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "replans": sum(routine.replans for routine in engine.routines.values()),
         "strayed": sum(routine.strayed for routine in engine.routines.values()),
         "measured_step_s": statistics.median(times) if times else 0.0,
-        "plan": choice_totals(engine.last_tape(), plan),
+        "plan": choice_totals(tape, plan),
         "predicted": _predicted(plan),
         "plan_s": plan.plan_s if plan is not None else 0.0,
     }
+
+
+def _lessons(engine: Engine) -> int:
+    """Steps left in which the allocator's habits are learned; a ledger has none."""
+    return max((plan.lessons for plan in engine.programs()), default=0) if engine.device.is_cuda else 0
 
 
 def _recompute_s(tape: Tape | None, plan: Plan | None) -> float:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+import typer
+
+from torchlms.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -40,3 +45,13 @@ COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 def as_run(command: str) -> str:
     """The command with what makes it small."""
     return " ".join([command, *(more for begin, more in SMALLER.items() if command.startswith(begin))])
+
+
+def can_be_read(words: list[str]) -> None:
+    """Parse, and do nothing; raises what the command line says to words that it does not know."""
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("torchlms", list(words))
+    left = [*getattr(context, "_protected_args", []), *context.args]
+    if left:
+        name, verb, rest = group.resolve_command(context, left)
+        verb.make_context(name, rest, parent=context)

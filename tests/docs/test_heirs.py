@@ -22,7 +22,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torchlms
-from tests.docs.test_docs import _read
+from tests.docs.commands import can_be_read
 from tests.runner.runs import under_lms
 from torchlms.cli import app
 from torchlms.core.curve import baseline_curve, smallest_budget
@@ -141,7 +141,7 @@ def invoke(*arguments: str) -> Any:
 
 def read_commands(here: str) -> None:
     for command in re.findall(r"`torchlms ([a-z]+ -[^`]*)`", here):
-        _read(command.split())
+        can_be_read(command.split())
 
 
 def class_in(path: str, name: str) -> bool:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sessions import DROPPING, Loop, assert_same_bits, slow_disk
+import torch.nn.functional as F
+from sessions import (
+    DROPPING,
+    Loop,
+    assert_same_bits,
+    new_session,
+    open_lms,
+    plain_peak,
+    plain_step,
+    slow_disk,
+)
 from small_networks import NETWORKS
 
 from tests.matrix.numbers import autocast
@@ -66,3 +76,21 @@ def test_same_bits_when_values_are_made_again(
     share = SHARES.get(name, 0.7)
     watched = assert_same_bits(NETWORKS[name], loop, spill_dir, share=share, steps=8, rules=DROPPING)
     assert any(value.recipe for value in watched.tape.values)
+
+
+def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
+    """Plan, tape and figures are those of the steps that there are most of."""
+    network = NETWORKS["mlp"]
+    session = new_session(network)
+    with open_lms(session, int(0.7 * plain_peak(network)), spill_dir) as lms:
+        for step in range(9):
+            plain_step(session, step)
+        usual, tape, stats = lms.plan, lms.tape, lms.stats()
+        for _ in range(3):
+            inputs, target = network.batch(9)
+            F.cross_entropy(session.model(inputs[:40]), target[:40]).backward()
+        assert lms.plan is usual
+        assert lms.tape is tape
+        assert lms.stats()["bytes_out"] > 0
+        assert lms.stats()["peak_device_bytes"] >= stats["peak_device_bytes"]
+        assert lms.stats()["plan"] == stats["plan"]

@@ -399,11 +399,18 @@ class Engine(SlotOwner):
     def programs(self) -> list[Program]:
         return [routine.program for routine in self.routines.values() if routine.program is not None]
 
-    def last_tape(self) -> Tape | None:
-        for routine in reversed(self.routines.values()):
-            if routine.tape is not None:
-                return routine.tape
-        return None
+    def usual(self) -> Routine | None:
+        """The routine that was followed most, of those with a tape; of equals the one met last."""
+        known = [routine for routine in self.routines.values() if routine.tape is not None]
+        return max(reversed(known), key=lambda routine: routine.laps, default=None)
+
+    def usual_tape(self) -> Tape | None:
+        usual = self.usual()
+        return usual.tape if usual is not None else None
+
+    def usual_plan(self) -> Plan | None:
+        usual = self.usual()
+        return usual.program.plan if usual is not None and usual.program is not None else None
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

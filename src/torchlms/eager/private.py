@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,16 +86,20 @@ def _nothing() -> None:
 functorch_interpreter: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", _nothing)
 
 
-def outside_transforms() -> contextlib.AbstractContextManager[Any]:
-    """A context in which no ``torch.func`` transform is on: batched gradients unpack inside a vmap, which
-    has its own opinion of random ops. Nothing where there is none, or torch lacks the way out."""
-    if functorch_interpreter() is None:
-        return contextlib.nullcontext()
-    from torch._functorch import pyfunctorch
-
-    clear = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", contextlib.nullcontext)
-    cleared: contextlib.AbstractContextManager[Any] = clear()
-    return cleared
+@contextlib.contextmanager
+def outside_vmap() -> Iterator[None]:
+    """A context in which the vmap by which autograd batches gradients is not on, which refuses random ops.
+    Nothing where torch lacks the way out."""
+    enter = getattr(torch._C, "_vmapmode_increment_nesting", _nothing)
+    leave = getattr(torch._C, "_vmapmode_decrement_nesting", _nothing)
+    levels = (enter() or 1) - 1  # the one way to learn how many are on
+    for _ in range(levels + 1):
+        leave()
+    try:
+        yield
+    finally:
+        for _ in range(levels):
+            enter()
 
 
 def allocator_stats(device: torch.device) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Routine:
     unfinished: int = 0  # recordings without a backward pass
     replans: int = 0
     steps: int = 0  # micro-steps that followed the present program
+    laps: int = 0  # that followed any
     lap: Lap | None = None  # of the last of them
 
     def recorded(self, tape: Tape) -> None:
@@ -99,6 +100,7 @@ class Routine:
     def followed(self, lap: Lap | None = None) -> None:
         """A step kept to the program; after enough of them earlier changes are forgotten."""
         self.steps += 1
+        self.laps += 1
         self.in_a_row = 0
         self.lap = lap
         if self.steps == FORGIVING_STEPS:

@@ -37,7 +37,7 @@ def explain(question: Question, write: Write, *, save: Path | None = None) -> di
         write(f"the rule {pattern} matches nothing in this step: perhaps it is misspelt")
     plan = planned(tape, machine, budget, rules)
     bound_s = lower_bound(tape, machine, budget, recompute=rules.recompute)
-    write(plan_text(tape, plan, bound_s))
+    write(plan_text(tape, plan, bound_s, rules))
     if save is not None:
         plan.save(save)
         write(f"wrote {save}: give it to LMS(plan=...) or torchlms bench --plan")

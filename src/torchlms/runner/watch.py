@@ -84,8 +84,8 @@ class Watch:
             stats["averages"] = averages
             log.info("after the first %d steps: %s", request.skip, averages_text(averages))
         if request.report:
-            plan, tape = (lms.plan, lms.tape) if lms is not None else (None, None)
-            print(report_text(stats, tape, plan), file=sys.stderr)
+            known = (lms.tape, lms.plan, None, lms.rules) if lms is not None else (None, None)
+            print(report_text(stats, *known), file=sys.stderr)
         if request.json_path is not None:
             _write(request.json_path, "figures", lambda: self._put(stats))
         if request.save_plan is not None:
@@ -97,8 +97,8 @@ class Watch:
         if request.save_run is not None:
             from torchlms.report_page import save_run
 
-            path, known = request.save_run, lms if lms is not None and lms.tape is not None else None
-            _write(path, "tape", None if known is None else lambda: save_run(known, path, state=state))
+            path, shown = request.save_run, lms if lms is not None and lms.tape is not None else None
+            _write(path, "tape", None if shown is None else lambda: save_run(shown, path, state=state))
 
     def advice(self, error: BaseException) -> str:
         """What to do after ``error``, if it tells of memory running out; else nothing."""

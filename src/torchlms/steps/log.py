@@ -39,6 +39,9 @@ class StepRow:
     retries: int
     late_fetches: int
     replayed_ops: int
+    bytes_out: int
+    bytes_in: int
+    disk_bytes: int
     active_device_bytes: int
     inactive_device_bytes: int
     host_bytes: int
@@ -55,6 +58,9 @@ _COUNTED = (
     "retries",
     "late_fetches",
     "replayed_ops",
+    "bytes_out",
+    "bytes_in",
+    "disk_bytes",
 )
 _AT_THE_END = ("active_device_bytes", "inactive_device_bytes", "host_bytes")
 
