@@ -109,6 +109,7 @@ def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> Non
         plans=list,
         store=SimpleNamespace(plan_arena=lambda size_bytes: None),
         restart_measuring=lambda: None,
+        usual=lambda: None,
     )
     routine = Routine(SimpleNamespace())  # type: ignore[arg-type]
     made._adopt(engine, routine, tape, made._make(tape, before))

@@ -38,6 +38,8 @@ _ROOMIER = 0.05  # of the budget, for a contender
 _MOVES_ONLY = "moving alone"
 _HOST_SHARE = 0.9  # of what is left, where host memory is refused
 _MOST_HOST_REFUSALS = 3
+_GROWN = 0.002  # of the budget: less is noise
+_MOST_GROWTHS = 4
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
 
@@ -94,6 +96,8 @@ class Director:
             self._settle(engine, routine)
         elif routine.verdict is Verdict.FOLLOW and routine.trust.refuted:
             self._distrust(engine, routine)
+        elif routine.verdict is Verdict.FOLLOW and self._has_grown(engine, routine):
+            pass
         elif routine.verdict is Verdict.FOLLOW:
             self._watch(engine, routine)
             if routine.settled and self.given is None:
@@ -371,6 +375,27 @@ class Director:
 
     # -- watching ----------------------------------------------------------------------------
 
+    def _has_grown(self, engine: Engine, routine: Routine) -> bool:
+        """Plan again if more is on the device before the step than when it was recorded: gradients that
+        accumulate, an optimizer's states, what the program made since. True if that was done."""
+        program = routine.program
+        if program is None or self.given is not None or routine.growths >= _MOST_GROWTHS:
+            return False
+        tape = program.tape
+        more_bytes = engine.device.allocated_bytes() - before_bytes(tape)
+        peak = program.plan.predicted.peak_device_bytes + more_bytes
+        spare_bytes = self.budget.device_bytes - self.headroom_bytes
+        if more_bytes <= _GROWN * self.budget.device_bytes or peak <= spare_bytes:
+            return False
+        routine.growths += 1
+        routine.tape = replace(tape, resident_bytes=tape.resident_bytes + more_bytes)
+        log.info(
+            "%s more than when it was recorded are on the device before this step: planning again",
+            format_bytes(more_bytes),
+        )
+        self._plan(engine, routine, routine.tape)
+        return True
+
     def _watch(self, engine: Engine, routine: Routine) -> None:
         """Plan with more headroom when steps that should run undisturbed have to evict."""
         reclaims, before = engine.ladder.reclaims, self._reclaims_seen
@@ -398,10 +423,14 @@ class Director:
         self._adopt(engine, routine, tape, plan)
 
 
+def before_bytes(tape: Tape) -> int:
+    """What is on the device before a step begins."""
+    return tape.resident_bytes + sum(value.size_bytes for value in tape.values if value.birth < 0)
+
+
 def rise_bytes(tape: Tape) -> int:
     """How much more memory a step takes at its peak than before it begins."""
-    before = tape.resident_bytes + sum(value.size_bytes for value in tape.values if value.birth < 0)
-    return max(0, peak_bytes(tape) - before)
+    return max(0, peak_bytes(tape) - before_bytes(tape))
 
 
 def _off_device(predicted: Prediction) -> str:

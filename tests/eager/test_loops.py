@@ -86,11 +86,55 @@ def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
         for step in range(9):
             plain_step(session, step)
         usual, tape, stats = lms.plan, lms.tape, lms.stats()
-        for _ in range(3):
+        for epoch in range(3):
             inputs, target = network.batch(9)
+            if epoch:
+                plain_step(session, 9)
             F.cross_entropy(session.model(inputs[:40]), target[:40]).backward()
-        assert lms.plan is usual
+            session.optimizer.zero_grad()
         assert lms.tape is tape
+        assert lms.plan is usual
         assert lms.stats()["bytes_out"] > 0
         assert lms.stats()["peak_device_bytes"] >= stats["peak_device_bytes"]
         assert lms.stats()["plan"] == stats["plan"]
+
+
+def test_a_change_for_good_is(spill_dir: Path) -> None:
+    """Such as when layers are unfrozen: the new kind of step is what is reported once it is followed."""
+    network = NETWORKS["mlp"]
+    session = new_session(network)
+    with open_lms(session, int(0.7 * plain_peak(network)), spill_dir) as lms:
+        for step in range(9):
+            plain_step(session, step)
+        before = lms.tape
+        for _ in range(3):
+            inputs, target = network.batch(9)
+            F.cross_entropy(session.model(inputs[:40]), target[:40]).backward()
+        assert lms.tape is not before
+
+
+def test_gradients_and_states_that_came_after_the_recording_are_planned_for(
+    spill_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With accumulation the first micro-step has neither; without another plan each later one would evict."""
+    caplog.set_level("INFO", "torchlms")
+    network = NETWORKS["transformer"]
+    session = new_session(network)
+
+    def micro_step(step: int) -> None:
+        inputs, target = network.batch(step)
+        F.cross_entropy(session.model(inputs), target).backward()
+        if step % 4 == 3:
+            session.optimizer.step()
+            session.optimizer.zero_grad(set_to_none=False)
+
+    with open_lms(session, int(0.8 * plain_peak(network)), spill_dir) as lms:
+        for step in range(12):
+            micro_step(step)
+        reclaims = lms.stats()["reclaims"]
+        for step in range(12, 20):
+            micro_step(step)
+        stats = lms.stats()
+    assert any("than when it was recorded" in record.getMessage() for record in caplog.records)
+    assert stats["reclaims"] == reclaims, "planned steps evict"
+    assert stats["state"] == "guard"

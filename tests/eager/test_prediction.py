@@ -124,7 +124,7 @@ def test_the_report_before_and_after(spill_dir: Path) -> None:
         inside = lms.report()
     before, after = (
         [line for line in text.splitlines() if not line.startswith("step ")]  # the last step has just ended
-        for text in (inside, lms.report().replace("not on", "on, following a plan"))
+        for text in (inside, lms.report().replace("has ended", "is on, following a plan"))
     )
     assert after == before
 
@@ -132,9 +132,10 @@ def test_the_report_before_and_after(spill_dir: Path) -> None:
 def test_the_log_in_one_line_each(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_lms(MLP, BUDGET, spill_dir)
     lines = [record.getMessage() for record in caplog.records if record.name == "torchlms"]
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[0].startswith("recording step 1 on cpu, budget 781.2 KiB")
     assert "first plan" in lines[1]
+    assert "planning a step of" in lines[2]
     for part in (
         "values move",
         "out and",
@@ -143,7 +144,7 @@ def test_the_log_in_one_line_each(spill_dir: Path, caplog: pytest.LogCaptureFixt
         "of 781.2 KiB",
         "largest single op",
     ):
-        assert part in lines[2]
+        assert part in lines[3]
     assert all(record.levelno == logging.INFO for record in caplog.records if record.name == "torchlms")
 
 

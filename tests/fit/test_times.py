@@ -29,6 +29,18 @@ def test_the_same_is_taken_from_every_op_that_has_it() -> None:
     assert [op.time_s for op in made.ops] == pytest.approx([op.time_s for op in tape.ops])
 
 
+def test_a_slow_recording_does_not_leave_ops_that_take_no_time() -> None:
+    """Where all was twice as slow while it was measured, the ops keep their proportions."""
+    tape = step(4)
+    slow = replace(tape, ops=tuple(replace(op, time_s=2 * op.time_s + 1e-3) for op in tape.ops))
+    made = eased(slow, 0.5 * sum(op.time_s for op in slow.ops))
+    assert min(op.time_s for op in made.ops) > 0
+    longest, shortest = max(made.ops, key=lambda op: op.time_s), min(made.ops, key=lambda op: op.time_s)
+    before = {op.name + op.module: op.time_s for op in slow.ops}
+    measured = before[longest.name + longest.module] / before[shortest.name + shortest.module]
+    assert longest.time_s / shortest.time_s == pytest.approx(measured, rel=0.1)
+
+
 def test_an_empty_tape_stays_empty() -> None:
     assert eased(replace(step(4), ops=()), 1.0).ops == ()
 

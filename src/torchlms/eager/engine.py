@@ -120,6 +120,7 @@ class Engine(SlotOwner):
             slot.value = slot.ordinal = -1
         signature = Signature(tuple(first.shape), first.dtype, self.module_here(), self.saver.forget_met())
         routine = self._routine_of(signature)
+        routine.met(self.steps)
         self.prepare(self, routine)
         self.steps += 1
         self.guard.outside()
@@ -400,9 +401,12 @@ class Engine(SlotOwner):
         return [routine.program for routine in self.routines.values() if routine.program is not None]
 
     def usual(self) -> Routine | None:
-        """The routine that was followed most, of those with a tape; of equals the one met last."""
-        known = [routine for routine in self.routines.values() if routine.tape is not None]
-        return max(reversed(known), key=lambda routine: routine.laps, default=None)
+        """The routine that most steps follow: of those with a tape the one met last, if it has taken the
+        place of all others, else the one that was followed most."""
+        known = [routine for routine in reversed(self.routines.values()) if routine.tape is not None]
+        if known and known[0].laps and all(other.met_last < known[0].met_first for other in known[1:]):
+            return known[0]
+        return max(known, key=lambda routine: routine.laps, default=None)
 
     def usual_tape(self) -> Tape | None:
         usual = self.usual()

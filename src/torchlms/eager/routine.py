@@ -65,9 +65,17 @@ class Routine:
     in_a_row: int = 0  # of these, the last ones without one between that did
     unfinished: int = 0  # recordings without a backward pass
     replans: int = 0
+    growths: int = 0  # times that it was planned again because more was there before it
     steps: int = 0  # micro-steps that followed the present program
     laps: int = 0  # that followed any
+    met_first: int = -1  # in which micro-step of the program
+    met_last: int = -1
     lap: Lap | None = None  # of the last of them
+
+    def met(self, step: int) -> None:
+        """A micro-step of this kind begins."""
+        self.met_first = step if self.met_first < 0 else self.met_first
+        self.met_last = step
 
     def recorded(self, tape: Tape) -> None:
         self.tape = tape

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Tape
     from torchlms.fit.scale import Scale
 
+_MOST_TOLL_S = 50e-6  # that two marks cost
 # Below this share of the growth that the batch would ask for, the device waited for the program.
 _BUSY = 0.5
 
@@ -20,12 +21,15 @@ def eased(tape: Tape, step_s: float) -> Tape:
 
     Marks around every op cost each the same few microseconds on the queue, which short ops show and
     long ones hide. So the same is taken from every op, at most all of its time; or, where the step is
-    longer than its ops, given to every op.
+    longer than its ops, given to every op. What microseconds cannot explain, such as a device that was
+    slower while it was measured, changes all ops by the same factor.
     """
     times_s = np.array([op.time_s for op in tape.ops])
     if not len(times_s):
         return tape
-    eased_s = np.maximum(times_s - _toll_s(times_s, step_s), 0.0)
+    toll_s = float(np.clip(_toll_s(times_s, step_s), -_MOST_TOLL_S, _MOST_TOLL_S))
+    eased_s = np.maximum(times_s - toll_s, 0.0)
+    eased_s *= step_s / max(float(eased_s.sum()), 1e-12)
     ops = (replace(op, time_s=float(time_s)) for op, time_s in zip(tape.ops, eased_s, strict=True))
     return replace(tape, ops=tuple(ops))
 
