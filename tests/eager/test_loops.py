@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sessions import (
     DROPPING,
     Loop,
+    Session,
     assert_same_bits,
     new_session,
     open_lms,
@@ -78,6 +79,12 @@ def test_same_bits_when_values_are_made_again(
     assert any(value.recipe for value in watched.tape.values)
 
 
+def small_step(session: Session) -> None:
+    inputs, target = session.network.batch(9)
+    F.cross_entropy(session.model(inputs[:40]), target[:40]).backward()
+    session.optimizer.zero_grad()
+
+
 def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
     """Plan, tape and figures are those of the steps that there are most of."""
     network = NETWORKS["mlp"]
@@ -87,11 +94,9 @@ def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
             plain_step(session, step)
         usual, tape, stats = lms.plan, lms.tape, lms.stats()
         for epoch in range(3):
-            inputs, target = network.batch(9)
             if epoch:
                 plain_step(session, 9)
-            F.cross_entropy(session.model(inputs[:40]), target[:40]).backward()
-            session.optimizer.zero_grad()
+            small_step(session)
         assert lms.tape is tape
         assert lms.plan is usual
         assert lms.stats()["bytes_out"] > 0
@@ -108,8 +113,7 @@ def test_a_change_for_good_is(spill_dir: Path) -> None:
             plain_step(session, step)
         before = lms.tape
         for _ in range(3):
-            inputs, target = network.batch(9)
-            F.cross_entropy(session.model(inputs[:40]), target[:40]).backward()
+            small_step(session)
         assert lms.tape is not before
 
 
