@@ -21,6 +21,7 @@ from sessions import (
 )
 from small_networks import NETWORKS
 
+from tests.matrix.passes import penalty, same_graph_twice, two_losses
 from torchlms.core.tape import Phase, Tape
 from torchlms.core.validate import validate
 
@@ -28,40 +29,7 @@ NETWORK = NETWORKS["mlp"]
 STEPS = 9
 
 
-def twice(session: Session, step: int) -> None:
-    inputs, target = session.network.batch(step)
-    session.optimizer.zero_grad()
-    loss = F.cross_entropy(session.model(inputs), target)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    session.optimizer.step()
-    session.note(loss)
-
-
-def two_losses(session: Session, step: int) -> None:
-    inputs, target = session.network.batch(step)
-    session.optimizer.zero_grad()
-    scores = session.model(inputs)
-    loss, other = F.cross_entropy(scores, target), scores.square().mean()
-    loss.backward(retain_graph=True)
-    other.backward()
-    session.optimizer.step()
-    session.note(loss + other)
-
-
-def penalised(session: Session, step: int) -> None:
-    """A gradient penalty: the second pass goes through the first one as well."""
-    inputs, target = session.network.batch(step)
-    inputs.requires_grad_()
-    session.optimizer.zero_grad()
-    loss = F.cross_entropy(session.model(inputs), target)
-    (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
-    (loss + slope.square().sum()).backward()
-    session.optimizer.step()
-    session.note(loss)
-
-
-LOOPS: list[Callable[[Session, int], None]] = [twice, two_losses, penalised]
+LOOPS: list[Callable[[Session, int], None]] = [same_graph_twice, two_losses, penalty]
 
 
 def backward_passes(tape: Tape) -> int:
@@ -90,8 +58,8 @@ def test_they_follow_a_plan(
 
 
 def test_a_value_has_a_stretch_before_each_pass(spill_dir: Path) -> None:
-    budget_bytes = int(0.6 * plain_peak(NETWORK, twice))
-    watched = run_lms(NETWORK, budget_bytes, spill_dir, twice, STEPS)
+    budget_bytes = int(0.6 * plain_peak(NETWORK, same_graph_twice))
+    watched = run_lms(NETWORK, budget_bytes, spill_dir, same_graph_twice, STEPS)
     tape = watched.tape
     assert backward_passes(tape) == 2
     for value in tape.values:
@@ -135,6 +103,6 @@ def test_what_is_computed_from_a_slope_is_of_the_same_step(spill_dir: Path) -> N
     session = new_session(NETWORK)
     with open_lms(session, "1GiB", spill_dir) as lms:
         for step in range(3):
-            penalised(session, step)
+            penalty(session, step)
         assert lms.stats()["steps"] == 3
         assert lms.stats()["record_steps"] == 1
