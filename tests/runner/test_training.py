@@ -117,6 +117,7 @@ def test_model_and_optimizer_are_found(tmp_path: Path) -> None:
     assert "recording step 1 on cpu, budget 3.0 MiB" in found["said"]
 
 
+@pytest.mark.slow
 def test_two_models_and_two_optimizers(tmp_path: Path) -> None:
     body = """
         class Generator(nn.Sequential): pass
@@ -415,6 +416,7 @@ def test_figures_alone_on_standard_output(tmp_path: Path) -> None:
     assert not (tmp_path / "-").exists()
 
 
+@pytest.mark.slow
 def test_steps_are_noted(tmp_path: Path) -> None:
     """A row a lap, also where two optimizers step in each; a trace of some; averages without the first."""
     body = """
@@ -467,6 +469,7 @@ def test_a_level_that_is_none(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bits_are_checked(tmp_path: Path) -> None:
     script = write(tmp_path, USUAL)
     assert figures(tmp_path, script)["verified_values"] == 0
@@ -497,6 +500,7 @@ def test_a_torn_step_is_undone(options: list[str], said: str, tmp_path: Path) ->
     assert ours.out.endswith(f"StepTorn {said}\n"), ours.err
 
 
+@pytest.mark.slow
 def test_an_optimizer_around_another(tmp_path: Path) -> None:
     body = """
         class Outer(torch.optim.Optimizer):
