@@ -32,6 +32,7 @@ from torchlms.core.plan import Choice
 from torchlms.core.tape import Value
 from torchlms.eager.provenance import Call, Cell
 from torchlms.eager.slot import Slot
+from torchlms.eager.timer import OpTimer
 
 DROPPERS = ["resnet", "unet3d", "transformer", "mlp"]
 
@@ -342,10 +343,18 @@ def dropped_values(lms: torchlms.LMS) -> list[Value]:
     return [lms.tape.values[move.value] for move in lms.plan.moves if move.choice is Choice.RECOMPUTE]
 
 
+def usual_s(name: str) -> float:
+    """About what an op takes: norms read and write, products compute."""
+    return 2e-5 if any(part in name for part in ("mul", "mean", "pow", "rsqrt", "_to_copy")) else 3e-4
+
+
 @pytest.mark.parametrize("budget_bytes", [8_000_000, 5_000_000, 3_000_000])
 def test_norms_of_a_residual_stream_are_made_from_sums_that_autograd_did_not_save(
-    budget_bytes: int, spill_dir: Path
+    budget_bytes: int, spill_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Which values are dropped depends on times; those of a busy machine are no part of this.
+    times = OpTimer.times
+    monkeypatch.setattr(OpTimer, "times", lambda self: [(name, usual_s(name)) for name, _ in times(self)])
     losses, lms = train_stream(spill_dir, budget_bytes)
     assert losses == train_stream(None)[0]
     assert lms is not None

@@ -30,6 +30,7 @@ from torchlms.eager import private
 
 STEPS = 6  # recorded, timed twice, planned
 MOST_TRIES = 60  # of one step: a fault that lasts is over by then
+GRACE_S = 2.0  # for a thread that has been told to end
 
 
 def _foreach(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -210,6 +211,9 @@ def _left_behind(lms: torchlms.LMS, spill_dir: Path, threads: set[threading.Thre
     assert lms._engine is not None
     if list(lms._engine.living()):
         yield "living slots"
-    more = [thread.name for thread in threading.enumerate() if thread not in threads and thread.is_alive()]
+    new = [thread for thread in threading.enumerate() if thread not in threads]
+    for thread in new:
+        thread.join(GRACE_S)  # those of a spill file are told to end, and not waited for
+    more = [thread.name for thread in new if thread.is_alive()]
     if more:
         yield f"threads: {more}"

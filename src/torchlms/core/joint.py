@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 4  # then the interval around the best is halved as often; once on long tapes
+FEW = 8  # sets that can be tried at most, and every second share has to do
 MANY = 24  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
 SETS = 95  # that are tried at the most, on a short tape
@@ -92,6 +93,7 @@ def plan(
             _try_shares(
                 trials,
                 feasible(tape, chained, limit_bytes),
+                shares=SHARES if most > FEW else SHARES[1::2],
                 halvings=HALVINGS if most > MANY else 1,
             )
         if not quick:
@@ -183,9 +185,9 @@ def _key(drops: Sequence[Value]) -> frozenset[int]:
     return frozenset(value.id for value in drops)
 
 
-def _try_shares(trials: _Trials, ranked: Sequence[Value], *, halvings: int) -> None:
+def _try_shares(trials: _Trials, ranked: Sequence[Value], *, shares: Sequence[float], halvings: int) -> None:
     """The first so many of ``ranked``, closer and closer to the best number."""
-    counts = {0} | {max(1, round(share * len(ranked))) for share in SHARES if ranked}
+    counts = {0} | {max(1, round(share * len(ranked))) for share in shares if ranked}
     for count in sorted(counts):
         trials.of(ranked[:count])
     for _ in range(halvings):
