@@ -187,7 +187,8 @@ class Saver:
         """A backward pass asks for its first value; perhaps it is not the first one over this graph."""
         now = self._engine.now
         again, now.backward_seen, now.backward = now.backward_seen, True, backward
-        now.graph.gone_through(self._engine.guard.steps, goes_on=torch.is_grad_enabled())
+        differentiable = private.in_backward() and torch.is_grad_enabled()  # else somebody only looks at it
+        now.graph.gone_through(self._engine.guard.steps, goes_on=differentiable)
         if now.lap is not None and private.in_backward():
             private.at_end_of_backward(now.lap.end)
         if again:
