@@ -300,8 +300,8 @@ ROWS: dict[str, Row] = {
         ),
         *_shares(
             "bert-large",
-            "BERT-large, 128 x 512 tokens",
-            BenchOptions(model="large:bert_large", batch_size=128, optimizer="adamw"),
+            "BERT-large, 96 x 512 tokens",
+            BenchOptions(model="large:bert_large", batch_size=96, optimizer="adamw"),
             (50, 25),
             _JOINT_PROVES,
             strict=True,
@@ -322,8 +322,8 @@ ROWS: dict[str, Row] = {
         ),
         *_shares(
             "t5-large",
-            "T5-large, 32 x 512 tokens",
-            BenchOptions(model="large:t5_large", batch_size=32, optimizer="adamw"),
+            "T5-large, 8 x 512 tokens",
+            BenchOptions(model="large:t5_large", batch_size=8, optimizer="adamw"),
             (40,),
             _UNTOUCHED_PROVES,
             strict=True,
