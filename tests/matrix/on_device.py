@@ -13,6 +13,7 @@ from tests.matrix.row import STEPS, Row
 from tests.matrix.trial import reloaded
 
 _PLAIN_RUNS = 4
+_MORE_RUNS = 12  # where they differ, to see how far
 _BUDGET_BYTES = 4 << 30
 _ALL_MOVE = {"min_bytes": 512, "move_ops": ["*"], "recompute": False}
 _EMPTIED = (0, STEPS - 1)  # steps in which everything leaves before the backward pass, as well
@@ -34,6 +35,7 @@ def tried_on(device: str, row: Row, disk_dir: Path) -> None:
     unsteady = {name for left, right in pairwise(plain) for name in _names(left, right)}
     assert _names(ours, plain[0]) - unsteady == set()
     if "losses" in unsteady:
+        plain += [row.around(plainly) for _ in range(_MORE_RUNS)]
         _assert_within_the_spread(ours, plain)
     assert out_bytes > 0, "nothing left the device, so nothing was shown"
 

@@ -82,18 +82,20 @@ def trained(row: Row, budget_bytes: int, rules: dict[str, Any], disk_dir: Path) 
 def reloaded(session: Session) -> Session:
     """Another session with other weights, brought to where ``session`` is by what people save."""
     file = io.BytesIO()
-    torch.save([session.model.state_dict(), session.optimizer.state_dict(), torch.get_rng_state()], file)
+    generator_states = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+    torch.save([session.model.state_dict(), session.optimizer.state_dict(), generator_states], file)
     file.seek(0)
     network, losses = session.network, session.losses
     del session
     fresh = new_session(network)
-    model_state, optimizer_state, generator_state = torch.load(file)
+    model_state, optimizer_state, generator_states = torch.load(file)
     with torch.no_grad():
         for parameter in fresh.model.parameters():
             parameter.fill_(float("nan"))
     fresh.model.load_state_dict(model_state)
     fresh.optimizer.load_state_dict(optimizer_state)
-    torch.set_rng_state(generator_state)
+    torch.set_rng_state(generator_states[0])
+    torch.cuda.set_rng_state_all(generator_states[1])
     fresh.losses = losses
     return fresh
 

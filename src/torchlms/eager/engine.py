@@ -369,11 +369,16 @@ class Engine(SlotOwner):
     def shrink_to(self, budget_bytes: int) -> None:
         """Have another budget, and keep to it from now on. BudgetTooSmall if what cannot leave needs more."""
         with private.unwatched():
-            over_bytes = self.device.allocated_bytes() - budget_bytes
-            if over_bytes > 0:
-                self.ladder.reclaim(over_bytes)
+            self._shrink_below(budget_bytes)
         self.device.cap(budget_bytes)
         self.ladder.budget_bytes = budget_bytes
+
+    def _shrink_below(self, budget_bytes: int) -> None:
+        """Have as much leave as it takes. Pages that are free in part count in full, so that more may have
+        to leave than is too much."""
+        over_bytes = self.device.held_bytes() - budget_bytes
+        while over_bytes > 0 and self.ladder.reclaim(over_bytes):
+            over_bytes = self.device.held_bytes() - budget_bytes
 
     def inactive_bytes(self) -> int:
         """On the device, and could leave it at once."""

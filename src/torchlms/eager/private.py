@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import re
 import sys
@@ -200,6 +201,7 @@ def expandable_segments() -> bool:
 Switch = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it stands, and what turns it
 
 
+@functools.cache
 def backend_switches(device_type: str) -> tuple[list[Switch], list[Switch]]:
     """The switches by which a program chooses kernels on such a device, those that this torch has: some that
     take microseconds to read, and some that take next to nothing and change with whatever changes TF32.
@@ -305,6 +307,27 @@ def _mode_bypass() -> Callable[[], contextlib.AbstractContextManager[Any]]:
 
 # A context in which ops of this thread bypass every dispatch mode: for our own small ops in hooks.
 unwatched = _mode_bypass()
+
+
+def _below() -> Callable[[str], contextlib.AbstractContextManager[Any]]:
+    guard = getattr(torch._C, "_ExcludeDispatchKeyGuard", None)
+    key_set, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)
+    names = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
+    known = [key_set(getattr(key, name)) for name in names if hasattr(key, name)] if key is not None else []
+    if guard is None or key_set is None or len(known) < len(names):
+        return _below_slowly
+    keys = functools.reduce(operator.or_, known)
+    return lambda device_type: guard(keys)
+
+
+@contextlib.contextmanager
+def _below_slowly(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+# A context in which ops of this thread run as below autograd and autocast, where a dispatch mode sees them.
+below_autograd = _below()
 
 
 def _frame_callback() -> Callable[[], Any]:

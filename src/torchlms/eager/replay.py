@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.eager.backends import Backends
-from torchlms.eager.private import outside_vmap
+from torchlms.eager.private import below_autograd, outside_vmap
 from torchlms.eager.provenance import Call, Cell, Recipe, Ref, results_of
 from torchlms.eager.traits import takes_generator
 from torchlms.errors import ReplayFailed
@@ -30,7 +30,7 @@ def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
     Raises ReplayFailed if a source has been written since, which a write that torch does not count
     can bring about and nothing else.
     """
-    with torch.no_grad(), torch.autocast(recipe.device_type, enabled=False), outside_vmap():
+    with below_autograd(recipe.device_type), outside_vmap():
         return _Replay(recipe, run).storage(recipe.cell, recipe.writes)
 
 
