@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import threading
@@ -19,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from torchlms.check import check_step
+from torchlms.collector import SparedCollector
 from torchlms.core.bound import lower_bound
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES, page_bytes
 from torchlms.core.machine import CopyTime, Machine
@@ -160,7 +160,8 @@ class LMS:
             disk_dir=options.disk_dir,
         )
         undo.callback(store.close)
-        _spare_the_collector(undo)
+        collector = SparedCollector()
+        collector.put_on(undo)
         self._kinds.label()
         undo.callback(self._kinds.unlabel)
         self._guard.put_on(undo)
@@ -171,6 +172,7 @@ class LMS:
             given=options.plan,
             model=self._model_name(),
             planning=options.planning,
+            settled=collector.pass_by_more,
         )
         engine = Engine(
             device,
@@ -423,19 +425,6 @@ def measured_machine(
     fields = dataclasses.asdict(found)
     fields["link"] = tuple(CopyTime(*point) for point in found.link)
     return Machine(**fields)
-
-
-def _spare_the_collector(undo: ExitStack) -> None:
-    """Have Python's cycle collector pass by what is there already.
-
-    Saved tensors become Python objects, some ten each, so that full collections come every few steps.
-    Each would look at all modules ever imported: a quarter of a second in which the device starves.
-    """
-    gc.collect()
-    if gc.get_freeze_count() > len(gc.get_objects()):  # Python 3.12 itself begins with some
-        return  # somebody sees to it
-    gc.freeze()
-    undo.callback(gc.unfreeze)
 
 
 def _use_remappable_segments(undo: ExitStack, device: CudaDevice, budget_bytes: int) -> None:

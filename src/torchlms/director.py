@@ -21,6 +21,8 @@ from torchlms.memory.limits import format_bytes
 from torchlms.race import CLOSE, Contender, Race
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchlms.core.machine import Machine
     from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
@@ -55,12 +57,15 @@ class Director:
         given: Plan | None,
         model: str,
         planning: bool = True,
+        settled: Callable[[], None] = lambda: None,
     ) -> None:
+        """``settled`` is called when a routine has been timed, and from there on runs as it will."""
         self.machine = machine
         self.budget = budget
         self.rules = rules
         self.given = given
         self.planning = planning
+        self._settled = settled
         self.model = model
         self.headroom_bytes = self.usual_bytes = headroom_bytes(
             machine, budget.device_bytes, rules.headroom_bytes
@@ -165,6 +170,7 @@ class Director:
         usual = min if engine.device.is_cuda else fmean
         routine.tape = retimed(routine.tape, routine.timings, usual)
         routine.settled = True
+        self._settled()
         if self.given is None:
             if peak_bytes(routine.tape) > self.budget.device_bytes:
                 log.info("planning a step of %d ops; for long ones this takes seconds", len(routine.tape.ops))

@@ -27,6 +27,7 @@ import torch
 
 from torchlms.eager.per_op import PerOp
 from torchlms.eager.sizes import Key, ResultSizes
+from torchlms.eager.traits import name_of
 
 _AMPLE_FACTOR = 8
 _AMPLE_FLOOR_BYTES = 1 << 30
@@ -70,18 +71,15 @@ class ConvolutionRoom:
         """Look at the switches that change which algorithm is chosen; not at every op."""
         self._flags = _flags()
 
-    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """Blocks to reserve before this call, in bytes and in the op's order."""
+    def need(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[int, ...], bool]:
+        """Blocks to reserve before this call, in bytes and in the op's order; and whether they are what a
+        call like it has been measured to take in this process."""
         known = _KNOWN_BLOCKS.get(_key(func, args, self._flags))
         if known is not None:
-            return known
+            return known, True
         results = self._sizes.of(func, args, kwargs)
         operands = sum(arg.untyped_storage().nbytes() for arg in args if isinstance(arg, torch.Tensor))
-        return (*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES)
-
-    def knows(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Whether a call like this one has been measured in this process."""
-        return _key(func, args, self._flags) in _KNOWN_BLOCKS
+        return (*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES), False
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
         """Remember what this call used beyond its results."""
@@ -93,7 +91,7 @@ class ConvolutionRoom:
 
 def _key(func: Any, args: tuple[Any, ...], flags: tuple[bool, ...]) -> Key:
     """What cuDNN's choice depends on. Called at every convolution, so it does little."""
-    parts: list[Any] = [func, flags]
+    parts: list[Any] = [name_of(func), flags]
     for arg in args:
         if isinstance(arg, torch.Tensor):
             parts += (arg.shape, arg.stride(), arg.dtype)

@@ -313,9 +313,9 @@ def _below() -> Callable[[str], contextlib.AbstractContextManager[Any]]:
     guard = getattr(torch._C, "_ExcludeDispatchKeyGuard", None)
     key_set, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)
     names = ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
-    known = [key_set(getattr(key, name)) for name in names if hasattr(key, name)] if key is not None else []
-    if guard is None or key_set is None or len(known) < len(names):
+    if guard is None or key_set is None or not all(hasattr(key, name) for name in names):
         return _below_slowly
+    known = [key_set(getattr(key, name)) for name in names]
     keys = functools.reduce(operator.or_, known)
     return lambda device_type: guard(keys)
 

@@ -19,7 +19,7 @@ bytes is taken.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from torchlms.eager.replayable import may_replay
 from torchlms.eager.saved import memoryless_alias
 from torchlms.eager.tensors import is_plain
 from torchlms.eager.traits import generator_of
-from torchlms.eager.writes import without_statistics, written_tensors
+from torchlms.eager.writes import without_statistics, writes_anything, written_tensors
 
 if TYPE_CHECKING:
     from torchlms.eager.backends import State
@@ -56,7 +56,7 @@ class Cell:
     counter: torch.Tensor | None = None  # shares that tensor's version, and holds none of its memory
     value: int = -1  # the tape's id while recording, if the storage could be held
     size_bytes: int = 0
-    readers: weakref.WeakSet[Slot] | None = None  # dropped, and made from this
+    readers: list[weakref.ref[Slot]] | None = None  # dropped, and made from this
 
     def accounts_for(self, writes: int, version: int) -> bool:
         """Whether the first ``writes`` calls are all that has happened until ``version``. A write from
@@ -64,7 +64,7 @@ class Cell:
         return version - self.first_version == writes - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, which takes as long again to make
 class Ref:
     """A tensor argument: the view ``shape, strides, offset`` of a cell after ``writes`` writes."""
 
@@ -91,6 +91,7 @@ class Call:
     drawn: tuple[torch.Generator, torch.Tensor] | None = None  # from which generator, in which state
     backends: State = ()  # how the switches stood that choose its kernel
     blank: bool = False  # what it makes has no bytes of its own yet
+    refs: tuple[Ref, ...] = ()  # all that are among the arguments
 
 
 class _Foreign(Exception):
@@ -128,13 +129,15 @@ class Provenance:
         blank = _is_blank(func)
         if not forward or not (blank or may_replay(func, self._device.type)):
             return Call(func, (), {}, op, False)
+        found: list[Ref] = []
         try:
-            refs, named = self._refs(without_statistics(func, args)), self._refs(kwargs)
+            refs = self._refs(without_statistics(func, args), found)
+            named = self._refs(kwargs, found) if kwargs else {}
         except _Foreign:
             return Call(func, (), {}, op, False)
         generator = generator_of(func, (), kwargs, self._device)
         drawn = (generator, generator.get_state()) if generator is not None else None
-        return Call(func, refs, named, op, True, drawn, self._backends.state(), blank)
+        return Call(func, refs, named, op, True, drawn, self._backends.state(), blank, tuple(found))
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep what a recipe will ask for and nobody else may."""
@@ -142,7 +145,7 @@ class Provenance:
             if self._ours(tensor) and self._cell(tensor).slot is None:
                 slot = self._hold(tensor)
                 if slot is not None:
-                    self.saved(tensor, slot)
+                    self.saved(tensor, slot, memoryless_alias(tensor, self._hollow(tensor.dtype)))
                     self._held.append(slot)
 
     def release(self) -> None:
@@ -158,11 +161,13 @@ class Provenance:
 
     def after(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The call ended: its results have a history, and what it wrote has one more entry."""
-        written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._ours(tensor)]
         for place, tensor in enumerate(results_of(result)):
             # What is known already is a view, or was written.
             if tensor is not None and self._ours(tensor) and not self._known(tensor):
                 mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
+        if not writes_anything(call.func):
+            return
+        written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._ours(tensor)]
         for tensor in {tensor.untyped_storage()._cdata: tensor for tensor in written}.values():
             # What lasts must not hold, through its cell, a call that holds it.
             lasts = self._lasts(tensor.untyped_storage())
@@ -175,24 +180,28 @@ class Provenance:
             if self._ours(tensor) and self._known(tensor):
                 self._cell(tensor).history.append(Call(func, (), {}, op, False))
 
-    def saved(self, tensor: torch.Tensor, slot: Slot) -> None:
-        """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``."""
+    def saved(self, tensor: torch.Tensor, slot: Slot, alias: torch.Tensor) -> None:
+        """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``. ``alias``
+        shares the tensor's version counter, and holds none of its memory."""
         cell = slot.cell = self._cell(tensor)
         cell.slot = weakref.ref(slot)
         cell.saved_version = tensor._version
-        cell.counter = memoryless_alias(tensor, self._hollow(tensor.dtype))
+        cell.counter = alias
 
-    def _refs(self, item: Any) -> Any:
+    def _refs(self, item: Any, found: list[Ref]) -> Any:
+        """``item`` with a reference in place of each tensor, which also goes to ``found``."""
         if isinstance(item, torch.Tensor):
             if self._ours(item):
-                return self._ref(item)
+                ref = self._ref(item)
+                found.append(ref)
+                return ref
             if item.device == self._device or item.numel() > 1:
                 raise _Foreign
             return item.clone()  # a number
         if type(item) in (list, tuple):
-            return type(item)(self._refs(part) for part in item)
+            return type(item)([self._refs(part, found) for part in item])
         if type(item) is dict:
-            return {name: self._refs(part) for name, part in item.items()}
+            return {name: self._refs(part, found) for name, part in item.items()}
         return item
 
     def _ours(self, tensor: torch.Tensor) -> bool:
@@ -223,7 +232,7 @@ class Provenance:
             new = self._new_cell(tensor, 0, [])
             if cell is not None:
                 # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
-                new.readers = cell.readers
+                new.readers = [reader for reader in cell.readers or () if reader() is not None]
             mark(storage, new)
             return new
         return cell
@@ -289,7 +298,7 @@ class Recipe:
             if call.blank and not _filled(cell, writes):
                 return False
             self.calls[id(call)] = call
-            for ref in refs_in((call.args, call.kwargs)):
+            for ref in call.refs:
                 if not self._find(ref, cell, target):
                     return False
         return True
@@ -356,26 +365,19 @@ class Recipe:
 
     def read_by(self, slot: Slot) -> None:
         """Have writes to any source heard of by ``slot``, which is dropped and will need it."""
-        cells = [cell for cell, _ in self.slots.values()] + [ref.cell for ref in self.lasting.values()]
-        for cell in cells:
+        reader = weakref.ref(slot)
+        for cell in (
+            *(cell for cell, _ in self.slots.values()),
+            *(ref.cell for ref in self.lasting.values()),
+        ):
             if cell.readers is None:
-                cell.readers = weakref.WeakSet()
-            cell.readers.add(slot)
+                cell.readers = []
+            cell.readers.append(reader)
 
 
 def mark(storage: torch.UntypedStorage, cell: Cell) -> None:
     """The bytes that ``cell`` tells of now lie in ``storage``."""
     setattr(storage, _MARK, cell)
-
-
-def refs_in(item: Any) -> Iterator[Ref]:
-    if isinstance(item, Ref):
-        yield item
-    elif isinstance(item, (list, tuple)):
-        for part in item:
-            yield from refs_in(part)
-    elif isinstance(item, dict):
-        yield from refs_in(tuple(item.values()))
 
 
 def results_of(result: Any) -> list[torch.Tensor | None]:
@@ -430,5 +432,5 @@ def readers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         if is_plain(tensor):
             cell: Cell | None = getattr(tensor.untyped_storage(), _MARK, None)
             if cell is not None and cell.readers:
-                found += list(cell.readers)
+                found += [slot for reader in cell.readers if (slot := reader()) is not None]
     return found

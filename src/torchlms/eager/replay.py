@@ -70,6 +70,7 @@ class _Replay:
         self._recipe = recipe
         self._run_op = run
         self._backends = Backends(recipe.device_type)
+        self._stand = self._backends.state()  # which nothing turns while we run
         self._results: dict[int, list[torch.Tensor | None]] = {}
         self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
@@ -95,8 +96,10 @@ class _Replay:
         return made.untyped_storage()
 
     def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
-        args = tuple(self._item(item, here) for item in call.args)
+        args = tuple([self._item(item, here) for item in call.args])
         kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
+        if call.drawn is None and call.backends == self._stand:
+            return results_of(self._run_op(call.func, args, kwargs))
         drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if call.drawn is not None and takes_generator(call.func):
             kwargs["generator"] = _generator_at(*call.drawn)

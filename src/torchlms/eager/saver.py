@@ -12,7 +12,7 @@ from torchlms.eager import private
 from torchlms.eager.ladder import EVERYTHING_BYTES
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.slot import Slot, Where, find
-from torchlms.eager.tensors import is_plain, whole
+from torchlms.eager.tensors import is_plain
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -31,6 +31,7 @@ class Saver:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._device = engine.device
+        self._torch_device = engine.device.torch_device
         self._met: tuple[tuple[int, ...], ...] = ()
         self._hollows: dict[torch.dtype, torch.Tensor] = {}
         self.empty_before_backward = False  # everything that may leaves before the next backward pass
@@ -49,7 +50,8 @@ class Saver:
                 self._note_kept(tensor)
                 # A leaf may be given other data, which plain PyTorch reads; anything else holds its graph.
                 return Kept(tensor if tensor.is_leaf else tensor.detach())
-            return Saved(self._slot_of(tensor), tensor, memoryless_alias(tensor, self.hollow(tensor.dtype)))
+            alias = memoryless_alias(tensor, self.hollow(tensor.dtype))
+            return Saved(self._slot_of(tensor, alias), tensor, alias)
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
@@ -68,15 +70,15 @@ class Saver:
 
     def movable(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
-        if tensor.device != self._device.torch_device or not is_plain(tensor):
+        if type(tensor) is torch.nn.Parameter or tensor.device != self._torch_device or not is_plain(tensor):
             return False
         if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
             return False
         storage = tensor.untyped_storage()
-        size_bytes = storage.nbytes()
-        if size_bytes < _LEAST_BYTES or not storage.resizable():
+        if storage.nbytes() < _LEAST_BYTES or not storage.resizable():
             return False
-        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+        base = tensor._base if type(tensor) is torch.Tensor else tensor
+        if base is not None and isinstance(base, torch.nn.Parameter):  # which is asked in Python
             return False
         if self._engine.kinds(storage) is not None:
             return False
@@ -85,21 +87,20 @@ class Saver:
         # A copy is aligned like any new tensor, and CPU kernels may change bits with alignment.
         return self._device.is_cuda or storage.data_ptr() % _CPU_ALIGNMENT == 0
 
-    def _slot_of(self, tensor: torch.Tensor) -> Slot:
+    def _slot_of(self, tensor: torch.Tensor, alias: torch.Tensor) -> Slot:
         """The slot of ``tensor``'s storage, which a tensor saved earlier may have got already."""
         engine, storage = self._engine, tensor.untyped_storage()
         slot = find(storage, engine)
         if slot is None:
             if engine.begins_microstep(tensor):
                 engine.begin_microstep(tensor)
-            everything = whole(storage)
-            engine.accounts.add(everything)
-            slot = Slot(engine, everything)
+            engine.accounts.add(tensor)
+            slot = Slot(engine, tensor)
         if not slot.saved:
-            self._enroll(slot, tensor)
+            self._enroll(slot, tensor, alias)
         return slot
 
-    def _enroll(self, slot: Slot, tensor: torch.Tensor) -> None:
+    def _enroll(self, slot: Slot, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Autograd has saved ``tensor``, of a slot that no saved tensor had until now."""
         now = self._engine.now
         slot.saved = True
@@ -108,7 +109,7 @@ class Saver:
         now.ordinal += 1
         self._engine.enrolled(slot)
         if now.provenance is not None:
-            now.provenance.saved(tensor, slot)
+            now.provenance.saved(tensor, slot, alias)
         if now.recorder is not None:
             now.recorder.saved(slot)
         if now.follower is not None:
@@ -127,7 +128,7 @@ class Saver:
         """A slot that no saved tensor has: recipes hold it. It stays where it is."""
         if not self.movable(tensor) or find(tensor.untyped_storage(), self._engine) is not None:
             return None
-        return Slot(self._engine, whole(tensor.untyped_storage()))
+        return Slot(self._engine, tensor)
 
     def value_to_hold(self, tensor: torch.Tensor) -> int:
         """The tape's id of what could be held, -1 for what could not."""

@@ -27,6 +27,7 @@ import torch
 
 from torchlms.eager.private import hide_from_compiler, others_hold, storage_object_held
 from torchlms.eager.provenance import mark
+from torchlms.eager.tensors import whole
 from torchlms.errors import ReplayFailed, SpillError
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ class Slot:
 
     __slots__ = (
         "__weakref__",
-        "bytes",
+        "_held",
+        "_whole",
         "cell",
         "copy_in",
         "copy_out",
@@ -103,12 +105,17 @@ class Slot:
         "where",
     )
 
-    def __init__(self, owner: SlotOwner, storage_bytes: torch.Tensor, ordinal: int = -1) -> None:
+    def __init__(self, owner: SlotOwner, tensor: torch.Tensor, ordinal: int = -1) -> None:
+        """A slot for the storage of ``tensor``."""
+        storage = tensor.untyped_storage()
         self.owner = owner
         self.ordinal = ordinal  # among the saved storages of its micro-step
         self.saved = ordinal >= 0  # by autograd, and not only held for a recipe
-        self.bytes: torch.Tensor | None = storage_bytes
-        self.size_bytes = storage_bytes.numel()
+        self._held: torch.Tensor | None = tensor.detach()
+        self._whole = (
+            False  # a view of all bytes is made when somebody asks for it, and most are not asked for
+        )
+        self.size_bytes = int(storage.nbytes())
         self.where = Where.HELD
         self.place: Place | None = None
         self.copy_out: Copy | None = None
@@ -119,15 +126,29 @@ class Slot:
         self.used_at = UNUSED  # the op before which autograd asked for it last
         self.used_in = UNUSED  # and the backward pass that did
         self.pid = os.getpid()
-        link(storage_bytes.untyped_storage(), self)
+        link(storage, self)
+
+    @property
+    def bytes(self) -> torch.Tensor | None:
+        """All bytes of the storage, as uint8; None while they are not on the device."""
+        if self._held is not None and not self._whole:
+            self._held = whole(self._held.untyped_storage())
+            self._whole = True
+        return self._held
+
+    @bytes.setter
+    def bytes(self, found: torch.Tensor | None) -> None:
+        self._held = found
+        self._whole = True
 
     def alone(self) -> bool:
         """Whether nobody but this slot holds the storage, so that its bytes may leave."""
+        held = self._held
         return (
             self.where is Where.HELD
-            and self.bytes is not None
-            and not others_hold(self.bytes.untyped_storage(), ours=1)
-            and not storage_object_held(self.bytes)
+            and held is not None
+            and not others_hold(held.untyped_storage(), ours=1)
+            and not storage_object_held(held)
         )
 
     def at_rest(self) -> bool:
@@ -199,8 +220,7 @@ class Slot:
         storage = self.owner.replay(self.recipe)
         if storage.nbytes() != self.size_bytes:
             raise ReplayFailed(f"{storage.nbytes()} bytes came back for a tensor of {self.size_bytes}")
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        self.bytes = whole.set_(storage, 0, (self.size_bytes,), (1,))  # type: ignore[call-overload]
+        self.bytes = whole(storage)
         self.where = Where.HELD
         self.recipe = None
         link(storage, self)
@@ -223,6 +243,15 @@ class Slot:
 
     def take(self) -> torch.UntypedStorage:
         """The storage with the bytes in it, usable by the compute queue from here on."""
+        if self.where is not Where.HELD:
+            self._come_home()
+        # From here on somebody may write to the bytes, so the copy elsewhere is no longer theirs.
+        if self.place is not None:
+            self._free_place()
+        assert self._held is not None
+        return self._held.untyped_storage()
+
+    def _come_home(self) -> None:
         if self.where is Where.DROPPED:
             self._remake()
         if self.where is Where.AWAY:
@@ -236,10 +265,6 @@ class Slot:
             self.copy_out = None
             self.where = Where.HELD
             self.owner.back(self)
-        # From here on somebody may write to the bytes, so the copy elsewhere is no longer theirs.
-        self._free_place()
-        assert self.bytes is not None
-        return self.bytes.untyped_storage()
 
     def stay(self) -> None:
         """Be on the device and nowhere else: what was copied elsewhere is not wanted any more."""
@@ -267,8 +292,8 @@ class Slot:
         if self.pid != os.getpid():
             return  # a forked child owns neither the device bytes nor the places
         self.owner.forget(self)
-        if self.bytes is not None and (self.copy_out is not None or self.copy_in is not None):
-            self.owner.adopt(Orphan(self.bytes, self.copy_out, self.copy_in, self.place))
+        if self._held is not None and (self.copy_out is not None or self.copy_in is not None):
+            self.owner.adopt(Orphan(self._held, self.copy_out, self.copy_in, self.place))
         else:
             self._free_place()
 

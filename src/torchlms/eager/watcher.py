@@ -152,10 +152,10 @@ class Watcher:
         if now.plainly and not self._careful(func):
             return self._run_quietly(now, func, args, kwargs)
         began_s = time.perf_counter()
-        self._make_room(func, args, kwargs)
+        measured = self._make_room(func, args, kwargs)
         if now.recorder is not None:
             result = self._run_recorded(now.recorder, func, args, kwargs)
-        elif self._is_cuda and self._rooms.concerns(func) and not self._rooms.knows(func, args):
+        elif not measured:
             result = self._run_new_convolution(func, args, kwargs)
         elif now.timer is not None and self._is_cuda:
             now.timer.begin()
@@ -178,14 +178,18 @@ class Watcher:
         elif self._holes.learning and time.perf_counter() - began_s > _LEAST_REMAP_S:
             self._holes.note(self._engine.now.clock)
 
-    def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Make room for what an op will take. False for a convolution of which that is only guessed."""
         if not self._is_cuda:
             self._make_room_in_ledger(func, args, kwargs)
-        elif self._rooms.concerns(func):
-            found = self._ladder.reserve(blocks := self._rooms.need(func, args, kwargs))
-            if not found and self._rooms.knows(func, args):
-                text = "no room for what %s in %s needs, %s at once: it may be starved"
-                log.warning(text, func, self._where() or "the model", format_bytes(sum(blocks)))
+            return True
+        if not self._rooms.concerns(func):
+            return True
+        blocks, measured = self._rooms.need(func, args, kwargs)
+        if not self._ladder.reserve(blocks) and measured:
+            text = "no room for what %s in %s needs, %s at once: it may be starved"
+            log.warning(text, func, self._where() or "the model", format_bytes(sum(blocks)))
+        return measured
 
     def _make_room_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now, reclaims_before = self._engine.now, self._ladder.reclaims
