@@ -271,6 +271,7 @@ class Director:
         if measured_s is None or learning or self._feel_heat(routine, program, race):
             return
         race.running.laps_s.append(measured_s)
+        race.running.starved_laps += lap.starved
         if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
 
@@ -328,7 +329,7 @@ class Director:
         )
         if not winner.done or not self._off(tape, winner):
             return plan
-        rates = explanation(tape, self.machine, plan, winner.median_s)
+        rates = explanation(tape, self.machine, plan, winner.median_s, starved=winner.starved)
         log.info(
             "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
             (winner.median_s + between_s) * 1e3,
@@ -346,7 +347,8 @@ class Director:
         """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
         best = race.winner()
         predicted_s = lap_s(tape, foretold(tape, self.machine, best.plan, race.rates).step_s)
-        if not race.roomier and self.machine.link and best.median_s > (1 + _AS_PREDICTED) * predicted_s:
+        slower = best.median_s > (1 + _AS_PREDICTED) * predicted_s
+        if not race.roomier and self.machine.link and slower and not best.starved:
             # The allocator has to close holes; a plan that leaves more free lets it be.
             race.roomier = True
             made = self._made_or_none(tape, race.rates, like=best.plan, more_headroom=_ROOMIER)
@@ -354,8 +356,9 @@ class Director:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.rates = explanation(tape, self.machine, best.plan, best.median_s)
-            made = self._made_or_none(tape, race.rates, like=best.plan)
+            race.rates = explanation(tape, self.machine, best.plan, best.median_s, starved=best.starved)
+            # A program that is too slow for its device stays so under a plan made of the same drops.
+            made = None if race.rates.program_s else self._made_or_none(tape, race.rates, like=best.plan)
             if made is not None and not race.knows(made):
                 return Contender(made, str(race.rates))
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):

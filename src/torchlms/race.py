@@ -24,10 +24,16 @@ class Contender:
     plan: Plan
     name: str
     laps_s: list[float] = field(default_factory=list)
+    starved_laps: int = 0  # in which the device mostly waited for the program
 
     @property
     def median_s(self) -> float:
         return statistics.median(self.laps_s[WARM_LAPS:])
+
+    @property
+    def starved(self) -> bool:
+        """Whether in most laps the device waited for the program."""
+        return 2 * self.starved_laps > len(self.laps_s)
 
     @property
     def done(self) -> bool:

@@ -55,6 +55,20 @@ def test_what_copies_do_not_explain_is_said_of_ops(factor: float) -> None:
     assert predicted.peak_device_bytes == plan.predicted.peak_device_bytes
 
 
+def test_a_device_that_waited_for_the_program_says_nothing_of_copies() -> None:
+    tape, machine = blocks(10), gpu(link=4e9)
+    plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
+    measured_s = 1.3 * plan.predicted.step_s
+    found = explanation(tape, machine, plan, lap_s(tape, measured_s), starved=True)
+    assert (found.ops, found.copies) == (1.0, 1.0)
+    predicted = foretold(tape, machine, plan, found)
+    assert predicted.step_s == pytest.approx(measured_s)
+    assert predicted.stall_s == pytest.approx(plan.predicted.stall_s + 0.3 * plan.predicted.step_s)
+    assert "the program taken to need" in str(found)
+    quick_s = 0.5 * plan.predicted.step_s  # quicker than was predicted: that is no waiting
+    assert explanation(tape, machine, plan, lap_s(tape, quick_s), starved=True).program_s == 0.0
+
+
 def test_it_is_not_carried_too_far() -> None:
     tape, machine = blocks(10), gpu(link=4e9)
     plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)

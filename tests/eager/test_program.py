@@ -15,7 +15,7 @@ from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager import private
 from torchlms.eager.program import Deed, Program
 from torchlms.eager.routine import MOST_RECORDINGS, STRAYS, Routine, Signature, Verdict
-from torchlms.eager.timer import OpTimer, retimed
+from torchlms.eager.timer import Lap, OpTimer, retimed
 from torchlms.memory.device import CpuDevice
 from torchlms.memory.ledger import Ledger
 
@@ -198,3 +198,19 @@ def test_the_timer_keeps_the_device_behind_the_program(
         timer.end("op")
     assert len(kept_busy_s) == times
     assert all(seconds > 0 for seconds in kept_busy_s)
+
+
+@pytest.mark.parametrize("caught_up", [True, False])
+def test_a_lap_knows_whether_the_device_waited_for_the_program(caught_up: bool) -> None:
+    lap = Lap(Queue(caught_up=caught_up))  # type: ignore[arg-type]
+    assert not lap.starved
+    for _ in range(100):
+        lap.note_use()
+    assert lap.starved is caught_up
+
+
+def test_a_cpu_is_never_said_to_wait_for_its_program() -> None:
+    lap = Lap(CpuDevice(Ledger()))
+    for _ in range(100):
+        lap.note_use()
+    assert not lap.starved

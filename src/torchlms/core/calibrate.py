@@ -1,8 +1,9 @@
 """Calibrate: what would explain the time that a step has really taken.
 
 First what the ops take in a device that has run for a while (``heat``): one that was timed after a pause
-keeps a higher clock for some steps than it can keep for long. Then the copies: a link is shared with others.
-Where no speed of the copies explains it, the program is slower than its device.
+keeps a higher clock for some steps than it can keep for long. Where the device kept catching up with the
+program, it is the program, in Python, that takes so long. Else the copies: a link is shared with others.
+Where no speed of the copies explains it, the ops.
 """
 
 from __future__ import annotations
@@ -30,15 +31,22 @@ _HALVINGS = 12
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Corrections: ops take ``ops`` times as long as was measured, copies are ``copies`` times as fast."""
+    """Corrections: ops take ``ops`` times as long as was measured, copies are ``copies`` times as fast, and
+    the program takes ``program_s`` at least to call the ops of forward and backward."""
 
     ops: float = 1.0
     copies: float = 1.0
+    program_s: float = 0.0
 
     def __str__(self) -> str:
         ops = f"ops taken to be {self.ops:.2f} times as long" if self.ops != 1.0 else ""
         copies = f"copies taken to be {self.copies:.2f} times as fast" if self.copies != 1.0 else ""
-        return " and ".join(filter(None, (ops, copies))) or "all as it was measured"
+        program = (
+            f"the program taken to need {self.program_s * 1e3:.1f} ms, more than its device"
+            if self.program_s
+            else ""
+        )
+        return " and ".join(filter(None, (ops, copies, program))) or "all as it was measured"
 
 
 AS_MEASURED = Rates()
@@ -77,8 +85,12 @@ def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURE
     moves = [move for move in plan.moves if move.choice in (Choice.HOST, Choice.DISK)]
     changed = with_drops(stretched(tape, rates.ops), drops)
     timeline = Simulator(changed, scaled(machine, rates.copies)).run(moves)
+    waits_s = max(0.0, rates.program_s - lap_s(tape, timeline.step_s))  # the device, for the program
     return replace(
-        plan.predicted, step_s=timeline.step_s, compute_s=timeline.compute_s, stall_s=timeline.stall_s
+        plan.predicted,
+        step_s=timeline.step_s + waits_s,
+        compute_s=timeline.compute_s,
+        stall_s=timeline.stall_s + waits_s,
     )
 
 
@@ -93,14 +105,19 @@ def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
     return min(max(found_s / expected_s, LEAST), MOST)
 
 
-def explanation(tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float) -> Rates:
-    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``."""
+def explanation(
+    tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float, *, starved: bool = False
+) -> Rates:
+    """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``.
+    ``starved``: the device kept waiting for the program."""
 
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
 
     if abs(measured_lap_s / predicted_s(AS_MEASURED) - 1) < _ALIKE:
         return AS_MEASURED
+    if starved and measured_lap_s > predicted_s(AS_MEASURED):
+        return Rates(program_s=measured_lap_s)
     unhindered_s = lap_s(tape, foretold(tape, machine, plan).compute_s)
     if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
         slower = _where(

@@ -114,6 +114,8 @@ class Saver:
             now.recorder.saved(slot)
         if now.follower is not None:
             self._check_against(now.follower.program, slot)
+        if now.lap is not None:
+            now.lap.note_use()
 
     def _check_against(self, program: Program, slot: Slot) -> None:
         now, expected = self._engine.now, program.expected.get(slot.ordinal)
@@ -171,6 +173,8 @@ class Saver:
             return
         if now.follower is not None and slot.used_in != backward:
             self._note_new_use(now.follower, slot)
+            if now.lap is not None:
+                now.lap.note_use()
         slot.used_at, slot.used_in = now.clock, backward
 
     def _note_new_use(self, follower: Follower, slot: Slot) -> None:

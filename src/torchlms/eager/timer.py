@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _BARE_MARKS = 9  # with nothing between them
 _NOTHING = 1.25  # times as far apart as bare marks are, more or less
 _FEW_OPS = 8
+_USES = 8  # saved tensors between two looks at the device
+_STARVED = 0.5  # of the looks
 _HEAD_START_S = 2e-3  # in which the program does some dozens of ops
 
 
@@ -34,11 +36,25 @@ class Lap:
 
     def __init__(self, device: CudaDevice | CpuDevice) -> None:
         self._device = device
-        self._begin = device.mark()
+        self._begin = self._before = device.mark()
         self._end: Mark | None = None
+        self._uses = self._looks = self._idle = 0
 
     def end(self) -> None:
         self._end = self._device.mark()
+
+    def note_use(self) -> None:
+        """A tensor is saved or asked for: now and then, see how far behind the program the device is."""
+        self._uses += 1
+        if self._uses % _USES == 0 and self._device.is_cuda:
+            self._looks += 1
+            self._idle += self._before.passed()
+            self._before = self._device.mark()
+
+    @property
+    def starved(self) -> bool:
+        """Whether the device had mostly done what the program gave it a few saved tensors ago."""
+        return self._idle > _STARVED * self._looks
 
     @property
     def seconds(self) -> float | None:
