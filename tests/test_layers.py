@@ -32,6 +32,7 @@ TOP = {"__main__", "cli", "integrations", "bench", "doctor", "fit", "runner", "s
 MAY_IMPORT = {
     "errors": set(),
     "core": {"errors"},
+    "collector": set(),
     "loudness": {"errors"},
     "outlet": {"errors"},
     "memory": {"errors"},
@@ -45,7 +46,9 @@ MAY_IMPORT = {
     "check": BASE | DOING,
     "statistics": BASE | DOING | {"memory", "report"},
     "report": BASE | {"memory"},
-    "api": BASE | DOING | {"memory", "options", "director", "statistics", "report", "check", "loudness"},
+    "api": BASE
+    | DOING
+    | {"memory", "options", "director", "statistics", "report", "check", "loudness", "collector"},
     "__init__": BASE | {"api"},
     "integrations": {"api", "core", "errors"},
     "steps": {"api"},

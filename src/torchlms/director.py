@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
-from torchlms.core.calibrate import Rates, explanation, foretold, heat, lap_s, scaled, stretched
+from torchlms.core.calibrate import Rates, explanation, foretold, heat, scaled, stretched
 from torchlms.core.curve import peak_bytes
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
+from torchlms.core.pace import lap_s
 from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torchlms.core.machine import Machine
+    from torchlms.core.pace import Pace
     from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
@@ -154,12 +156,15 @@ class Director:
         drops: bool = True,
         quick: bool = False,
         like: Plan | None = None,
+        pace: Pace | None = None,
     ) -> Plan:
         machine = machine if machine is not None else self.machine
         elbow = ELBOW if machine.link else NO_ELBOW
         room: dict[str, Any] = {"headroom_bytes": headroom_bytes, "elbow": elbow}
         if self.rules.recompute and drops:
-            return joint.plan(tape, machine, self.budget, self.rules, quick=quick, like=like, **room)
+            return joint.plan(
+                tape, machine, self.budget, self.rules, quick=quick, like=like, pace=pace, **room
+            )
         return planner.plan(tape, machine, self.budget, self.rules, **room)
 
     def _settle(self, engine: Engine, routine: Routine) -> None:
@@ -272,6 +277,7 @@ class Director:
             return
         race.running.laps_s.append(measured_s)
         race.running.starved_laps += lap.starved
+        race.running.spent_s.append(lap.spent_s)
         if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
 
@@ -329,7 +335,7 @@ class Director:
         )
         if not winner.done or not self._off(tape, winner):
             return plan
-        rates = explanation(tape, self.machine, plan, winner.median_s, starved=winner.starved)
+        rates = explanation(tape, self.machine, plan, winner.median_s, each_s=winner.each_s)
         log.info(
             "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
             (winner.median_s + between_s) * 1e3,
@@ -356,28 +362,40 @@ class Director:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.rates = explanation(tape, self.machine, best.plan, best.median_s, starved=best.starved)
-            # A program that is too slow for its device stays so under a plan made of the same drops.
-            made = None if race.rates.program_s else self._made_or_none(tape, race.rates, like=best.plan)
+            race.rates = explanation(tape, self.machine, best.plan, best.median_s, each_s=best.each_s)
+            # A program that is too slow for its device needs other drops, and not some more of the same.
+            like = best.plan if race.rates.pace is None else None
+            made = self._made_or_none(tape, race.rates, like=like)
             if made is not None and not race.knows(made):
                 return Contender(made, str(race.rates))
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
-        made = self._made_or_none(tape, race.rates, like=None)
+        made = self._made_or_none(tape, race.rates, drops=False)
         if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
             return None
         return Contender(made, _MOVES_ONLY)
 
     def _made_or_none(
-        self, tape: Tape, rates: Rates, *, like: Plan | None, more_headroom: float = 0.0
+        self,
+        tape: Tape,
+        rates: Rates,
+        *,
+        like: Plan | None = None,
+        drops: bool = True,
+        more_headroom: float = 0.0,
     ) -> Plan | None:
-        """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or one
-        that only moves. None where there is no such plan."""
+        """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or, without
+        ``drops``, one that only moves. None where there is no such plan."""
         machine = scaled(self.machine, rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
         try:
             return self._make(
-                stretched(tape, rates.ops), spare_bytes, machine=machine, drops=like is not None, like=like
+                stretched(tape, rates.ops),
+                spare_bytes,
+                machine=machine,
+                drops=drops,
+                like=like,
+                pace=rates.pace,
             )
         except LMSError:
             return None

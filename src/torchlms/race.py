@@ -25,6 +25,7 @@ class Contender:
     name: str
     laps_s: list[float] = field(default_factory=list)
     starved_laps: int = 0  # in which the device mostly waited for the program
+    spent_s: list[float] = field(default_factory=list)  # by the program in each lap on values that leave
 
     @property
     def median_s(self) -> float:
@@ -34,6 +35,13 @@ class Contender:
     def starved(self) -> bool:
         """Whether in most laps the device waited for the program."""
         return 2 * self.starved_laps > len(self.laps_s)
+
+    @property
+    def each_s(self) -> float | None:
+        """What a value that leaves takes the program; None where the device does not wait for that."""
+        if not self.starved or not self.plan.moves:
+            return None
+        return statistics.median(self.spent_s) / len(self.plan.moves)
 
     @property
     def done(self) -> bool:

@@ -14,12 +14,12 @@ from torchlms.core.calibrate import (
     explanation,
     foretold,
     heat,
-    lap_s,
     scaled,
     stretched,
 )
 from torchlms.core.curve import baseline_curve
 from torchlms.core.drops import with_drops
+from torchlms.core.pace import Pace, lap_s
 from torchlms.core.plan import Budget, Choice
 from torchlms.core.simulate import Simulator
 from torchlms.core.tape import Phase
@@ -59,14 +59,15 @@ def test_a_device_that_waited_for_the_program_says_nothing_of_copies() -> None:
     tape, machine = blocks(10), gpu(link=4e9)
     plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
     measured_s = 1.3 * plan.predicted.step_s
-    found = explanation(tape, machine, plan, lap_s(tape, measured_s), starved=True)
+    found = explanation(tape, machine, plan, lap_s(tape, measured_s), each_s=1e-4)
     assert (found.ops, found.copies) == (1.0, 1.0)
+    assert found.pace is not None
+    assert found.pace.lap_s(len(plan.moves)) == pytest.approx(lap_s(tape, measured_s))
     predicted = foretold(tape, machine, plan, found)
     assert predicted.step_s == pytest.approx(measured_s)
     assert predicted.stall_s == pytest.approx(plan.predicted.stall_s + 0.3 * plan.predicted.step_s)
-    assert "the program taken to need" in str(found)
     quick_s = 0.5 * plan.predicted.step_s  # quicker than was predicted: that is no waiting
-    assert explanation(tape, machine, plan, lap_s(tape, quick_s), starved=True).program_s == 0.0
+    assert explanation(tape, machine, plan, lap_s(tape, quick_s), each_s=1e-4).pace is None
 
 
 def test_it_is_not_carried_too_far() -> None:
@@ -95,6 +96,9 @@ def test_rates_in_words() -> None:
     assert (
         str(Rates(1.25, 0.5))
         == "ops taken to be 1.25 times as long and copies taken to be 0.50 times as fast"
+    )
+    assert str(Rates(pace=Pace(0.25, 3e-4))) == (
+        "the program taken to need 250.0 ms and 300 us for each value that leaves"
     )
     assert str(Rates(copies=0.5)) == "copies taken to be 0.50 times as fast"
     assert str(Rates(ops=1.25)) == "ops taken to be 1.25 times as long"

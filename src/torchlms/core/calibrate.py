@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torchlms.core.drops import with_drops
+from torchlms.core.pace import Pace, lap_s, paced
 from torchlms.core.plan import Choice
 from torchlms.core.simulate import Simulator
 from torchlms.core.tape import Phase
@@ -32,29 +33,20 @@ _HALVINGS = 12
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Corrections: ops take ``ops`` times as long as was measured, copies are ``copies`` times as fast, and
-    the program takes ``program_s`` at least to call the ops of forward and backward."""
+    the program has a ``pace`` at which it calls them."""
 
     ops: float = 1.0
     copies: float = 1.0
-    program_s: float = 0.0
+    pace: Pace | None = None
 
     def __str__(self) -> str:
         ops = f"ops taken to be {self.ops:.2f} times as long" if self.ops != 1.0 else ""
         copies = f"copies taken to be {self.copies:.2f} times as fast" if self.copies != 1.0 else ""
-        program = (
-            f"the program taken to need {self.program_s * 1e3:.1f} ms, more than its device"
-            if self.program_s
-            else ""
-        )
+        program = str(self.pace) if self.pace is not None else ""
         return " and ".join(filter(None, (ops, copies, program))) or "all as it was measured"
 
 
 AS_MEASURED = Rates()
-
-
-def lap_s(tape: Tape, step_s: float) -> float:
-    """Of a step, the seconds from its first saved tensor to the end of backward."""
-    return step_s - sum(op.time_s for op in tape.ops if op.phase is Phase.BETWEEN)
 
 
 def scaled(machine: Machine, factor: float) -> Machine:
@@ -85,13 +77,10 @@ def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURE
     moves = [move for move in plan.moves if move.choice in (Choice.HOST, Choice.DISK)]
     changed = with_drops(stretched(tape, rates.ops), drops)
     timeline = Simulator(changed, scaled(machine, rates.copies)).run(moves)
-    waits_s = max(0.0, rates.program_s - lap_s(tape, timeline.step_s))  # the device, for the program
-    return replace(
-        plan.predicted,
-        step_s=timeline.step_s + waits_s,
-        compute_s=timeline.compute_s,
-        stall_s=timeline.stall_s + waits_s,
+    predicted = replace(
+        plan.predicted, step_s=timeline.step_s, compute_s=timeline.compute_s, stall_s=timeline.stall_s
     )
+    return paced(predicted, tape, rates.pace, len(plan.moves))
 
 
 def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
@@ -106,18 +95,18 @@ def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
 
 
 def explanation(
-    tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float, *, starved: bool = False
+    tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float, *, each_s: float | None = None
 ) -> Rates:
     """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``.
-    ``starved``: the device kept waiting for the program."""
+    ``each_s``: what a value that leaves took the program, if the device kept waiting for that."""
 
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
 
     if abs(measured_lap_s / predicted_s(AS_MEASURED) - 1) < _ALIKE:
         return AS_MEASURED
-    if starved and measured_lap_s > predicted_s(AS_MEASURED):
-        return Rates(program_s=measured_lap_s)
+    if each_s is not None and measured_lap_s > predicted_s(AS_MEASURED):
+        return Rates(pace=Pace(measured_lap_s - each_s * len(plan.moves), each_s))
     unhindered_s = lap_s(tape, foretold(tape, machine, plan).compute_s)
     if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
         slower = _where(

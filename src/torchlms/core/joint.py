@@ -23,6 +23,7 @@ from torchlms.core.drops import (
     with_drops,
 )
 from torchlms.core.headroom import NO_ELBOW, Elbow
+from torchlms.core.pace import paced
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torchlms.core.machine import Machine
+    from torchlms.core.pace import Pace
     from torchlms.core.plan import Budget
     from torchlms.core.tape import Tape, Value
 
@@ -46,6 +48,8 @@ SETS = 95  # that are tried at the most, on a short tape
 HALF_WORK = 2_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
 SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
+NOTICED_S = 2e-5  # of what a value that leaves takes the program, counted where it may well have that time
+THINNER = (0.75, 0.5, 0.25)  # of the values dropped, the smallest are left out
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
@@ -59,19 +63,21 @@ def plan(
     elbow: Elbow = NO_ELBOW,
     quick: bool = False,
     like: Plan | None = None,
+    pace: Pace | None = None,
 ) -> Plan:
     """The plan with the shortest predicted step over all that were tried; ``quick`` tries fewer, and so
-    does a search that begins with what another plan of this tape (``like``) drops.
+    does a search that begins with what another plan of this tape (``like``) drops. ``pace`` is that of the
+    program, where it is known and matters.
 
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
     started_s = time.perf_counter()
     limit_bytes = budget.device_bytes - headroom_bytes
     compute_s = sum(op.time_s for op in tape.ops)
-    ranked = _ranked(tape, rules)
+    ranked = _ranked(tape, rules, each_s=pace.each_s if pace is not None else 0.0)
 
     def make(drops: Sequence[Value], effort: float) -> Plan:
-        return plan_moves(
+        made = plan_moves(
             with_drops(tape, drops),
             machine,
             budget,
@@ -80,8 +86,13 @@ def plan(
             elbow=elbow,
             effort=effort,
         )
+        leaving = len(made.moves) + len(drops)
+        return replace(made, predicted=paced(made.predicted, tape, pace, leaving))
 
-    trials = _Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops))
+    def least_s(drops: Sequence[Value]) -> float:
+        return compute_s + sum(replay_s(tape, value) for value in drops)
+
+    trials = _Trials(make, least_s)
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
@@ -96,6 +107,7 @@ def plan(
                 shares=SHARES if most > FEW else SHARES[1::2],
                 halvings=HALVINGS if most > MANY else 1,
             )
+        _thin_out(trials)
         if not quick:
             _turn(trials, ranked, most - trials.count)
             _flip_groups(trials, ranked, min(MOST_FLIPS, most - trials.count))
@@ -132,7 +144,7 @@ class _Trials:
         key = _key(drops)
         if key in self._made and effort < 1:
             return False
-        before = self.step_s
+        before = self.cost_s
         if effort < 1 and self._least_s(drops) >= before:
             self._made[key] = None
             return False
@@ -143,7 +155,7 @@ class _Trials:
             # Without its traceback, or the frames would keep tensors alive.
             self._refusal = self._refusal or error.with_traceback(None)
             return False
-        better = made.predicted.step_s < before
+        better = self._cost_s(made, drops) < before
         if better:
             self.best = tuple(drops)
         return better
@@ -153,9 +165,15 @@ class _Trials:
         return len(self._made)
 
     @property
-    def step_s(self) -> float:
+    def cost_s(self) -> float:
+        """Of the best set."""
         made = self._made.get(_key(self.best))
-        return made.predicted.step_s if made is not None else math.inf
+        return self._cost_s(made, self.best) if made is not None else math.inf
+
+    @staticmethod
+    def _cost_s(made: Plan, drops: Sequence[Value]) -> float:
+        """The predicted step; of two that take as long, the one in which fewer values leave is better."""
+        return made.predicted.step_s + NOTICED_S * (len(made.moves) + len(drops))
 
     @property
     def free_of_stalls(self) -> bool:
@@ -199,6 +217,13 @@ def _try_shares(trials: _Trials, ranked: Sequence[Value], *, shares: Sequence[fl
             trials.of(ranked[:count])
 
 
+def _thin_out(trials: _Trials) -> None:
+    """Without the smallest values of the best set, which take the program as long as the largest."""
+    for share in THINNER:
+        by_size = sorted(trials.best, key=lambda value: value.size_bytes)
+        trials.of(by_size[int(share * len(by_size)) :])
+
+
 def _turn(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
     """What the best plan moves is dropped instead, one value after the other, the largest first."""
     rank = {value.id: place for place, value in enumerate(ranked)}
@@ -237,8 +262,9 @@ def _left_for_moves(rules: Rules, drops: Sequence[Value]) -> Rules:
     return replace(rules, most_values=max(0, rules.most_values - len(drops)))
 
 
-def _ranked(tape: Tape, rules: Rules) -> list[Value]:
-    """What may be dropped together, the fewest seconds for a byte gained first."""
+def _ranked(tape: Tape, rules: Rules, *, each_s: float) -> list[Value]:
+    """What may be dropped together, the fewest seconds for a byte gained first; ``each_s`` are added to
+    what making a value again takes."""
     reasons = leavers(rules, tape)
     free = [
         value
@@ -247,7 +273,7 @@ def _ranked(tape: Tape, rules: Rules) -> list[Value]:
     ]
     gains = gain_bytes(tape, free)
     worth = [value for value in free if gains[value.id] > 0]
-    return sorted(worth, key=lambda value: replay_s(tape, value) / gains[value.id])
+    return sorted(worth, key=lambda value: (replay_s(tape, value) + each_s) / gains[value.id])
 
 
 def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -> Plan:

@@ -277,7 +277,12 @@ class Engine(SlotOwner):
             self.orphans.popleft().bury()
 
     def replay(self, recipe: Recipe) -> torch.UntypedStorage:
-        return replay(recipe, self.watcher.run_again)
+        began_s, lap = time.perf_counter(), self.now.lap
+        spent_s = lap.spent_s if lap is not None else 0.0
+        storage = replay(recipe, self.watcher.run_again)
+        if lap is not None:  # what it took to make its sources again is part of it
+            lap.spent_s = spent_s + time.perf_counter() - began_s
+        return storage
 
     def leaving(self, slot: Slot) -> None:
         if self.now.recorder is not None:

@@ -81,8 +81,11 @@ class MicroStep:
     def catch_up(self) -> None:
         """Carry out what is due before the op that comes next."""
         if self.follower is not None and self.clock >= self.follower.due:
+            began_s = time.perf_counter()
             self.follower.catch_up(self.clock)
             self.look_ahead()
+            if self.lap is not None:
+                self.lap.spent_s += time.perf_counter() - began_s
 
     def stray(self) -> None:
         """The step is not what the program was made for: from here on nobody follows it."""

@@ -39,6 +39,7 @@ class Lap:
         self._begin = self._before = device.mark()
         self._end: Mark | None = None
         self._uses = self._looks = self._idle = 0
+        self.spent_s = 0.0  # by the program on values that leave
 
     def end(self) -> None:
         self._end = self._device.mark()

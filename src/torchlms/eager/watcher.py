@@ -114,11 +114,16 @@ class Watcher:
             if writes:
                 provenance.written(func, args, kwargs, now.clock)
             return result
+        began_s = time.perf_counter()
         call = provenance.before(func, args, kwargs, now.clock, forward=not now.backward_seen)
         if follower is not None:
             self._hold(now, follower, provenance, func, args, kwargs)
+        ran_s = time.perf_counter()
         result = self._run(now, func, args, kwargs)
+        ended_s = time.perf_counter()
         provenance.after(call, args, kwargs, result)
+        if now.lap is not None:
+            now.lap.spent_s += ran_s - began_s + time.perf_counter() - ended_s
         return result
 
     def _note_quiet(self, now: MicroStep, func: Any, *, writes: bool) -> None:
