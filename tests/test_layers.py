@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "compile": BASE | {"memory"},
     "states": BASE | {"memory"},
     "options": BASE | {"memory", "rule_text"},
-    "race": {"core"},
+    "race": {"core", "eager"},
     "rule_text": BASE | {"memory"},
     "director": BASE | DOING | {"memory", "race"},
     "check": BASE | DOING,

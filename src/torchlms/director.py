@@ -198,8 +198,13 @@ class Director:
     def _adopt(
         self, engine: Engine, routine: Routine, tape: Tape, plan: Plan, *, quietly: bool = False
     ) -> None:
+        self._follow(engine, routine, Program(tape, plan, routine.trust), quietly=quietly)
+
+    def _follow(self, engine: Engine, routine: Routine, program: Program, *, quietly: bool = False) -> None:
+        """Have the routine follow ``program``, perhaps one that it followed before."""
+        tape, plan = program.tape, program.plan
         routine.steps = 0
-        routine.program = Program(tape, plan, routine.trust)
+        routine.program = program
         fits = not plan.moves
         known = routine.settled or self.given is not None
         routine.verdict = Verdict.FITS if fits and known and engine.device.is_cuda else Verdict.FOLLOW
@@ -275,6 +280,7 @@ class Director:
         learning = engine.device.is_cuda and program.lessons
         if measured_s is None or learning or self._feel_heat(routine, program, race):
             return
+        race.running.program = program
         race.running.laps_s.append(measured_s)
         race.running.starved_laps += lap.starved
         race.running.spent_s.append(lap.spent_s)
@@ -320,9 +326,12 @@ class Director:
         if len(race.contenders) > 1:
             log.info("%s", race.result())
         winner = race.winner()
+        for loser in race.contenders:
+            loser.program = loser.program if loser is winner else None
         plan = self._corrected(tape, race, winner)
-        if winner is not race.running:
-            self._adopt(engine, routine, tape, plan)
+        if winner is not race.running and winner.program is not None:
+            winner.program.plan = plan
+            self._follow(engine, routine, winner.program)
         elif routine.program is not None:
             routine.program.plan = plan
         winner.plan = plan

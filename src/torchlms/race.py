@@ -10,6 +10,7 @@ from torchlms.core.calibrate import AS_MEASURED, Rates
 
 if TYPE_CHECKING:
     from torchlms.core.plan import Plan
+    from torchlms.eager.program import Program
 
 WARM_LAPS = 2  # under a plan before it is timed
 TIMED_LAPS = 4
@@ -19,11 +20,12 @@ FASTER = 0.98  # of the time of the plan before: less is noise
 
 @dataclass(slots=True)
 class Contender:
-    """One plan, why it is in the race, and how long its laps took."""
+    """One plan, why it is in the race, how long its laps took, and what was learned of it while it ran."""
 
     plan: Plan
     name: str
     laps_s: list[float] = field(default_factory=list)
+    program: Program | None = None
     starved_laps: int = 0  # in which the device mostly waited for the program
     spent_s: list[float] = field(default_factory=list)  # by the program in each lap on values that leave
 

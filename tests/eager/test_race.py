@@ -59,6 +59,11 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[
             plain_step(session, step)
         assert lms.state == "guard"
         plan, stats = lms.plan, lms.stats()
+        assert lms._engine is not None
+        assert lms._director is not None
+        (race,), (program,) = lms._director._races.values(), lms._engine.programs()
+        assert race.over
+        assert program is race.winner().program, "what was learned of the winner while it ran is kept"
     assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
     assert stats["peak_device_bytes"] <= stats["budget_bytes"]
     return plan, [record.getMessage() for record in caplog.records if "raced" in record.getMessage()]

@@ -11,7 +11,8 @@ for the life of the process. So room is made *before* the op, never after:
   with twice, these were starved. What it really used is recorded.
 - From then on the known need is reserved before each call: results and workspace are allocated in
   the op's own order and freed at once, so that the allocator can place them again. If that fails
-  we evict and reserve again; the failure meets our own allocation, not cuDNN's.
+  we evict and reserve again; the failure meets our own allocation, not cuDNN's. If there is nothing
+  left to evict, that is an error where deterministic kernels were asked for, and else a warning.
 - Not held to this are convolutions that we do not see: inside compiled regions and in other threads.
   With ``torch.backends.cudnn.benchmark`` cuDNN tries what fits, so that its choice, and with it the
   bits, may depend on the budget.

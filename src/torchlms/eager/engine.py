@@ -134,8 +134,8 @@ class Engine(SlotOwner):
             now.timer = OpTimer(self.device) if routine.wants_times else None
         now.lap = Lap(self.device) if program is not None and program.actions else None
         self.holes.begin_step(program)
-        watching = now.recorder is not None or now.timer is not None or self.holes.learning
-        now.plainly = self.device.is_cuda and not watching
+        now.learning = self.holes.learning
+        now.plainly = self.device.is_cuda and now.recorder is None and now.timer is None
         self.rooms.begin_step()
         if self.verifier is not None:
             self.verifier.begin_step(self.steps)

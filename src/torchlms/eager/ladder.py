@@ -206,6 +206,18 @@ class Ladder:
             smallest_bytes=smallest,
         )
 
+    def starving(self, func: Any, where: str, need_bytes: int) -> BudgetTooSmall:
+        """A convolution that would have to do with less than it has been measured to take."""
+        smallest = max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + 1)
+        inside = f" in {where}" if where else ""
+        return BudgetTooSmall(
+            f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
+            f"{self._in_use()}. With less cuDNN would take another algorithm, which may give other bits, "
+            "and deterministic ones were asked for. As far as this step got, the smallest budget that works "
+            f"is at least {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
+            smallest_bytes=smallest,
+        )
+
     def _in_use(self) -> str:
         """What is left when nothing more can move, and what the allocator holds in unusable pieces."""
         allocated = self.device.allocated_bytes()

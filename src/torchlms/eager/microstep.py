@@ -40,6 +40,7 @@ class MicroStep:
         "follower",
         "graph",
         "lap",
+        "learning",
         "ooms_before",
         "ordinal",
         "plainly",
@@ -66,6 +67,7 @@ class MicroStep:
         self.backward = -1  # the pass that runs, or ran last
         self.graph = Graph(before)
         self.strayed = False  # from the program
+        self.learning = False  # where the allocator remaps
         self.plainly = False  # ops only need an eye on running out of memory
         self.quiet: list[Any] = []  # ops of the program that need no more than that
         self.quiet_until = 0  # before this op nothing is due

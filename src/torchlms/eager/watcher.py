@@ -52,6 +52,7 @@ class Watcher:
         self._holes = engine.holes
         self._accounts = engine.accounts
         self._careful = careful_ops(engine.rooms)
+        self._starved: set[tuple[Any, str]] = set()  # convolutions that were said to have no room
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op: act on the plan, make room, survive running out."""
@@ -84,9 +85,15 @@ class Watcher:
 
     def _run_quietly(self, now: MicroStep, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an op that needs no more than an eye on running out of memory."""
+        clock = now.clock
         now.clock += 1
         try:
-            return func(*args, **kwargs)
+            if not now.learning:
+                return func(*args, **kwargs)
+            began_s = time.perf_counter()
+            result = func(*args, **kwargs)
+            self._note_remap(clock, began_s)
+            return result
         except torch.OutOfMemoryError as error:
             want_bytes = self._heard(error)
         return self._ladder.retry(func, args, kwargs, self._where, want_bytes)
@@ -180,8 +187,12 @@ class Watcher:
         """Count what an op has made; see whether the allocator had to remap for it."""
         if not self._is_cuda:
             self._accounts.count(result)
-        elif self._holes.learning and time.perf_counter() - began_s > _LEAST_REMAP_S:
-            self._holes.note(self._engine.now.clock)
+        elif self._engine.now.learning:
+            self._note_remap(self._engine.now.clock, began_s)
+
+    def _note_remap(self, clock: int, began_s: float) -> None:
+        if time.perf_counter() - began_s > _LEAST_REMAP_S:
+            self._holes.note(clock)
 
     def _make_room(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Make room for what an op will take. False for a convolution of which that is only guessed."""
@@ -192,9 +203,19 @@ class Watcher:
             return True
         blocks, measured = self._rooms.need(func, args, kwargs)
         if not self._ladder.reserve(blocks) and measured:
-            text = "no room for what %s in %s needs, %s at once: it may be starved"
-            log.warning(text, func, self._where() or "the model", format_bytes(sum(blocks)))
+            self._starve(func, sum(blocks))
         return measured
+
+    def _starve(self, func: Any, need_bytes: int) -> None:
+        """There is less room than a convolution is known to take. Said once for each place in the model;
+        BudgetTooSmall where deterministic kernels were asked for, for this may be another one."""
+        where = self._where()
+        if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+            raise self._ladder.starving(func, where, need_bytes)
+        if (func, where) not in self._starved:
+            self._starved.add((func, where))
+            text = "no room for what %s in %s needs, %s at once: it may be slower, and give other bits"
+            log.warning(text, func, where or "the model", format_bytes(need_bytes))
 
     def _make_room_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now, reclaims_before = self._engine.now, self._ladder.reclaims
