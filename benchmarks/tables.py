@@ -355,10 +355,10 @@ def _by_device(results: Results) -> dict[str, Results]:
 def _where(device: str, group: Results) -> str:
     budgets = {result["definition"]["options"].get("budget") for result in group.values()} - {None}
     torch = ", ".join(sorted({result["torch"] for result in group.values()}))
-    if budgets:
-        caps = ", ".join(sorted(budgets)).replace("GiB", " GiB")
-        return f"{device}, capped at {caps}, torch {torch}"
-    return f"No GPU ({device}), budget 60% of what plain needs, torch {torch}"
+    if all(result["device"] == "cpu" for result in group.values()):
+        return f"No GPU ({device}), budget 60% of what plain needs, torch {torch}"
+    caps = ", ".join(sorted(budgets)).replace("GiB", " GiB") or "a share of what plain needs"
+    return f"{device}, capped at {caps}, torch {torch}"
 
 
 def _training(result: dict[str, Any]) -> bool:

@@ -413,7 +413,10 @@ class Director:
 
     def _has_grown(self, engine: Engine, routine: Routine) -> bool:
         """Plan again if more is on the device before the step than when it was recorded: gradients that
-        accumulate, an optimizer's states, what the program made since. True if that was done."""
+        accumulate, an optimizer's states, what the program made since. True if that was done.
+
+        What is seen once does not count: a step that failed may leave its graph for a while.
+        """
         program = routine.program
         if program is None or self.given is not None or routine.growths >= _MOST_GROWTHS:
             return False
@@ -423,13 +426,29 @@ class Director:
         spare_bytes = self.budget.device_bytes - self.headroom_bytes
         if more_bytes <= _GROWN * self.budget.device_bytes or peak <= spare_bytes:
             return False
+        more_bytes, routine.grown_bytes = min(more_bytes, routine.grown_bytes), more_bytes
+        return bool(more_bytes) and self._plan_for_more(engine, routine, tape, more_bytes)
+
+    def _plan_for_more(self, engine: Engine, routine: Routine, tape: Tape, more_bytes: int) -> bool:
+        """Plan for a step before which ``more_bytes`` more are there; False, and the plan stays, if there is
+        no such plan."""
         routine.growths += 1
-        routine.tape = replace(tape, resident_bytes=tape.resident_bytes + more_bytes)
-        log.info(
-            "%s more than when it was recorded are on the device before this step: planning again",
-            format_bytes(more_bytes),
-        )
-        self._plan(engine, routine, routine.tape)
+        routine.grown_bytes = 0
+        tape = replace(tape, resident_bytes=tape.resident_bytes + more_bytes)
+        said = "%s more than when it was recorded are on the device before this step: "
+        try:
+            plan = self._make_roomy(tape, quick=not routine.settled)
+        except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
+            routine.growths = _MOST_GROWTHS
+            log.warning(
+                said + "no plan has room for that, so values leave when memory runs out. %s",
+                format_bytes(more_bytes),
+                str(refusal),
+            )
+            return False
+        log.info(said + "planning again", format_bytes(more_bytes))
+        routine.tape = tape
+        self._adopt(engine, routine, tape, plan)
         return True
 
     def _watch(self, engine: Engine, routine: Routine) -> None:

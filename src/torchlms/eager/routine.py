@@ -66,6 +66,7 @@ class Routine:
     unfinished: int = 0  # recordings without a backward pass
     replans: int = 0
     growths: int = 0  # times that it was planned again because more was there before it
+    grown_bytes: int = 0  # more than recorded, seen before one of them
     steps: int = 0  # micro-steps that followed the present program
     laps: int = 0  # that followed any
     met_first: int = -1  # in which micro-step of the program
