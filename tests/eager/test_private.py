@@ -431,3 +431,22 @@ def test_the_allocators_other_settings_are_said_again(monkeypatch: pytest.Monkey
     assert private._allocator_settings() == ["max_split_size_mb:64", "roundup_power2_divisions:[256:1,512:2]"]
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     assert private._allocator_settings() == []
+
+
+# -- below autograd --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", [private.below_autograd, private._below_slowly])
+def test_below_autograd_and_autocast_ops_are_only_run(below: Any) -> None:
+    weights = torch.ones(2, 2, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.ops.aten.mm.default(weights, weights).dtype is torch.bfloat16
+        with below("cpu"):
+            product = torch.ops.aten.mm.default(weights, weights)
+        assert torch.ops.aten.mm.default(weights, weights).requires_grad
+    assert product.dtype is torch.float32
+    assert not product.requires_grad
+
+
+def test_there_is_a_quick_way_below_autograd() -> None:
+    assert private.below_autograd is not private._below_slowly

@@ -30,7 +30,7 @@ def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
     Raises ReplayFailed if a source has been written since, which a write that torch does not count
     can bring about and nothing else.
     """
-    with below_autograd(recipe.device_type), outside_vmap():
+    with torch.no_grad(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
         return _Replay(recipe, run).storage(recipe.cell, recipe.writes)
 
 
