@@ -277,7 +277,7 @@ class Director:
             # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
             race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
         measured_s = lap.seconds
-        learning = engine.device.is_cuda and program.lessons
+        learning = engine.device.is_cuda and program.lessons and not program.calm
         if measured_s is None or learning or self._feel_heat(routine, program, race):
             return
         race.running.program = program

@@ -119,7 +119,7 @@ class Program:
         self.tucked: set[int] = set()  # ops whose results stood in the way of opening a hole at a pinch
         self.lessons = _LESSONS if actions else 0  # steps left in which both are learned
         self.scattered = True  # free memory may be mapped in pieces
-        self._calm = False  # a step has passed without a pinch
+        self.calm = False  # the last step passed without a pinch
         self._blocks: dict[int, list[int]] | None = None
 
     def _hold_sources(self, dropped: Value, release_op: int) -> None:
@@ -145,7 +145,7 @@ class Program:
 
     def learn(self, pinched: set[int], *, disturbed: bool) -> None:
         """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""
-        again = disturbed and self._calm and not self.lessons
+        again = disturbed and self.calm and not self.lessons
         if again:
             self.lessons = _MORE_LESSONS  # something else has scattered the memory
         stuck = pinched & self.pinches
@@ -154,7 +154,7 @@ class Program:
         fruitful = again or (disturbed and (opened or tucked))
         self.lessons = max(0, self.lessons - (1 if fruitful else _DULL_LESSON))
         self.scattered = disturbed and self.lessons > 0
-        self._calm = not disturbed
+        self.calm = not disturbed
         self.pinches |= opened
         self.tucked |= tucked
         self._add(Action(op, Deed.OPEN, _NO_SLOT) for op in opened)
