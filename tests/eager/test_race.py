@@ -21,7 +21,10 @@ from sessions import (
 )
 from small_networks import NETWORKS
 
+from torchlms.core.calibrate import stretched
+from torchlms.core.drops import with_drops
 from torchlms.core.plan import Choice
+from torchlms.core.tape import Tape
 from torchlms.eager import provenance
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.routine import TIMINGS
@@ -50,7 +53,7 @@ def test_the_first_stays_unless_another_is_clearly_faster() -> None:
     assert Race([first, fast]).result().endswith("fast stays")
 
 
-def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
+def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape, list[str]]:
     caplog.set_level(logging.INFO, logger="torchlms")
     budget_bytes = int(0.6 * plain_peak(NETWORK))
     session = new_session(NETWORK)
@@ -58,7 +61,8 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[
         for step in range(STEPS):
             plain_step(session, step)
         assert lms.state == "guard"
-        plan, stats = lms.plan, lms.stats()
+        plan, tape, stats = lms.plan, lms.tape, lms.stats()
+        assert tape is not None
         assert lms._engine is not None
         assert lms._director is not None
         (race,), (program,) = lms._director._races.values(), lms._engine.programs()
@@ -66,7 +70,7 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[
         assert program is race.winner().program, "what was learned of the winner while it ran is kept"
     assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
     assert stats["peak_device_bytes"] <= stats["budget_bytes"]
-    return plan, [record.getMessage() for record in caplog.records if "raced" in record.getMessage()]
+    return plan, tape, [record.getMessage() for record in caplog.records if "raced" in record.getMessage()]
 
 
 def test_a_disk_that_is_faster_than_was_thought(
@@ -82,7 +86,7 @@ def test_a_disk_that_is_faster_than_was_thought(
         return not any(name in str(func) for name in ("mm", "bernoulli")) and may_replay(func, device_type)
 
     monkeypatch.setattr(provenance, "may_replay", little)
-    _, said = raced(spill_dir, caplog)
+    _, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert "copies taken to be 2.00 times as fast" in said[0]
 
@@ -121,7 +125,7 @@ def test_moving_alone_wins_where_making_again_is_slow(
 
     monkeypatch.setattr(Watcher, "run_again", slowly)
     monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
-    plan, said = raced(spill_dir, caplog)
+    plan, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert said[0].endswith("moving alone stays")
     assert not any(move.choice is Choice.RECOMPUTE for move in plan.moves)
@@ -140,7 +144,7 @@ def test_making_again_wins_where_the_disk_is_slow(
 
     monkeypatch.setattr(SpillFile, "read", slowly)
     monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
-    plan, said = raced(spill_dir, caplog)
+    plan, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert not said[0].endswith("moving alone stays")
     assert any(move.choice is Choice.RECOMPUTE for move in plan.moves)
@@ -153,11 +157,12 @@ def test_ops_that_were_timed_too_long(
     slow_disk(monkeypatch)
     right = OpTimer.times
     monkeypatch.setattr(OpTimer, "times", lambda self: [(name, 20 * time_s) for name, time_s in right(self)])
-    plan, _ = raced(spill_dir, caplog)
+    plan, tape, _ = raced(spill_dir, caplog)
     texts = [record.getMessage() for record in caplog.records]
     assert sum("as was predicted: ops taken to be 0.50 times as long" in text for text in texts) == 1
-    first_ms = next(float(text.split(", step ")[1].split()[0]) for text in texts if ", step " in text)
-    assert plan.predicted.compute_s < 0.8 * first_ms / 1e3
+    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
+    halved = with_drops(stretched(tape, 0.5), drops)
+    assert plan.predicted.compute_s == pytest.approx(sum(op.time_s for op in halved.ops), rel=0.01)
 
 
 def test_ops_that_take_longer_once_the_device_is_warm(

@@ -10,6 +10,7 @@ from branches import NETWORK, shuffled
 from hazards import delay_disk, poison_memory
 from sessions import Watched, plain_peak, run_lms, run_plain, slow_disk
 
+from torchlms.errors import BudgetTooSmall
 from torchlms.memory.device import FutureCopy
 
 STEPS = 6
@@ -58,7 +59,11 @@ def test_orders_differ() -> None:
 
 
 def test_a_copy_that_nobody_waits_for_shows(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: without the waits somebody reads poison, or what is not there yet."""
+    """The test above can fail: without the waits somebody reads poison, or what is not there yet; or what was
+    to leave is still being copied when its memory is needed."""
     monkeypatch.setattr(FutureCopy, "wait", lambda self: None)
-    _, differences = raced(0, *WAYS["by a plan"], spill_dir, monkeypatch)
+    try:
+        _, differences = raced(0, *WAYS["by a plan"], spill_dir, monkeypatch)
+    except BudgetTooSmall:
+        return
     assert differences
