@@ -269,6 +269,7 @@ class Director:
         """Time the plan, then others that may be faster; keep the fastest."""
         lap, routine.lap = routine.lap, None
         program, race = routine.program, self._races.get(routine.signature)
+        routine.wants_lap = race is None or not race.over
         if lap is None or program is None or (race is not None and race.over):
             return
         if not program.plan.moves and race is None:
@@ -326,15 +327,12 @@ class Director:
         if len(race.contenders) > 1:
             log.info("%s", race.result())
         winner = race.winner()
-        for loser in race.contenders:
-            loser.program = loser.program if loser is winner else None
-        plan = self._corrected(tape, race, winner)
-        if winner is not race.running and winner.program is not None:
-            winner.program.plan = plan
+        ran_last, race.contenders = race.running, [winner]
+        assert winner.program is not None
+        winner.plan = winner.program.plan = self._corrected(tape, race, winner)
+        winner.program.tape = tape
+        if winner is not ran_last:
             self._follow(engine, routine, winner.program)
-        elif routine.program is not None:
-            routine.program.plan = plan
-        winner.plan = plan
 
     def _corrected(self, tape: Tape, race: Race, winner: Contender) -> Plan:
         """The winner's plan, which from here on predicts what its steps have shown."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from sessions import (
 )
 from small_networks import NETWORKS
 
+import torchlms
 from tests.matrix.numbers import autocast
 from tests.matrix.optimizers import clipped, closure, half_frozen
 from tests.matrix.passes import (
@@ -85,13 +88,20 @@ def small_step(session: Session) -> None:
     session.optimizer.zero_grad()
 
 
-def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
-    """Plan, tape and figures are those of the steps that there are most of."""
+@contextlib.contextmanager
+def after_nine_steps(spill_dir: Path) -> Iterator[tuple[Session, torchlms.LMS]]:
+    """A session under LMS that has followed its plan for a while."""
     network = NETWORKS["mlp"]
     session = new_session(network)
     with open_lms(session, int(0.7 * plain_peak(network)), spill_dir) as lms:
         for step in range(9):
             plain_step(session, step)
+        yield session, lms
+
+
+def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
+    """Plan, tape and figures are those of the steps that there are most of."""
+    with after_nine_steps(spill_dir) as (session, lms):
         usual, tape, stats = lms.plan, lms.tape, lms.stats()
         assert usual is not None
         assert tape is not None
@@ -107,11 +117,7 @@ def test_a_smaller_last_batch_is_not_what_is_reported(spill_dir: Path) -> None:
 
 def test_a_change_for_good_is(spill_dir: Path) -> None:
     """Such as when layers are unfrozen: the new kind of step is what is reported once it is followed."""
-    network = NETWORKS["mlp"]
-    session = new_session(network)
-    with open_lms(session, int(0.7 * plain_peak(network)), spill_dir) as lms:
-        for step in range(9):
-            plain_step(session, step)
+    with after_nine_steps(spill_dir) as (session, lms):
         before = lms.tape
         for _ in range(3):
             small_step(session)

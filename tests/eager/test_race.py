@@ -109,6 +109,18 @@ def test_moves_alone_are_calibrated_as_well(
     assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
 
 
+def test_laps_are_timed_no_longer_than_somebody_asks(spill_dir: Path) -> None:
+    session = new_session(NETWORK)
+    with open_lms(session, int(0.6 * plain_peak(NETWORK)), spill_dir, rules=SMALL) as lms:
+        timed = []
+        for step in range(STEPS + 1):
+            plain_step(session, step)
+            assert lms._engine is not None
+            timed.append(lms._engine.now.lap is not None)
+    assert any(timed)
+    assert not timed[-1], "the race is over"
+
+
 @pytest.mark.slow
 def test_moving_alone_wins_where_making_again_is_slow(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,12 @@ def test_orders_differ() -> None:
 
 
 def test_a_copy_that_nobody_waits_for_shows(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: without the waits somebody reads poison, or what is not there yet; or what was
-    to leave is still being copied when its memory is needed."""
+    """The test above can fail: without the waits somebody reads poison, or what is not there yet."""
     monkeypatch.setattr(FutureCopy, "wait", lambda self: None)
-    try:
-        _, differences = raced(0, *WAYS["by a plan"], spill_dir, monkeypatch)
-    except BudgetTooSmall:
-        return
-    assert differences
+    for seed in range(8):
+        # Without the waits what was to leave may also still be there when its memory is needed.
+        with contextlib.suppress(BudgetTooSmall):
+            _, differences = raced(seed, *WAYS["by a plan"], spill_dir, monkeypatch)
+            assert differences
+            return
+    pytest.fail("no run ended, so nothing was shown")

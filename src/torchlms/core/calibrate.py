@@ -103,11 +103,13 @@ def explanation(
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
 
-    if abs(measured_lap_s / predicted_s(AS_MEASURED) - 1) < _ALIKE:
+    as_measured = foretold(tape, machine, plan)
+    as_measured_s = lap_s(tape, as_measured.step_s)
+    if abs(measured_lap_s / as_measured_s - 1) < _ALIKE:
         return AS_MEASURED
-    if each_s is not None and measured_lap_s > predicted_s(AS_MEASURED):
+    if each_s is not None and measured_lap_s > as_measured_s:
         return Rates(pace=Pace(measured_lap_s - each_s * len(plan.moves), each_s))
-    unhindered_s = lap_s(tape, foretold(tape, machine, plan).compute_s)
+    unhindered_s = lap_s(tape, as_measured.compute_s)
     if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
         slower = _where(
             lambda factor: predicted_s(Rates(copies=1 / factor)), measured_lap_s, 1 / FASTEST, 1 / SLOWEST

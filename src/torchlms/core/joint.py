@@ -89,10 +89,7 @@ def plan(
         leaving = len(made.moves) + len(drops)
         return replace(made, predicted=paced(made.predicted, tape, pace, leaving))
 
-    def least_s(drops: Sequence[Value]) -> float:
-        return compute_s + sum(replay_s(tape, value) for value in drops)
-
-    trials = _Trials(make, least_s)
+    trials = _Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops))
     trials.of((), 1.0)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))

@@ -132,7 +132,8 @@ class Engine(SlotOwner):
         elif routine.verdict is Verdict.FOLLOW:
             program = routine.program
             now.timer = OpTimer(self.device) if routine.wants_times else None
-        now.lap = Lap(self.device) if program is not None and program.actions else None
+        timed = routine.wants_lap and program is not None and program.actions
+        now.lap = Lap(self.device) if timed else None
         self.holes.begin_step(program)
         now.learning = self.holes.learning
         now.plainly = self.device.is_cuda and now.recorder is None and now.timer is None
@@ -363,8 +364,7 @@ class Engine(SlotOwner):
         rise_bytes = max((routine.rise_bytes for routine in self.routines.values()), default=0)
         if not self.device.is_cuda:
             return False
-        in_use = private.allocator_stats(self.device.torch_device)["allocated_bytes"]["all"]["current"]
-        return int(in_use) + rise_bytes > _FITTING_SHARE * self.ladder.budget_bytes
+        return self.device.allocated_bytes() + rise_bytes > _FITTING_SHARE * self.ladder.budget_bytes
 
     def doubt(self) -> None:
         """Record every routine again."""

@@ -201,8 +201,7 @@ class Ladder:
         inside = f" in {module}" if module else ""
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
-            f"results at once. {self._in_use()}. As far as this step got, the smallest budget that works "
-            f"is at least {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
+            f"results at once. {self._in_use()}. {_so_far(smallest)}",
             smallest_bytes=smallest,
         )
 
@@ -213,8 +212,7 @@ class Ladder:
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
             f"{self._in_use()}. With less cuDNN would take another algorithm, which may give other bits, "
-            "and deterministic ones were asked for. As far as this step got, the smallest budget that works "
-            f"is at least {format_bytes(smallest)} ({smallest} bytes): raise budget, or use a smaller batch",
+            f"and deterministic ones were asked for. {_so_far(smallest)}",
             smallest_bytes=smallest,
         )
 
@@ -237,6 +235,14 @@ class Ladder:
             f"The smallest budget that works is at least {format_bytes(smallest)} ({smallest} bytes)",
             smallest_bytes=smallest,
         )
+
+
+def _so_far(smallest_bytes: int) -> str:
+    """What to do, as far as can be told in the middle of a step."""
+    return (
+        f"As far as this step got, the smallest budget that works is at least {format_bytes(smallest_bytes)} "
+        f"({smallest_bytes} bytes): raise budget, or use a smaller batch"
+    )
 
 
 def asked_bytes(error: BaseException) -> int:

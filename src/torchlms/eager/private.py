@@ -327,7 +327,7 @@ def _below_slowly(device_type: str) -> Iterator[None]:
 
 
 # A context in which ops of this thread run as below autograd and autocast, where a dispatch mode sees them.
-# Whether gradients are wanted is another switch, which it leaves as it is.
+# Whether gradients are wanted is another switch, which only the slow way has to turn off.
 below_autograd = _below()
 
 

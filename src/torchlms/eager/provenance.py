@@ -366,10 +366,8 @@ class Recipe:
     def read_by(self, slot: Slot) -> None:
         """Have writes to any source heard of by ``slot``, which is dropped and will need it."""
         reader = weakref.ref(slot)
-        for cell in (
-            *(cell for cell, _ in self.slots.values()),
-            *(ref.cell for ref in self.lasting.values()),
-        ):
+        cells = [cell for cell, _ in self.slots.values()] + [ref.cell for ref in self.lasting.values()]
+        for cell in cells:
             if cell.readers is None:
                 cell.readers = []
             cell.readers.append(reader)

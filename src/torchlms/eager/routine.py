@@ -72,6 +72,7 @@ class Routine:
     met_first: int = -1  # in which micro-step of the program
     met_last: int = -1
     lap: Lap | None = None  # of the last of them
+    wants_lap: bool = True  # somebody asks how long the next one takes
 
     def met(self, step: int) -> None:
         """A micro-step of this kind begins."""

@@ -112,9 +112,7 @@ class Slot:
         self.ordinal = ordinal  # among the saved storages of its micro-step
         self.saved = ordinal >= 0  # by autograd, and not only held for a recipe
         self._held: torch.Tensor | None = tensor.detach()
-        self._whole = (
-            False  # a view of all bytes is made when somebody asks for it, and most are not asked for
-        )
+        self._whole = False  # a view of all bytes is made when somebody asks for one, and few do
         self.size_bytes = int(storage.nbytes())
         self.where = Where.HELD
         self.place: Place | None = None

@@ -147,9 +147,9 @@ class CudaDevice:
 
     def cap(self, budget_bytes: int) -> None:
         """Limit what the allocator may reserve; the earlier limit is kept for ``uncap``."""
-        if torch.cuda.memory_reserved(self.torch_device) > budget_bytes:
-            torch.cuda.empty_cache()
         reserved_bytes = torch.cuda.memory_reserved(self.torch_device)
+        if reserved_bytes > budget_bytes:
+            reserved_bytes = self.held_bytes()
         if reserved_bytes > budget_bytes:
             raise _in_use_already(self.torch_device, reserved_bytes, budget_bytes)
         if self._fraction_before is None:
