@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 4  # then the interval around the best is halved as often; once on long tapes
-FEW = 8  # sets that can be tried at most, and every second share has to do
+FEW = 8  # sets that can be tried at most, and every second share has to do, without more
 MANY = 24  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
 SETS = 95  # that are tried at the most, on a short tape
@@ -104,7 +104,8 @@ def plan(
                 shares=SHARES if most > FEW else SHARES[1::2],
                 halvings=HALVINGS if most > MANY else 1,
             )
-        _thin_out(trials)
+        if most > FEW:
+            _thin_out(trials)
         if not quick:
             _turn(trials, ranked, most - trials.count)
             _flip_groups(trials, ranked, min(MOST_FLIPS, most - trials.count))
