@@ -16,7 +16,7 @@ from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
-from torchlms.eager.timer import retimed
+from torchlms.eager.timer import evened, retimed
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, PlanMismatch
 from torchlms.memory.limits import format_bytes
 from torchlms.race import CLOSE, Contender, Race
@@ -117,10 +117,9 @@ class Director:
         for pattern in () if self._checked_rules else unmatched(self.rules, tape):
             log.warning("the rule %s matches nothing in this step: perhaps it is misspelt", pattern)
         self._checked_rules = True
+        rough = not routine.settled  # its times are, and so no long search is worth its while
         try:
-            plan = self._make_roomy(
-                tape, quick=not routine.settled
-            )  # times that are rough are not worth more
+            plan = self._make_roomy(evened(tape) if rough and engine.device.is_cuda else tape, quick=rough)
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
             log.warning("going on without a plan, slowly: values leave as memory runs out. %s", str(refusal))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager import private
 from torchlms.eager.program import Deed, Program
 from torchlms.eager.routine import MOST_RECORDINGS, STRAYS, Routine, Signature, Verdict
-from torchlms.eager.timer import Lap, OpTimer, retimed
+from torchlms.eager.timer import Lap, OpTimer, evened, retimed
 from torchlms.memory.device import CpuDevice
 from torchlms.memory.ledger import Ledger
 
@@ -158,6 +159,18 @@ def test_retimed_leaves_other_steps_out() -> None:
     assert retimed(TAPE, [other, short]) is TAPE
     assert retimed(TAPE, []) is TAPE
     assert retimed(TAPE, [other, run_of(0.1), short]).ops[0].time_s == pytest.approx(0.1)
+
+
+def test_evened_takes_the_shortest_time_of_ops_that_are_alike() -> None:
+    made = (*(value(index, index, index, 7) for index in range(3)), value(3, 3, 3, 7, 2000))
+    ops = tuple(
+        replace(op("mul" if index != 1 else "add", time_s=time_s), writes=(index,))
+        for index, time_s in enumerate((3.0, 5.0, 0.5, 7.0))
+    )
+    tape = evened(Tape(ops, made, 0, "cpu", "2.13"))
+    assert [item.time_s for item in tape.ops] == [0.5, 5.0, 0.5, 7.0], (
+        "another name, another size: another op"
+    )
 
 
 def test_the_timer_times_ops_in_order() -> None:

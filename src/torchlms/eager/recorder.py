@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MARK = "_torchlms_value"
 _BLOCK_BYTES = 512  # the caching allocator's granularity
+_LAUNCH_S = 2e-4  # from an op's first mark until its kernel is launched, on a slow host
 
 
 class _ValueMark:
@@ -113,16 +114,21 @@ class Recorder:
         self._find_idle()
         reads = [self.value_of(tensor) for tensor in self._here(args, kwargs)]
         allocated_bytes = self._measure_from_here()
-        self._running = _Running(
-            self.device.mark(), allocated_bytes, [value for value in reads if value >= 0]
-        )
+        self._running = _Running(self._begin(), allocated_bytes, [value for value in reads if value >= 0])
 
     def begin_again(self) -> None:
         """The op that is running is tried once more, after room was made: neither the time that took nor
         the memory in use before is its own."""
         if self._running is not None:
             self._running.allocated_bytes = self._measure_from_here()
-            self._running.begin = self.device.mark()
+            self._running.begin = self._begin()
+
+    def _begin(self) -> Mark:
+        """The op begins here. A device that waits for the program would begin at once, and be timed until
+        the program has launched the op: it is kept busy for as long as that takes."""
+        if self.device.is_cuda and (not self._ops or self._ops[-1].end.passed()):
+            private.keep_busy(self.device.torch_device, _LAUNCH_S)
+        return self.device.mark()
 
     def _measure_from_here(self) -> int:
         """Bytes in use, from which the allocator's peak counts now; 0 on the CPU."""

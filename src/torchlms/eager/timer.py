@@ -121,5 +121,20 @@ def retimed(
     return replace(tape, ops=tuple(ops))
 
 
+def evened(tape: Tape) -> Tape:
+    """``tape`` with the shortest time of any op of that name and those sizes for each: what a step that is
+    recorded adds to an op, a kernel's first use or an eviction, it does not add to all of its like."""
+    kinds = [(op.name, _bytes_of(tape, op.reads), _bytes_of(tape, op.writes)) for op in tape.ops]
+    shortest_s: dict[tuple[str, int, int], float] = {}
+    for op, kind in zip(tape.ops, kinds, strict=True):
+        shortest_s[kind] = min(op.time_s, shortest_s.get(kind, op.time_s))
+    ops = (_with_time(op, shortest_s[kind]) for op, kind in zip(tape.ops, kinds, strict=True))
+    return replace(tape, ops=tuple(ops))
+
+
+def _bytes_of(tape: Tape, values: Iterable[int]) -> int:
+    return sum(tape.values[value].size_bytes for value in values)
+
+
 def _with_time(op: Op, time_s: float) -> Op:
     return replace(op, time_s=time_s)
