@@ -5,41 +5,30 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchlms.core import joint, planner
-from torchlms.core.calibrate import Rates, explanation, foretold, heat, scaled, stretched
-from torchlms.core.curve import peak_bytes
-from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
-from torchlms.core.pace import lap_s
+from torchlms.core.curve import before_bytes, peak_bytes, rise_bytes
 from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
-from torchlms.eager.routine import TIMINGS, Routine, Signature, Verdict
+from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.eager.timer import evened, retimed
-from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, PlanMismatch
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, PlanMismatch
+from torchlms.maker import Maker
 from torchlms.memory.limits import format_bytes
-from torchlms.race import CLOSE, Contender, Race
+from torchlms.referee import Referee
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torchlms.core.machine import Machine
-    from torchlms.core.pace import Pace
     from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
 
 log = logging.getLogger("torchlms")
 
-# Added where the headroom that a plan leaves proves too little: a share of the budget.
-_MORE_HEADROOM = 0.015
 _MOST_REPLANS = 4
-_MOST_CALIBRATIONS = 2
-_AS_PREDICTED = 0.07  # off by less is as good as predicted
-_WORTH_TRYING = 0.97  # of the step time with more headroom
-_ROOMIER = 0.05  # of the budget, for a contender
-_MOVES_ONLY = "moving alone"
 _HOST_SHARE = 0.9  # of what is left, where host memory is refused
 _MOST_HOST_REFUSALS = 3
 _GROWN = 0.002  # of the budget: less is noise
@@ -63,32 +52,33 @@ class Director:
     ) -> None:
         """``settled`` is called when a routine has been timed, and from there on runs as it will."""
         self.machine = machine
-        self.budget = budget
         self.rules = rules
         self.given = given
         self.planning = planning
         self._settled = settled
         self.model = model
-        self.headroom_bytes = self.usual_bytes = headroom_bytes(
-            machine, budget.device_bytes, rules.headroom_bytes
-        )
+        self.maker = Maker(machine=machine, budget=budget, rules=rules)
+        self.referee = Referee(self.maker, self._follow)
         self._reclaims_seen = 0
         self._checked_rules = False
-        self._lean_tried = False
-        self._races: dict[Signature, Race] = {}
         self._given_fits = False  # the plan given is that of some routine
         self._host_refusals = 0  # times that host memory which was planned was not to be had
 
     def rebudget(self, budget: Budget) -> None:
         """Plans from here on are for ``budget``; the one that was given is not."""
-        self.budget = budget
+        self.maker.budget = budget
         self.given = None
-        self._races.clear()
+        self.referee.begin_anew()
+
+    @property
+    def budget(self) -> Budget:
+        """What plans are made for now."""
+        return self.maker.budget
 
     @property
     def racing(self) -> bool:
         """Whether plans are being timed against each other."""
-        return any(not race.over for race in self._races.values())
+        return self.referee.racing
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""
@@ -108,7 +98,7 @@ class Director:
         elif routine.verdict is Verdict.FOLLOW:
             self._watch(engine, routine)
             if routine.settled and self.given is None:
-                self._race(engine, routine)
+                self.referee.note(engine, routine)
 
     # -- planning ----------------------------------------------------------------------------
 
@@ -119,52 +109,12 @@ class Director:
         self._checked_rules = True
         rough = not routine.settled  # its times are, and so no long search is worth its while
         try:
-            plan = self._make_roomy(evened(tape) if rough and engine.device.is_cuda else tape, quick=rough)
+            plan = self.maker.first(evened(tape) if rough and engine.device.is_cuda else tape, rough=rough)
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
             log.warning("going on without a plan, slowly: values leave as memory runs out. %s", str(refusal))
             return
         self._adopt(engine, routine, tape, plan)
-
-    def _make_roomy(self, tape: Tape, *, quick: bool) -> Plan:
-        """A plan with headroom, or without where there is none to have."""
-        try:
-            plan = self._make(tape, self.headroom_bytes, quick=quick)
-        except BudgetTooSmall:
-            return self._make(tape, 0, quick=quick)
-        return plan if quick or self.rules.recompute else self._lean_or(plan, tape)
-
-    def _lean_or(self, plan: Plan, tape: Tape) -> Plan:
-        """A plan with less headroom, if that might be clearly faster: evictions will tell (``_watch``)."""
-        spare_bytes = max(lean_bytes(self.machine, self.budget.device_bytes), self.rules.headroom_bytes or 0)
-        if not plan.moves or spare_bytes >= self.headroom_bytes or self._lean_tried:
-            return plan
-        lean = self._make(tape, spare_bytes)
-        if lean.predicted.step_s > _WORTH_TRYING * plan.predicted.step_s:
-            return plan
-        self._lean_tried = True
-        self.headroom_bytes = spare_bytes
-        return lean
-
-    def _make(
-        self,
-        tape: Tape,
-        headroom_bytes: int,
-        *,
-        machine: Machine | None = None,
-        drops: bool = True,
-        quick: bool = False,
-        like: Plan | None = None,
-        pace: Pace | None = None,
-    ) -> Plan:
-        machine = machine if machine is not None else self.machine
-        elbow = ELBOW if machine.link else NO_ELBOW
-        room: dict[str, Any] = {"headroom_bytes": headroom_bytes, "elbow": elbow}
-        if self.rules.recompute and drops:
-            return joint.plan(
-                tape, machine, self.budget, self.rules, quick=quick, like=like, pace=pace, **room
-            )
-        return planner.plan(tape, machine, self.budget, self.rules, **room)
 
     def _settle(self, engine: Engine, routine: Routine) -> None:
         """Plan once more with the times that ops take when nobody watches them."""
@@ -194,10 +144,8 @@ class Director:
         self._given_fits = True
         self._adopt(engine, routine, tape, plan)
 
-    def _adopt(
-        self, engine: Engine, routine: Routine, tape: Tape, plan: Plan, *, quietly: bool = False
-    ) -> None:
-        self._follow(engine, routine, Program(tape, plan, routine.trust), quietly=quietly)
+    def _adopt(self, engine: Engine, routine: Routine, tape: Tape, plan: Plan) -> None:
+        self._follow(engine, routine, Program(tape, plan, routine.trust))
 
     def _follow(self, engine: Engine, routine: Routine, program: Program, *, quietly: bool = False) -> None:
         """Have the routine follow ``program``, perhaps one that it followed before."""
@@ -235,7 +183,7 @@ class Director:
             again = self.given is None and self._host_refusals <= _MOST_HOST_REFUSALS
             left_bytes = max(0, arena_bytes - refusal.missing_bytes)
             host_bytes = min(int(_HOST_SHARE * left_bytes), self.budget.host_bytes // 2)
-            self.budget = replace(self.budget, host_bytes=host_bytes)
+            self.maker.budget = replace(self.budget, host_bytes=host_bytes)
             engine.store.host_budget_bytes = host_bytes
             log.warning(
                 "%s. %s",
@@ -262,150 +210,6 @@ class Director:
         if self.given is None:
             self._plan(engine, routine, routine.tape)
 
-    # -- racing ------------------------------------------------------------------------------
-
-    def _race(self, engine: Engine, routine: Routine) -> None:
-        """Time the plan, then others that may be faster; keep the fastest."""
-        lap, routine.lap = routine.lap, None
-        program, race = routine.program, self._races.get(routine.signature)
-        routine.wants_lap = race is None or not race.over
-        if lap is None or program is None or (race is not None and race.over):
-            return
-        if not program.plan.moves and race is None:
-            return
-        if race is None or program.plan is not race.running.plan:
-            # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
-            race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
-        measured_s = lap.seconds
-        learning = engine.device.is_cuda and program.lessons and not program.calm
-        if measured_s is None or learning or self._feel_heat(routine, program, race):
-            return
-        race.running.program = program
-        race.running.laps_s.append(measured_s)
-        race.running.starved_laps += lap.starved
-        race.running.spent_s.append(lap.spent_s)
-        if race.running.done and not self._ask_heat(routine, race):
-            self._next_contender(engine, routine, race)
-
-    def _ask_heat(self, routine: Routine, race: Race) -> bool:
-        """Have the ops timed once more, now that the device has run for a while; False if that was done, or
-        nothing asks for it."""
-        assert routine.tape is not None
-        if race.felt_heat or not self._off(routine.tape, race.running):
-            return False
-        routine.check_wanted = True
-        return True
-
-    def _feel_heat(self, routine: Routine, program: Program, race: Race) -> bool:
-        """Whether the lap just run is one whose ops were timed; from here on their times are those."""
-        assert routine.tape is not None
-        if routine.checked is None:
-            return False
-        factor, routine.checked, race.felt_heat = heat(routine.tape, routine.checked), None, True
-        if factor == 1.0:
-            return True
-        routine.tape = program.tape = stretched(routine.tape, factor)
-        predicted = foretold(routine.tape, self.machine, program.plan)
-        race.running.plan = program.plan = replace(program.plan, predicted=predicted)
-        log.info(
-            "in a device that has run for a while ops take %.2f times as long: step %.1f ms predicted",
-            factor,
-            predicted.step_s * 1e3,
-        )
-        return True
-
-    def _next_contender(self, engine: Engine, routine: Routine, race: Race) -> None:
-        tape = routine.tape
-        assert tape is not None
-        contender = self._contender(tape, race)
-        if contender is not None:
-            race.contenders.append(contender)
-            self._adopt(engine, routine, tape, contender.plan, quietly=True)
-            return
-        race.over = True
-        if len(race.contenders) > 1:
-            log.info("%s", race.result())
-        winner = race.winner()
-        ran_last, race.contenders = race.running, [winner]
-        assert winner.program is not None
-        winner.plan = winner.program.plan = self._corrected(tape, race, winner)
-        winner.program.tape = tape
-        if winner is not ran_last:
-            self._follow(engine, routine, winner.program)
-
-    def _corrected(self, tape: Tape, race: Race, winner: Contender) -> Plan:
-        """The winner's plan, which from here on predicts what its steps have shown."""
-        plan, between_s = (
-            winner.plan,
-            winner.plan.predicted.step_s - lap_s(tape, winner.plan.predicted.step_s),
-        )
-        if not winner.done or not self._off(tape, winner):
-            return plan
-        rates = explanation(tape, self.machine, plan, winner.median_s, each_s=winner.each_s)
-        log.info(
-            "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
-            (winner.median_s + between_s) * 1e3,
-            plan.predicted.step_s * 1e3,
-            rates,
-        )
-        return replace(plan, predicted=foretold(tape, self.machine, plan, rates))
-
-    def _off(self, tape: Tape, contender: Contender) -> bool:
-        """Whether its laps took clearly more or less than was predicted."""
-        predicted_s = lap_s(tape, contender.plan.predicted.step_s)
-        return abs(contender.median_s / predicted_s - 1) > _AS_PREDICTED
-
-    def _contender(self, tape: Tape, race: Race) -> Contender | None:
-        """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
-        best = race.winner()
-        predicted_s = lap_s(tape, foretold(tape, self.machine, best.plan, race.rates).step_s)
-        slower = best.median_s > (1 + _AS_PREDICTED) * predicted_s
-        if not race.roomier and self.machine.link and slower and not best.starved:
-            # The allocator has to close holes; a plan that leaves more free lets it be.
-            race.roomier = True
-            made = self._made_or_none(tape, race.rates, like=best.plan, more_headroom=_ROOMIER)
-            if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
-                return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
-        if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
-            race.calibrations += 1
-            race.rates = explanation(tape, self.machine, best.plan, best.median_s, each_s=best.each_s)
-            # A program that is too slow for its device needs other drops, and not some more of the same.
-            like = best.plan if race.rates.pace is None else None
-            made = self._made_or_none(tape, race.rates, like=like)
-            if made is not None and not race.knows(made):
-                return Contender(made, str(race.rates))
-        if any(contender.name == _MOVES_ONLY for contender in race.contenders):
-            return None
-        made = self._made_or_none(tape, race.rates, drops=False)
-        if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
-            return None
-        return Contender(made, _MOVES_ONLY)
-
-    def _made_or_none(
-        self,
-        tape: Tape,
-        rates: Rates,
-        *,
-        like: Plan | None = None,
-        drops: bool = True,
-        more_headroom: float = 0.0,
-    ) -> Plan | None:
-        """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or, without
-        ``drops``, one that only moves. None where there is no such plan."""
-        machine = scaled(self.machine, rates.copies)
-        spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
-        try:
-            return self._make(
-                stretched(tape, rates.ops),
-                spare_bytes,
-                machine=machine,
-                drops=drops,
-                like=like,
-                pace=rates.pace,
-            )
-        except LMSError:
-            return None
-
     # -- watching ----------------------------------------------------------------------------
 
     def _has_grown(self, engine: Engine, routine: Routine) -> bool:
@@ -420,7 +224,7 @@ class Director:
         tape = program.tape
         more_bytes = engine.device.allocated_bytes() - before_bytes(tape)
         peak = program.plan.predicted.peak_device_bytes + more_bytes
-        spare_bytes = self.budget.device_bytes - self.headroom_bytes
+        spare_bytes = self.budget.device_bytes - self.maker.headroom_bytes
         if more_bytes <= _GROWN * self.budget.device_bytes or peak <= spare_bytes:
             return False
         more_bytes, routine.grown_bytes = min(more_bytes, routine.grown_bytes), more_bytes
@@ -434,7 +238,7 @@ class Director:
         tape = replace(tape, resident_bytes=tape.resident_bytes + more_bytes)
         said = "%s more than when it was recorded are on the device before this step: "
         try:
-            plan = self._make_roomy(tape, quick=not routine.settled)
+            plan = self.maker.first(tape, rough=not routine.settled)
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.growths = _MOST_GROWTHS
             log.warning(
@@ -457,32 +261,17 @@ class Director:
         if routine.replans >= _MOST_REPLANS or self.given is not None or routine.program is None:
             return
         routine.replans += 1
-        before_bytes = self.headroom_bytes
-        more_bytes = before_bytes + int(_MORE_HEADROOM * self.budget.device_bytes)
-        self.headroom_bytes = self.usual_bytes if before_bytes < self.usual_bytes else more_bytes
-        log.info(
-            "holes between tensors forced %d evictions in a planned step: planning again with %s of headroom",
-            reclaims - before,
-            format_bytes(self.headroom_bytes),
-        )
         tape = routine.program.tape
-        try:
-            plan = self._make(tape, self.headroom_bytes)
-        except LMSError:
+        plan = self.maker.again(tape)
+        if plan is None:
             routine.replans = _MOST_REPLANS  # no room for more headroom: go on with what there is
-            self.headroom_bytes = before_bytes
             return
+        log.info(
+            "holes between tensors forced %d evictions in a planned step: planned again with %s of headroom",
+            reclaims - before,
+            format_bytes(self.maker.headroom_bytes),
+        )
         self._adopt(engine, routine, tape, plan)
-
-
-def before_bytes(tape: Tape) -> int:
-    """What is on the device before a step begins."""
-    return tape.resident_bytes + sum(value.size_bytes for value in tape.values if value.birth < 0)
-
-
-def rise_bytes(tape: Tape) -> int:
-    """How much more memory a step takes at its peak than before it begins."""
-    return max(0, peak_bytes(tape) - before_bytes(tape))
 
 
 def _off_device(predicted: Prediction) -> str:

@@ -16,7 +16,7 @@ from small_networks import NETWORKS, Perceptron
 NETWORK = replace(NETWORKS["mlp"], name="short", make_model=partial(Perceptron, layers=4), batch_size=128)
 STEPS = 4  # recorded, timed, timed, planned
 POINTS = 16
-FILES = ("/torchlms/eager/", "/torchlms/memory/store.py", "/torchlms/director.py")
+FILES = ("/torchlms/eager/", "/torchlms/memory/store.py", "/torchlms/director.py", "/torchlms/referee.py")
 
 
 class Interrupt:

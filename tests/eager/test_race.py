@@ -65,7 +65,7 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape,
         assert tape is not None
         assert lms._engine is not None
         assert lms._director is not None
-        (race,), (program,) = lms._director._races.values(), lms._engine.programs()
+        (race,), (program,) = lms._director.referee.races(), lms._engine.programs()
         assert race.over
         assert program is race.winner().program, "what was learned of the winner while it ran is kept"
     assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
@@ -136,7 +136,7 @@ def test_moving_alone_wins_where_making_again_is_slow(
         return right(self, *args)
 
     monkeypatch.setattr(Watcher, "run_again", slowly)
-    monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
+    monkeypatch.setattr("torchlms.referee.CLOSE", 1e9)
     plan, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert said[0].endswith("moving alone stays")
@@ -155,7 +155,7 @@ def test_making_again_wins_where_the_disk_is_slow(
         return right(self, *args)
 
     monkeypatch.setattr(SpillFile, "read", slowly)
-    monkeypatch.setattr("torchlms.director.CLOSE", 1e9)
+    monkeypatch.setattr("torchlms.referee.CLOSE", 1e9)
     plan, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert not said[0].endswith("moving alone stays")

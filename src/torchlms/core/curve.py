@@ -39,6 +39,16 @@ def peak_bytes(tape: Tape) -> int:
     return int(baseline_curve(tape).max(initial=0))
 
 
+def before_bytes(tape: Tape) -> int:
+    """What is on the device before a step begins."""
+    return tape.resident_bytes + sum(value.size_bytes for value in tape.values if value.birth < 0)
+
+
+def rise_bytes(tape: Tape) -> int:
+    """How much more memory a step takes at its peak than before it begins."""
+    return max(0, peak_bytes(tape) - before_bytes(tape))
+
+
 def memory_curve(tape: Tape, decisions: Iterable[Decision], *, baseline: Bytes | None = None) -> Bytes:
     """Bytes at each op under ``decisions``; a moved value is absent from its release to its reload."""
     away = [decision for decision in decisions if decision.choice is not Choice.KEEP]

@@ -16,20 +16,15 @@ from torchlms.core.tape import Tape
 from torchlms.director import Director
 from torchlms.eager.routine import Routine
 from torchlms.errors import BudgetTooSmall
+from torchlms.maker import Maker
 
 BUDGET = Budget(4 * GIB, 64 * GIB, 0)
 USUAL = headroom_bytes(gpu(), BUDGET.device_bytes)
 LEAN = lean_bytes(gpu(), BUDGET.device_bytes)
 
 
-def director(machine: Machine | None = None, **rules: Any) -> Director:
-    return Director(
-        machine=machine or gpu(),
-        budget=BUDGET,
-        rules=Rules(**{"recompute": False, **rules}),
-        given=None,
-        model="synthetic",
-    )
+def maker(machine: Machine | None = None, budget: Budget = BUDGET, **rules: Any) -> Maker:
+    return Maker(machine=machine or gpu(), budget=budget, rules=Rules(**{"recompute": False, **rules}))
 
 
 def few_large() -> Tape:
@@ -41,17 +36,9 @@ def few_large() -> Tape:
     return network.tape()
 
 
-def on(tape: Tape, budget_bytes: int) -> Director:
-    made = director()
-    made.budget = Budget(budget_bytes, 64 * GIB, 0)
-    made.headroom_bytes = made.usual_bytes = headroom_bytes(gpu(), budget_bytes)
-    assert tape.ops
-    return made
-
-
 def test_plans_leave_some_pages() -> None:
-    made = director()
-    plan = made._make_roomy(chain(80, time_s=20e-3), quick=False)
+    made = maker()
+    plan = made.first(chain(80, time_s=20e-3), rough=False)
     assert plan.moves
     assert plan.predicted.peak_device_bytes <= BUDGET.device_bytes - USUAL
     assert made.headroom_bytes == USUAL
@@ -63,45 +50,47 @@ def test_less_is_left_where_that_promises_to_be_faster() -> None:
     tape = few_large()
     peak_bytes = int(baseline_curve(tape).max())
     budget_bytes = int(peak_bytes / 0.98)
-    made = on(tape, budget_bytes)
-    lean = made._make_roomy(tape, quick=False)
+    made = maker(budget=Budget(budget_bytes, 64 * GIB, 0))
+    usual_bytes = made.headroom_bytes
+    lean = made.first(tape, rough=False)
     assert made.headroom_bytes == lean_bytes(gpu(), budget_bytes)
-    assert lean.predicted.peak_device_bytes > budget_bytes - made.usual_bytes
-    made.headroom_bytes = made.usual_bytes
-    again = made._make_roomy(tape, quick=False)  # evictions have told: once is enough
-    assert made.headroom_bytes == made.usual_bytes
+    assert lean.predicted.peak_device_bytes > budget_bytes - usual_bytes
+    made.headroom_bytes = usual_bytes
+    again = made.first(tape, rough=False)  # evictions have told: once is enough
+    assert made.headroom_bytes == usual_bytes
     assert again.predicted.step_s > lean.predicted.step_s
 
 
 def test_a_rough_plan_is_not_worth_a_second_one() -> None:
     tape = few_large()
-    made = on(tape, 3 * GIB)
-    made._make_roomy(tape, quick=True)
-    assert made.headroom_bytes == made.usual_bytes
+    made = maker(budget=Budget(3 * GIB, 64 * GIB, 0))
+    usual_bytes = made.headroom_bytes
+    made.first(tape, rough=True)
+    assert made.headroom_bytes == usual_bytes
 
 
 @pytest.mark.parametrize("asked_bytes", [0, USUAL // 2, 2 * USUAL])
 def test_headroom_that_was_asked_for(asked_bytes: int) -> None:
     """No less and no more, and no plan without it where there is no room for it."""
-    made = director(headroom_bytes=asked_bytes)
+    made = maker(headroom_bytes=asked_bytes)
     assert made.headroom_bytes == asked_bytes
-    plan = made._make_roomy(chain(80, time_s=20e-3), quick=False)
+    plan = made.first(chain(80, time_s=20e-3), rough=False)
     assert made.headroom_bytes == asked_bytes
     assert plan.predicted.peak_device_bytes <= BUDGET.device_bytes - asked_bytes
     with pytest.raises(BudgetTooSmall):
-        director(headroom_bytes=BUDGET.device_bytes)._make_roomy(chain(80), quick=False)
+        maker(headroom_bytes=BUDGET.device_bytes).first(chain(80), rough=False)
 
 
 def test_a_ledger_needs_no_headroom() -> None:
-    assert director(cpu()).headroom_bytes == 0
+    assert maker(cpu()).headroom_bytes == 0
 
 
 @pytest.mark.parametrize(
     ("before", "after"), [(LEAN, USUAL), (USUAL, USUAL + int(0.015 * BUDGET.device_bytes))]
 )
 def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> None:
-    made = director()
-    made.headroom_bytes = before
+    made = Director(machine=gpu(), budget=BUDGET, rules=Rules(recompute=False), given=None, model="synthetic")
+    made.maker.headroom_bytes = before
     tape = chain(80, time_s=20e-3)
     engine: Any = SimpleNamespace(
         ladder=SimpleNamespace(reclaims=3),
@@ -112,12 +101,12 @@ def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> Non
         usual=lambda: None,
     )
     routine = Routine(SimpleNamespace())  # type: ignore[arg-type]
-    made._adopt(engine, routine, tape, made._make(tape, before))
+    made._adopt(engine, routine, tape, made.maker._make(tape, before))
     routine.steps = 9
     made._watch(engine, routine)
-    assert made.headroom_bytes == before  # nothing was evicted since the plan was made
+    assert made.maker.headroom_bytes == before  # nothing was evicted since the plan was made
     engine.ladder.reclaims += 1
     made._watch(engine, routine)
-    assert made.headroom_bytes == after
+    assert made.maker.headroom_bytes == after
     assert routine.program is not None
     assert routine.program.plan.predicted.peak_device_bytes <= BUDGET.device_bytes - after

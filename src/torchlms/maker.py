@@ -1,0 +1,115 @@
+"""Maker: plans under one budget, with headroom as far as there is any."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchlms.core import joint, planner
+from torchlms.core.calibrate import scaled, stretched
+from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
+from torchlms.errors import BudgetTooSmall, LMSError
+
+if TYPE_CHECKING:
+    from torchlms.core.calibrate import Rates
+    from torchlms.core.machine import Machine
+    from torchlms.core.pace import Pace
+    from torchlms.core.plan import Budget, Plan
+    from torchlms.core.rules import Rules
+    from torchlms.core.tape import Tape
+
+# Added where the headroom that a plan leaves proves too little: a share of the budget.
+_MORE_HEADROOM = 0.015
+_WORTH_TRYING = 0.97  # of the step time with more headroom
+
+
+class Maker:
+    """What every plan of one director is made with; how much it leaves free is learned."""
+
+    def __init__(self, *, machine: Machine, budget: Budget, rules: Rules) -> None:
+        self.machine = machine
+        self.budget = budget
+        self.rules = rules
+        self.headroom_bytes = self._usual_bytes = headroom_bytes(
+            machine, budget.device_bytes, rules.headroom_bytes
+        )
+        self._lean_tried = False
+
+    def first(self, tape: Tape, *, rough: bool) -> Plan:
+        """A plan with headroom, or without where there is none to have. ``rough``: the tape's times are, and
+        no long search is worth its while.
+
+        Raises BudgetTooSmall or HostBudgetTooSmall where there is no such plan.
+        """
+        try:
+            plan = self._make(tape, self.headroom_bytes, quick=rough)
+        except BudgetTooSmall:
+            return self._make(tape, 0, quick=rough)
+        return plan if rough or self.rules.recompute else self._lean_or(plan, tape)
+
+    def again(self, tape: Tape) -> Plan | None:
+        """A plan with more headroom than the last ones; None, and all stays, where there is none."""
+        before_bytes = self.headroom_bytes
+        more_bytes = before_bytes + int(_MORE_HEADROOM * self.budget.device_bytes)
+        self.headroom_bytes = self._usual_bytes if before_bytes < self._usual_bytes else more_bytes
+        try:
+            return self._make(tape, self.headroom_bytes)
+        except LMSError:
+            self.headroom_bytes = before_bytes
+            return None
+
+    def other(
+        self,
+        tape: Tape,
+        rates: Rates,
+        *,
+        like: Plan | None = None,
+        drops: bool = True,
+        more_headroom: float = 0.0,
+    ) -> Plan | None:
+        """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or, without
+        ``drops``, one that only moves. None where there is no such plan."""
+        machine = scaled(self.machine, rates.copies)
+        spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
+        try:
+            return self._make(
+                stretched(tape, rates.ops),
+                spare_bytes,
+                machine=machine,
+                drops=drops,
+                like=like,
+                pace=rates.pace,
+            )
+        except LMSError:
+            return None
+
+    def _lean_or(self, plan: Plan, tape: Tape) -> Plan:
+        """A plan with less headroom, if that might be clearly faster: evictions will tell (``again``)."""
+        spare_bytes = max(lean_bytes(self.machine, self.budget.device_bytes), self.rules.headroom_bytes or 0)
+        if not plan.moves or spare_bytes >= self.headroom_bytes or self._lean_tried:
+            return plan
+        lean = self._make(tape, spare_bytes)
+        if lean.predicted.step_s > _WORTH_TRYING * plan.predicted.step_s:
+            return plan
+        self._lean_tried = True
+        self.headroom_bytes = spare_bytes
+        return lean
+
+    def _make(
+        self,
+        tape: Tape,
+        spare_bytes: int,
+        *,
+        machine: Machine | None = None,
+        drops: bool = True,
+        quick: bool = False,
+        like: Plan | None = None,
+        pace: Pace | None = None,
+    ) -> Plan:
+        machine = machine if machine is not None else self.machine
+        elbow = ELBOW if machine.link else NO_ELBOW
+        room: dict[str, Any] = {"headroom_bytes": spare_bytes, "elbow": elbow}
+        if self.rules.recompute and drops:
+            return joint.plan(
+                tape, machine, self.budget, self.rules, quick=quick, like=like, pace=pace, **room
+            )
+        return planner.plan(tape, machine, self.budget, self.rules, **room)

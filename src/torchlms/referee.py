@@ -1,0 +1,176 @@
+"""Referee: times the plan of each routine, then others that may be faster, and keeps the fastest."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from torchlms.core.calibrate import explanation, foretold, heat, stretched
+from torchlms.core.pace import lap_s
+from torchlms.eager.program import Program
+from torchlms.race import CLOSE, Contender, Race
+
+if TYPE_CHECKING:
+    from torchlms.core.plan import Plan
+    from torchlms.core.tape import Tape
+    from torchlms.eager.engine import Engine
+    from torchlms.eager.routine import Routine, Signature
+    from torchlms.maker import Maker
+
+log = logging.getLogger("torchlms")
+
+_MOST_CALIBRATIONS = 2
+_AS_PREDICTED = 0.07  # off by less is as good as predicted
+_ROOMIER = 0.05  # of the budget, for a contender
+_MOVES_ONLY = "moving alone"
+
+
+class Follow(Protocol):
+    """Has a routine follow a program, perhaps without a word."""
+
+    def __call__(
+        self, engine: Engine, routine: Routine, program: Program, *, quietly: bool = False
+    ) -> None: ...
+
+
+class Referee:
+    """The races of one director's routines. ``follow`` lets a contender run."""
+
+    def __init__(self, maker: Maker, follow: Follow) -> None:
+        self._maker = maker
+        self._follow = follow
+        self._races: dict[Signature, Race] = {}
+
+    @property
+    def racing(self) -> bool:
+        """Whether plans are being timed against each other."""
+        return any(not race.over for race in self._races.values())
+
+    def races(self) -> list[Race]:
+        """One for each routine that has been timed."""
+        return list(self._races.values())
+
+    def begin_anew(self) -> None:
+        """What was learned is of other plans."""
+        self._races.clear()
+
+    def note(self, engine: Engine, routine: Routine) -> None:
+        """A step of the routine is over: take its time, and have another plan run if it is time for that."""
+        lap, routine.lap = routine.lap, None
+        program, race = routine.program, self._races.get(routine.signature)
+        routine.wants_lap = race is None or not race.over
+        if lap is None or program is None or (race is not None and race.over):
+            return
+        if not program.plan.moves and race is None:
+            return
+        if race is None or program.plan is not race.running.plan:
+            # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
+            race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
+        measured_s = lap.seconds
+        learning = engine.device.is_cuda and program.lessons and not program.calm
+        if measured_s is None or learning or self._feel_heat(routine, program, race):
+            return
+        race.running.program = program
+        race.running.laps_s.append(measured_s)
+        race.running.starved_laps += lap.starved
+        race.running.spent_s.append(lap.spent_s)
+        if race.running.done and not self._ask_heat(routine, race):
+            self._next_contender(engine, routine, race)
+
+    # -- the heat of a device that has run for a while ---------------------------------------
+
+    def _ask_heat(self, routine: Routine, race: Race) -> bool:
+        """Have the ops timed once more, now that the device has run for a while; False if that was done, or
+        nothing asks for it."""
+        assert routine.tape is not None
+        if race.felt_heat or not _off(routine.tape, race.running):
+            return False
+        routine.check_wanted = True
+        return True
+
+    def _feel_heat(self, routine: Routine, program: Program, race: Race) -> bool:
+        """Whether the lap just run is one whose ops were timed; from here on their times are those."""
+        assert routine.tape is not None
+        if routine.checked is None:
+            return False
+        factor, routine.checked, race.felt_heat = heat(routine.tape, routine.checked), None, True
+        if factor == 1.0:
+            return True
+        routine.tape = program.tape = stretched(routine.tape, factor)
+        predicted = foretold(routine.tape, self._maker.machine, program.plan)
+        race.running.plan = program.plan = replace(program.plan, predicted=predicted)
+        log.info(
+            "in a device that has run for a while ops take %.2f times as long: step %.1f ms predicted",
+            factor,
+            predicted.step_s * 1e3,
+        )
+        return True
+
+    # -- contenders --------------------------------------------------------------------------
+
+    def _next_contender(self, engine: Engine, routine: Routine, race: Race) -> None:
+        tape = routine.tape
+        assert tape is not None
+        contender = self._contender(tape, race)
+        if contender is not None:
+            race.contenders.append(contender)
+            self._follow(engine, routine, Program(tape, contender.plan, routine.trust), quietly=True)
+            return
+        race.over = True
+        if len(race.contenders) > 1:
+            log.info("%s", race.result())
+        winner = race.winner()
+        ran_last, race.contenders = race.running, [winner]
+        assert winner.program is not None
+        winner.plan = winner.program.plan = self._corrected(tape, race, winner)
+        winner.program.tape = tape
+        if winner is not ran_last:
+            self._follow(engine, routine, winner.program)
+
+    def _contender(self, tape: Tape, race: Race) -> Contender | None:
+        """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
+        maker, best = self._maker, race.winner()
+        predicted_s = lap_s(tape, foretold(tape, maker.machine, best.plan, race.rates).step_s)
+        slower = best.median_s > (1 + _AS_PREDICTED) * predicted_s
+        if not race.roomier and maker.machine.link and slower and not best.starved:
+            # The allocator has to close holes; a plan that leaves more free lets it be.
+            race.roomier = True
+            made = maker.other(tape, race.rates, like=best.plan, more_headroom=_ROOMIER)
+            if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
+                return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
+        if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
+            race.calibrations += 1
+            race.rates = explanation(tape, maker.machine, best.plan, best.median_s, each_s=best.each_s)
+            # A program that is too slow for its device needs other drops, and not some more of the same.
+            like = best.plan if race.rates.pace is None else None
+            made = maker.other(tape, race.rates, like=like)
+            if made is not None and not race.knows(made):
+                return Contender(made, str(race.rates))
+        if any(contender.name == _MOVES_ONLY for contender in race.contenders):
+            return None
+        made = maker.other(tape, race.rates, drops=False)
+        if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
+            return None
+        return Contender(made, _MOVES_ONLY)
+
+    def _corrected(self, tape: Tape, race: Race, winner: Contender) -> Plan:
+        """The winner's plan, which from here on predicts what its steps have shown."""
+        plan = winner.plan
+        if not winner.done or not _off(tape, winner):
+            return plan
+        between_s = plan.predicted.step_s - lap_s(tape, plan.predicted.step_s)
+        rates = explanation(tape, self._maker.machine, plan, winner.median_s, each_s=winner.each_s)
+        log.info(
+            "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
+            (winner.median_s + between_s) * 1e3,
+            plan.predicted.step_s * 1e3,
+            rates,
+        )
+        return replace(plan, predicted=foretold(tape, self._maker.machine, plan, rates))
+
+
+def _off(tape: Tape, contender: Contender) -> bool:
+    """Whether its laps took clearly more or less than was predicted."""
+    predicted_s = lap_s(tape, contender.plan.predicted.step_s)
+    return abs(contender.median_s / predicted_s - 1) > _AS_PREDICTED
