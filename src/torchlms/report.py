@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core.plan import Choice
-from torchlms.core.rules import Rules, leavers
+from torchlms.core.rules import Rules, stayers
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -131,15 +131,15 @@ def _choices(stats: dict[str, Any]) -> list[str]:
 
 def _kept(tape: Tape, plan: Plan, rules: Rules | None) -> list[str]:
     """Why what autograd saved stays on the device, by reason, most bytes first."""
-    moved, free = {move.value for move in plan.moves}, leavers(rules or Rules(), tape)
+    moved, ruled = {move.value for move in plan.moves}, stayers(rules or Rules(), tape)
     least_bytes = rules.min_bytes if rules is not None else 0
     reasons: dict[str, list[int]] = {}
     for value in tape.values:
         if value.saved < 0 or value.id in moved:
             continue
         why = value.why_not or "it fits, and going would cost more than others that go"
-        if not value.why_not and value.id not in free:
-            why = "a rule keeps it"
+        if not value.why_not and value.id in ruled:
+            why = f"kept by the rule {ruled[value.id]}"
         elif not value.why_not and value.size_bytes < least_bytes:
             why = f"smaller than min_bytes ({format_bytes(least_bytes)})"
         elif not value.why_not and not moved:

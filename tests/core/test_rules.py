@@ -6,7 +6,7 @@ import pytest
 from tapes import MIB, resnet
 
 from torchlms.core.record import from_json, to_json
-from torchlms.core.rules import Copies, Rules, Verdict, leavers, unmatched
+from torchlms.core.rules import Copies, Rules, Verdict, leavers, stayers, unmatched
 from torchlms.core.tape import Kind, Op, Phase, Value
 from torchlms.errors import BadOption
 
@@ -137,3 +137,22 @@ def test_read_and_round_trip() -> None:
     rules = Rules.read({"keep_modules": ["stem"], "min_bytes": 0, "copies": "wait", "most_values": 9})
     assert rules == Rules(keep_modules=("stem",), min_bytes=0, copies=Copies.WAIT, most_values=9)
     assert from_json(Rules, to_json(rules)) == rules
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (Rules(keep_ops=("aten.relu*",)), "keep_ops 'aten.relu*'"),
+        (Rules(only_ops=("aten.linear",)), "only_ops"),
+        (Rules(min_idle_ops=1000), "min_idle_ops 1000"),
+        (Rules(most_values=0), "most_values 0"),
+    ],
+)
+def test_what_a_rule_keeps_is_named_with_the_rule(rules: Rules, said: str) -> None:
+    tape = resnet(12)
+    leave, stay = leavers(rules, tape), stayers(rules, tape)
+    assert stay
+    assert set(stay.values()) == {said}
+    assert not leave.keys() & stay.keys()
+    assert leave.keys() | stay.keys() == leavers(Rules(), tape).keys()
+    assert stayers(Rules(), tape) == {}

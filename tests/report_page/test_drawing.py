@@ -121,6 +121,12 @@ def test_every_decision_is_a_row_with_its_reason(name: str) -> None:
     assert total == sum({row.value: row.size_bytes for row in rows}.values())
 
 
+def test_what_a_rule_keeps_is_named_with_the_rule() -> None:
+    one = replace(run("host"), plan=None, options={"rules": {"keep_ops": ["aten.*"]}})
+    reasons = {row.reason for row in value_rows(step_of(one)) if row.op.startswith("aten.") and row.idle_s}
+    assert reasons == {"kept by the rule keep_ops 'aten.*'"}
+
+
 def test_the_chosen_point() -> None:
     one = run("host")
     assert one.plan is not None

@@ -139,22 +139,39 @@ class Rules:
 
 def leavers(rules: Rules, tape: Tape) -> dict[int, str]:
     """The values that may leave at all, by id, each with the rule that demands it, or nothing."""
+    return _sorted(rules, tape)[0]
+
+
+def stayers(rules: Rules, tape: Tape) -> dict[int, str]:
+    """The values that could leave and stay all the same, by id, each with the rule that keeps it."""
+    return _sorted(rules, tape)[1]
+
+
+def _sorted(rules: Rules, tape: Tape) -> tuple[dict[int, str], dict[int, str]]:
+    """``leavers`` and ``stayers``."""
     judge = _judge(rules, tape)
-    found: dict[int, str] = {}
+    leave: dict[int, str] = {}
+    stay: dict[int, str] = {}
     free: list[Value] = []
     for value in tape.values:
         if not value.movable or value.size_bytes <= 0:
             continue
         verdict, reason = judge(value)
         if verdict is Verdict.MOVE:
-            found[value.id] = reason
-        elif verdict is Verdict.FREE and _idle_ops(value, len(tape.ops)) >= rules.min_idle_ops:
+            leave[value.id] = reason
+        elif verdict is Verdict.KEEP:
+            stay[value.id] = reason
+        elif _idle_ops(value, len(tape.ops)) < rules.min_idle_ops:
+            stay[value.id] = f"min_idle_ops {rules.min_idle_ops}"
+        else:
             free.append(value)
     if rules.most_values is not None:
         free.sort(key=lambda value: (-value.size_bytes, value.id))
-        free = free[: max(0, rules.most_values - len(found))]
-    found.update((value.id, "") for value in free)
-    return found
+        most = max(0, rules.most_values - len(leave))
+        stay.update((value.id, f"most_values {rules.most_values}") for value in free[most:])
+        del free[most:]
+    leave.update((value.id, "") for value in free)
+    return leave, stay
 
 
 def unmatched(rules: Rules, tape: Tape) -> tuple[str, ...]:

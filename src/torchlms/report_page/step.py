@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from torchlms.core.curve import baseline_curve
 from torchlms.core.drops import with_drops
 from torchlms.core.plan import Choice
+from torchlms.core.rules import Rules, stayers
 from torchlms.core.simulate import simulate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torchlms.core.curve import Bytes
     from torchlms.core.plan import Decision
     from torchlms.core.simulate import Timeline
@@ -24,6 +27,7 @@ class Step:
     ``core/drops.py``): its ops are those of the recording, values made again come after the recorded ones.
 
     ``plain_bytes`` is the memory at each op with nothing moved, ``plain_s`` the sum of the op times.
+    ``ruled`` are the values that a rule keeps, by id, each with that rule.
     """
 
     recorded: Tape
@@ -33,6 +37,7 @@ class Step:
     timeline: Timeline
     plain_bytes: Bytes
     plain_s: float
+    ruled: Mapping[int, str]
 
     @property
     def choices(self) -> dict[int, Choice]:
@@ -58,4 +63,5 @@ def step_of(run: Run) -> Step:
         timeline=simulate(tape, run.machine, moves),
         plain_bytes=baseline_curve(run.tape),
         plain_s=sum(op.time_s for op in run.tape.ops),
+        ruled=stayers(Rules.read(run.options.get("rules", {})), run.tape),
     )

@@ -94,11 +94,13 @@ def _row(step: Step, moments_s: Sequence[float], value: Value, decision: Decisio
         value.size_bytes,
         choice.value,
         _idle_s(moments_s, idle),
-        decision.reason if decision is not None else value.why_not or _why_kept(value),
+        decision.reason if decision is not None else value.why_not or _why_kept(step, value),
     )
 
 
-def _why_kept(value: Value) -> str:
+def _why_kept(step: Step, value: Value) -> str:
+    if value.id in step.ruled:
+        return f"kept by the rule {step.ruled[value.id]}"
     if value.movable:
         return _NO_REASON
     return (
