@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import gc
 import json
 import pickle
 import threading
@@ -503,25 +502,3 @@ def test_a_rule_that_matches_nothing_is_said(spill_dir: Path, caplog: pytest.Log
 def test_recompute_by_name_or_by_rule(rules: Any, recompute: bool | None, asked: bool) -> None:
     lms = torchlms.LMS(device="cpu", rules=rules, recompute=recompute)
     assert lms._options.rules.recompute is asked
-
-
-@pytest.mark.parametrize("at_first", [0, 300], ids=["", "Python 3.12 freezes some objects itself"])
-def test_the_collector_passes_by_what_was_there_before(
-    at_first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = gc.get_freeze_count
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: at_first + count())
-    model = torch.nn.Linear(4, 4)
-    with torchlms.LMS(model, budget="1GiB", disk_dir=tmp_path):
-        assert count() > 10_000
-    assert count() == 0
-
-
-def test_a_collector_that_somebody_else_froze_is_left_alone(tmp_path: Path) -> None:
-    gc.freeze()
-    try:
-        with torchlms.LMS(torch.nn.Linear(4, 4), budget="1GiB", disk_dir=tmp_path):
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()

@@ -181,6 +181,7 @@ class LMS:
             kinds=self._kinds.of,
             late_kinds=self._kinds.passing,
             prepare=self._director.prepare,
+            step_over=collector.look_now,
             begin_recording=self._begin_recording,
             module_here=self._labels.here,
             recompute=options.rules.recompute,
@@ -246,6 +247,7 @@ class LMS:
         unseen_bytes = 0 if torch.is_grad_enabled() else input_bytes
         largest_bytes = self._largest_input_bytes.get(module, unseen_bytes)
         if not installation.on:
+            engine.step_over()
             grew = input_bytes > _GREW * largest_bytes
             if grew or engine.failed_alone() or engine.outgrown():
                 log.info(

@@ -1,7 +1,9 @@
-"""Collector: Python's collector of cycles, and what it need not look at.
+"""Collector: Python's collector of cycles, what it need not look at, and when it looks.
 
 Saved tensors become Python objects, some ten each, so that full collections come every few steps. Each would
-look at all modules ever imported, a third of a second in which the device starves.
+look at all modules ever imported, a third of a second in which the device starves. And one that comes in the
+middle of a step looks at what the step has made so far, which will go by itself: some tens of milliseconds
+for nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack
 
+_SELDOM = 10  # times as seldom as usual full collections come by themselves
+
 
 class SparedCollector:
     """Has the collector pass by what is there already, unless somebody sees to that."""
 
     def __init__(self) -> None:
         self._on = False
+        self._due = 0  # lesser collections after which a full one comes, usually
 
     def put_on(self, undo: ExitStack) -> None:
         """From here on; ``undo`` gets the opposite."""
@@ -24,9 +29,29 @@ class SparedCollector:
         self._on = True
         gc.freeze()
         undo.callback(gc.unfreeze)
+        self._come_seldom(undo)
 
     def pass_by_more(self) -> None:
         """Also by what has come since: the first steps import a good part of torch."""
         if self._on:
             gc.collect()
             gc.freeze()
+
+    def look_now(self) -> None:
+        """A step is over and its objects are gone: a full collection that is due soon comes now, and not in
+        the middle of the next step."""
+        if self._due and gc.isenabled() and 2 * gc.get_count()[2] >= self._due:
+            gc.collect()
+
+    def _come_seldom(self, undo: ExitStack) -> None:
+        """Leave full collections to ``look_now``, though not for ever. (0: this Python makes none.)"""
+        usual = gc.get_threshold()
+        ours = (*usual[:2], _SELDOM * usual[2])
+        self._due = usual[2]
+        gc.set_threshold(*ours)
+
+        def put_back() -> None:
+            if gc.get_threshold() == ours:  # else the program has set its own meanwhile
+                gc.set_threshold(*usual)
+
+        undo.callback(put_back)

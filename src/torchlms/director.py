@@ -50,7 +50,7 @@ class Director:
         planning: bool = True,
         settled: Callable[[], None] = lambda: None,
     ) -> None:
-        """``settled`` is called when a routine has been timed, and from there on runs as it will."""
+        """``settled`` is called when a routine has been timed, and when its plan is the last one."""
         self.machine = machine
         self.rules = rules
         self.given = given
@@ -58,7 +58,7 @@ class Director:
         self._settled = settled
         self.model = model
         self.maker = Maker(machine=machine, budget=budget, rules=rules)
-        self.referee = Referee(self.maker, self._follow)
+        self.referee = Referee(self.maker, self._follow, settled)
         self._reclaims_seen = 0
         self._checked_rules = False
         self._given_fits = False  # the plan given is that of some routine

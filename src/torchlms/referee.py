@@ -12,6 +12,8 @@ from torchlms.eager.program import Program
 from torchlms.race import CLOSE, Contender, Race
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchlms.core.plan import Plan
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
@@ -35,11 +37,15 @@ class Follow(Protocol):
 
 
 class Referee:
-    """The races of one director's routines. ``follow`` lets a contender run."""
+    """The races of one director's routines.
 
-    def __init__(self, maker: Maker, follow: Follow) -> None:
+    ``follow`` lets a contender run, ``settled`` is called when a race is over.
+    """
+
+    def __init__(self, maker: Maker, follow: Follow, settled: Callable[[], None]) -> None:
         self._maker = maker
         self._follow = follow
+        self._settled = settled
         self._races: dict[Signature, Race] = {}
 
     @property
@@ -127,6 +133,7 @@ class Referee:
         winner.program.tape = tape
         if winner is not ran_last:
             self._follow(engine, routine, winner.program)
+        self._settled()
 
     def _contender(self, tape: Tape, race: Race) -> Contender | None:
         """A plan that was not tried yet and might be faster than the best so far; None ends the race."""

@@ -60,6 +60,7 @@ class Engine(SlotOwner):
         prepare: Callable[[Engine, Routine], None],
         begin_recording: Callable[[int], None],
         module_here: Callable[[], str],
+        step_over: Callable[[], None] = lambda: None,
         recompute: bool = False,
         verifier: Verifier | None = None,
         guard: OptimizerGuard | None = None,
@@ -71,6 +72,7 @@ class Engine(SlotOwner):
         self.prepare = prepare
         self.begin_recording = begin_recording
         self.module_here = module_here
+        self.step_over = step_over  # called when one has ended
         self.recompute = recompute
         self.verifier = verifier
         self.guard = guard if guard is not None else OptimizerGuard(None)
@@ -206,6 +208,7 @@ class Engine(SlotOwner):
             if past.timer is not None:
                 past.routine.timed(past.timer.times())
             self.step_times_s.append(time.perf_counter() - past.began_s)
+        self.step_over()
 
     def _keep_tape(self, recorder: Recorder, routine: Routine, *, whole: bool) -> None:
         # A backward pass that raised never ended: its tape is half a step, and the next one is recorded.

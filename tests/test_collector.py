@@ -1,0 +1,103 @@
+"""Python's collector of cycles passes by what lasts, and looks between two steps rather than within one."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchlms
+from torchlms.collector import SparedCollector
+
+
+@pytest.mark.parametrize("at_first", [0, 300], ids=["", "Python 3.12 freezes some objects itself"])
+def test_the_collector_passes_by_what_was_there_before(
+    at_first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: at_first + count())
+    model = torch.nn.Linear(4, 4)
+    with torchlms.LMS(model, budget="1GiB", disk_dir=tmp_path):
+        assert count() > 10_000
+    assert count() == 0
+
+
+def test_a_collector_that_somebody_else_froze_is_left_alone(tmp_path: Path) -> None:
+    gc.freeze()
+    try:
+        with torchlms.LMS(torch.nn.Linear(4, 4), budget="1GiB", disk_dir=tmp_path):
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("count", "enabled", "looks"), [(4, True, False), (5, True, True), (9, True, True), (9, False, False)]
+)
+def test_it_looks_when_a_full_collection_is_due_soon(
+    count: int, enabled: bool, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    with ExitStack() as undo:
+        collector = SparedCollector()
+        monkeypatch.setattr(gc, "get_threshold", lambda: (700, 10, 10))
+        monkeypatch.setattr(gc, "set_threshold", lambda *counts: None)
+        collector.put_on(undo)
+        monkeypatch.setattr(gc, "get_count", lambda: (0, 0, count))
+        monkeypatch.setattr(gc, "isenabled", lambda: enabled)
+        monkeypatch.setattr(gc, "collect", lambda: looked.append(1))
+        collector.look_now()
+    assert bool(looked) is looks
+
+
+def test_no_full_collection_within_a_step(tmp_path: Path) -> None:
+    """With these thresholds several would come in every step of this network."""
+    layers = (layer for _ in range(30) for layer in (torch.nn.Linear(256, 256), torch.nn.GELU()))
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = torch.randn(256, 256)
+    looks = {"within": 0, "between": 0}
+    where = "between"
+
+    def enter(*_: Any) -> None:
+        nonlocal where
+        where = "within"
+
+    def note(phase: str, info: dict[str, Any]) -> None:
+        looks[where] += phase == "start" and info["generation"] == 2
+
+    model[2].register_forward_pre_hook(enter)  # by then the step before is over
+    usual = gc.get_threshold()
+    gc.set_threshold(20, 4, 10)
+    try:
+        with torchlms.LMS(model, optimizer, budget="16MiB", disk_dir=tmp_path) as lms:
+            for step in range(50):
+                if step == 30:
+                    assert lms.stats()["plan"], "it follows a plan"
+                    gc.callbacks.append(note)
+                optimizer.zero_grad()
+                loss = model(batch).square().mean()
+                loss.backward()
+                where = "between"
+                optimizer.step()
+            gc.callbacks.remove(note)
+        assert gc.get_threshold() == (20, 4, 10)
+    finally:
+        gc.set_threshold(*usual)
+    assert looks["between"] or not usual[2]
+    assert not looks["within"]
+
+
+def test_thresholds_that_the_program_sets_meanwhile_stay(tmp_path: Path) -> None:
+    usual = gc.get_threshold()
+    try:
+        with torchlms.LMS(torch.nn.Linear(4, 4), budget="1GiB", disk_dir=tmp_path):
+            gc.set_threshold(500, 5, 5)
+        assert gc.get_threshold() == (500, 5, 5)
+    finally:
+        gc.set_threshold(*usual)
