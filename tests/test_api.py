@@ -502,3 +502,21 @@ def test_a_rule_that_matches_nothing_is_said(spill_dir: Path, caplog: pytest.Log
 def test_recompute_by_name_or_by_rule(rules: Any, recompute: bool | None, asked: bool) -> None:
     lms = torchlms.LMS(device="cpu", rules=rules, recompute=recompute)
     assert lms._options.rules.recompute is asked
+
+
+def test_the_loops_own_error_is_the_one_to_be_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def left_badly(error: Exception | None) -> None:
+        def fail() -> None:
+            raise torchlms.SpillError("while it was left")
+
+        with torchlms.LMS(torch.nn.Linear(4, 4), budget="1GiB", disk_dir=tmp_path) as lms:
+            lms._undo.callback(fail)
+            if error is not None:
+                raise error
+
+    with pytest.raises(torchlms.SpillError, match="while it was left"):
+        left_badly(None)
+    assert "while it was left" not in caplog.text
+    with pytest.raises(KeyError, match="of the loop"):
+        left_badly(KeyError("of the loop"))
+    assert "while it was left" in caplog.text

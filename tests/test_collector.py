@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import torchlms
-from torchlms.collector import SparedCollector
+from torchlms.eager.collector import SparedCollector
 
 
 @pytest.mark.parametrize("at_first", [0, 300], ids=["", "Python 3.12 freezes some objects itself"])
@@ -101,3 +102,34 @@ def test_thresholds_that_the_program_sets_meanwhile_stay(tmp_path: Path) -> None
         assert gc.get_threshold() == (500, 5, 5)
     finally:
         gc.set_threshold(*usual)
+
+
+class Trainer:
+    """Holds its own bound method, as trainers do: it goes when the collector finds it, and not before."""
+
+    def __init__(self, width: int) -> None:
+        layers = [layer for _ in range(6) for layer in (torch.nn.Linear(width, width), torch.nn.Tanh())]
+        self.model = torch.nn.Sequential(*layers)
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.hooks = [self.train]
+
+    def train(self, batch: torch.Tensor) -> None:
+        self.model(batch).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_what_lay_in_cycles_makes_room_for_what_comes_after_it(tmp_path: Path) -> None:
+    """The collector has passed by each of these models, and two at once leave no room for a third."""
+    alive: list[weakref.ref[torch.nn.Module]] = []
+    torchlms.enable(budget="12MiB", disk_dir=tmp_path, rules={"min_bytes": 4096}, device="cpu")
+    try:
+        for fold in range(4):
+            trainer = Trainer(256 + fold)
+            alive.append(weakref.ref(trainer.model))
+            for _ in range(8):
+                trainer.train(torch.randn(512, 256 + fold))
+            del trainer
+        assert sum(model() is not None for model in alive) <= 2
+    finally:
+        torchlms.disable()

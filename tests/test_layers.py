@@ -32,7 +32,6 @@ TOP = {"__main__", "cli", "integrations", "bench", "doctor", "fit", "runner", "s
 MAY_IMPORT = {
     "errors": set(),
     "core": {"errors"},
-    "collector": set(),
     "loudness": {"errors"},
     "outlet": {"errors"},
     "memory": {"errors"},
@@ -48,9 +47,7 @@ MAY_IMPORT = {
     "check": BASE | DOING,
     "statistics": BASE | DOING | {"memory", "report"},
     "report": BASE | {"memory"},
-    "api": BASE
-    | DOING
-    | {"memory", "options", "director", "statistics", "report", "check", "loudness", "collector"},
+    "api": BASE | DOING | {"memory", "options", "director", "statistics", "report", "check", "loudness"},
     "__init__": BASE | {"api"},
     "integrations": {"api", "core", "errors"},
     "steps": {"api"},

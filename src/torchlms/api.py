@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from torchlms.check import check_step
-from torchlms.collector import SparedCollector
 from torchlms.core.bound import lower_bound
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES, page_bytes
 from torchlms.core.machine import CopyTime, Machine
@@ -27,6 +26,7 @@ from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.director import Director
 from torchlms.eager import private
+from torchlms.eager.collector import SparedCollector
 from torchlms.eager.engine import Engine
 from torchlms.eager.install import Installation
 from torchlms.eager.kinds import StorageKinds
@@ -142,10 +142,15 @@ class LMS:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del kind, error, traceback
         if getattr(_current, "lms", None) is self:
             _current.lms = None
-        self._undo.close()
+        try:
+            self._undo.__exit__(kind, error, traceback)
+        except Exception as failure:
+            if error is None:
+                raise
+            # The loop's own error is the one to be seen.
+            log.warning("while LMS was left, this went wrong as well: %s", failure)
 
     def _open(self, undo: ExitStack) -> None:
         """Build and install everything; ``undo`` gets the opposite of each act, run last to first."""
@@ -181,7 +186,7 @@ class LMS:
             kinds=self._kinds.of,
             late_kinds=self._kinds.passing,
             prepare=self._director.prepare,
-            step_over=collector.look_now,
+            collector=collector,
             begin_recording=self._begin_recording,
             module_here=self._labels.here,
             recompute=options.rules.recompute,
@@ -247,7 +252,7 @@ class LMS:
         unseen_bytes = 0 if torch.is_grad_enabled() else input_bytes
         largest_bytes = self._largest_input_bytes.get(module, unseen_bytes)
         if not installation.on:
-            engine.step_over()
+            engine.collector.look_now()
             grew = input_bytes > _GREW * largest_bytes
             if grew or engine.failed_alone() or engine.outgrown():
                 log.info(
@@ -349,7 +354,9 @@ class LMS:
     def stats(self) -> dict[str, Any]:
         """What happened so far, as plain numbers; the keys are those of ``torchlms bench --json``."""
         found = session_stats(self._engine, state=self.state)
-        return found | {"racing": self._director.racing} if self._director is not None else found
+        if self._director is None or self._engine is None:
+            return found
+        return found | {"racing": self._director.racing(self._engine)}
 
     def report(self) -> str:
         """What was decided, why, what was predicted and what was measured, as text."""

@@ -16,7 +16,7 @@ from torchlms.eager.timer import evened, retimed
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, PlanMismatch
 from torchlms.maker import Maker
 from torchlms.memory.limits import format_bytes
-from torchlms.referee import Referee
+from torchlms.referee import Referee, race_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,17 +68,17 @@ class Director:
         """Plans from here on are for ``budget``; the one that was given is not."""
         self.maker.budget = budget
         self.given = None
-        self.referee.begin_anew()
 
     @property
     def budget(self) -> Budget:
         """What plans are made for now."""
         return self.maker.budget
 
-    @property
-    def racing(self) -> bool:
-        """Whether plans are being timed against each other."""
-        return self.referee.racing
+    def racing(self, engine: Engine) -> bool:
+        """Whether plans for the usual kind of step are being timed against each other."""
+        usual = engine.usual()
+        race = race_of(usual) if usual is not None else None
+        return race is not None and not race.over
 
     def prepare(self, engine: Engine, routine: Routine) -> None:
         """Called at the beginning of each micro-step, before its verdict is acted on."""

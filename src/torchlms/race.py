@@ -24,6 +24,7 @@ class Contender:
 
     plan: Plan
     name: str
+    rates: Rates = AS_MEASURED  # that it was made for
     laps_s: list[float] = field(default_factory=list)
     program: Program | None = None
     starved_laps: int = 0  # in which the device mostly waited for the program

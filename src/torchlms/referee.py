@@ -14,10 +14,9 @@ from torchlms.race import CLOSE, Contender, Race
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torchlms.core.plan import Plan
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
-    from torchlms.eager.routine import Routine, Signature
+    from torchlms.eager.routine import Routine
     from torchlms.maker import Maker
 
 log = logging.getLogger("torchlms")
@@ -46,25 +45,11 @@ class Referee:
         self._maker = maker
         self._follow = follow
         self._settled = settled
-        self._races: dict[Signature, Race] = {}
-
-    @property
-    def racing(self) -> bool:
-        """Whether plans are being timed against each other."""
-        return any(not race.over for race in self._races.values())
-
-    def races(self) -> list[Race]:
-        """One for each routine that has been timed."""
-        return list(self._races.values())
-
-    def begin_anew(self) -> None:
-        """What was learned is of other plans."""
-        self._races.clear()
 
     def note(self, engine: Engine, routine: Routine) -> None:
         """A step of the routine is over: take its time, and have another plan run if it is time for that."""
         lap, routine.lap = routine.lap, None
-        program, race = routine.program, self._races.get(routine.signature)
+        program, race = routine.program, race_of(routine)
         routine.wants_lap = race is None or not race.over
         if lap is None or program is None or (race is not None and race.over):
             return
@@ -72,7 +57,7 @@ class Referee:
             return
         if race is None or program.plan is not race.running.plan:
             # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
-            race = self._races[routine.signature] = Race([Contender(program.plan, "the plan made")])
+            race = routine.notes = Race([Contender(program.plan, "the plan made")])
         measured_s = lap.seconds
         learning = engine.device.is_cuda and program.lessons and not program.calm
         if measured_s is None or learning or self._feel_heat(routine, program, race):
@@ -121,7 +106,8 @@ class Referee:
         contender = self._contender(tape, race)
         if contender is not None:
             race.contenders.append(contender)
-            self._follow(engine, routine, Program(tape, contender.plan, routine.trust), quietly=True)
+            told = stretched(tape, contender.rates.ops)
+            self._follow(engine, routine, Program(told, contender.plan, routine.trust), quietly=True)
             return
         race.over = True
         if len(race.contenders) > 1:
@@ -129,8 +115,9 @@ class Referee:
         winner = race.winner()
         ran_last, race.contenders = race.running, [winner]
         assert winner.program is not None
-        winner.plan = winner.program.plan = self._corrected(tape, race, winner)
-        winner.program.tape = tape
+        self._correct(tape, winner)
+        winner.program.plan = winner.plan
+        winner.program.tape = stretched(tape, winner.rates.ops)
         if winner is not ran_last:
             self._follow(engine, routine, winner.program)
         self._settled()
@@ -145,7 +132,7 @@ class Referee:
             race.roomier = True
             made = maker.other(tape, race.rates, like=best.plan, more_headroom=_ROOMIER)
             if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
-                return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare")
+                return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare", race.rates)
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
             race.rates = explanation(tape, maker.machine, best.plan, best.median_s, each_s=best.each_s)
@@ -153,19 +140,19 @@ class Referee:
             like = best.plan if race.rates.pace is None else None
             made = maker.other(tape, race.rates, like=like)
             if made is not None and not race.knows(made):
-                return Contender(made, str(race.rates))
+                return Contender(made, str(race.rates), race.rates)
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
         made = maker.other(tape, race.rates, drops=False)
         if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
             return None
-        return Contender(made, _MOVES_ONLY)
+        return Contender(made, _MOVES_ONLY, race.rates)
 
-    def _corrected(self, tape: Tape, race: Race, winner: Contender) -> Plan:
-        """The winner's plan, which from here on predicts what its steps have shown."""
+    def _correct(self, tape: Tape, winner: Contender) -> None:
+        """Have the winner's plan predict what its steps have shown, from here on."""
         plan = winner.plan
         if not winner.done or not _off(tape, winner):
-            return plan
+            return
         between_s = plan.predicted.step_s - lap_s(tape, plan.predicted.step_s)
         rates = explanation(tape, self._maker.machine, plan, winner.median_s, each_s=winner.each_s)
         log.info(
@@ -174,7 +161,13 @@ class Referee:
             plan.predicted.step_s * 1e3,
             rates,
         )
-        return replace(plan, predicted=foretold(tape, self._maker.machine, plan, rates))
+        winner.rates = rates
+        winner.plan = replace(plan, predicted=foretold(tape, self._maker.machine, plan, rates))
+
+
+def race_of(routine: Routine) -> Race | None:
+    """Of the routine's plans, if they have been timed; gone with its recording."""
+    return routine.notes if isinstance(routine.notes, Race) else None
 
 
 def _off(tape: Tape, contender: Contender) -> bool:

@@ -154,11 +154,11 @@ def _moved(tape: Tape, plan: Plan) -> list[str]:
     moves = sorted(plan.moves, key=lambda decision: -tape.values[decision.value].size_bytes)
     if not moves:
         return []
-    lines = [f"{'size':>10}  {'choice':8} {'made by':34} {'in module':28} why"]
+    lines = [f"{'size':>10}  {'choice':9} {'made by':34} {'in module':28} why"]
     for decision in moves[:_MOST_ROWS]:
         value = tape.values[decision.value]
         lines.append(
-            f"{format_bytes(value.size_bytes):>10}  {decision.choice.value:8} "
+            f"{format_bytes(value.size_bytes):>10}  {decision.choice.value:9} "
             f"{value.op or value.kind.value:34.34} {value.module:28.28} {decision.reason}"
         )
     if len(moves) > _MOST_ROWS:

@@ -21,7 +21,6 @@ from sessions import (
 )
 from small_networks import NETWORKS
 
-from torchlms.core.calibrate import stretched
 from torchlms.core.drops import with_drops
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Tape
@@ -31,13 +30,14 @@ from torchlms.eager.routine import TIMINGS
 from torchlms.eager.timer import OpTimer
 from torchlms.memory.disk import SpillFile
 from torchlms.race import TIMED_LAPS, WARM_LAPS, Contender, Race
+from torchlms.referee import race_of
 
 NETWORK = NETWORKS["mlp"]
 STEPS = 4 + 4 * (WARM_LAPS + TIMED_LAPS)  # recorded, timed, and four plans
 
 
 def contender(name: str, *laps_s: float) -> Contender:
-    return Contender(None, name, [9.0] * WARM_LAPS + list(laps_s))  # type: ignore[arg-type]
+    return Contender(None, name, laps_s=[9.0] * WARM_LAPS + list(laps_s))  # type: ignore[arg-type]
 
 
 def test_the_first_stays_unless_another_is_clearly_faster() -> None:
@@ -65,7 +65,11 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape,
         assert tape is not None
         assert lms._engine is not None
         assert lms._director is not None
-        (race,), (program,) = lms._director.referee.races(), lms._engine.programs()
+        (program,) = lms._engine.programs()
+        usual = lms._engine.usual()
+        assert usual is not None
+        race = race_of(usual)
+        assert race is not None
         assert race.over
         assert program is race.winner().program, "what was learned of the winner while it ran is kept"
     assert outcome(session).differences(run_plain(NETWORK, steps=STEPS)) == []
@@ -173,8 +177,8 @@ def test_ops_that_were_timed_too_long(
     texts = [record.getMessage() for record in caplog.records]
     assert sum("as was predicted: ops taken to be 0.50 times as long" in text for text in texts) == 1
     drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
-    halved = with_drops(stretched(tape, 0.5), drops)
-    assert plan.predicted.compute_s == pytest.approx(sum(op.time_s for op in halved.ops), rel=0.01)
+    told = with_drops(tape, drops)  # with the times that explain the steps, and not those that were measured
+    assert plan.predicted.compute_s == pytest.approx(sum(op.time_s for op in told.ops), rel=0.01)
 
 
 def test_ops_that_take_longer_once_the_device_is_warm(

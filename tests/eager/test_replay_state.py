@@ -221,6 +221,47 @@ def test_a_leaf_that_is_kept_shows_its_new_data_as_in_plain_pytorch(spill_dir: P
     assert float(gradients[0][0, 0]) == 3 * 64
 
 
+def test_so_does_one_that_is_no_parameter(spill_dir: Path) -> None:
+    gradients = []
+    for lms in (contextlib.nullcontext(), torchlms.LMS(device="cpu", budget="1GiB", disk_dir=spill_dir)):
+        weight = torch.nn.Parameter(torch.ones(64))
+        x = torch.full((64, 64), 2.0, requires_grad=True)
+        with lms:
+            y = (x * weight).sum()
+            x.data = torch.full((64, 64), 3.0)
+            y.backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+    assert float(gradients[0][0]) == 3 * 64
+
+
+def test_what_cannot_be_made_again_is_left_whole_from_then_on(spill_dir: Path) -> None:
+    """A program that takes a parameter's bytes away before each backward pass: plans learn to do without."""
+    failed: dict[int, str] = {}
+
+    def emptied(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        storage, before = model.scale.untyped_storage(), model.scale.detach().clone()
+        if step >= STEPS - 4:
+            storage.resize_(0)
+        try:
+            loss.backward()
+        except torchlms.ReplayFailed as error:
+            failed[step] = str(error)
+        storage.resize_(before.untyped_storage().nbytes())
+        with torch.no_grad():
+            model.scale.copy_(before)
+        optimizer.zero_grad()
+        return float(loss.detach()).hex()
+
+    train(lambda model, x: F.relu(F.silu(x + model.scale) * 2 + 0.5), spill_dir, emptied)
+    assert 1 <= len(failed) <= 2
+    for said in failed.values():
+        assert "made by aten." in said, "it names the op"
+        assert "recompute=False" in said
+
+
 def test_a_parameter_without_its_bytes_is_an_error_and_not_a_guess(spill_dir: Path) -> None:
     def emptied(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
         x, y = batch(step)

@@ -28,7 +28,8 @@ there is a plan, values leave when memory runs out and come back when they are n
 mode is on; LMS leaves the bits that one leaves which only looks on.
 - **refused**: the error is raised at once, and training goes on without it.
 
-The last column is with `rules={{"recompute": True}}`.
+In the third column values only move (`recompute=False`); in the last one they may also be made again, \
+as is the default.
 
 Written by `make loops` from the tests in `tests/matrix`, which run each row again and compare it with this \
 table. That is on the CPU, where every loop repeats its bits; with torch {torch}.

@@ -115,3 +115,12 @@ def test_tensorboard_reads_what_was_written(lms: torchlms.LMS, tmp_path: Path) -
     written = events.Scalars("torchlms/seconds")
     assert [event.step for event in written] == list(range(STEPS))
     assert [event.value for event in written] == pytest.approx([row.seconds for row in rows])
+
+
+def test_the_rate_is_that_of_all_steps_together(lms: torchlms.LMS) -> None:
+    with lms, StepLog(lms, skip=0, batch_size=8) as log:
+        for pause_s in (0.0, 0.05, 0.0):
+            time.sleep(pause_s)
+            log.step()
+    averages = log.averages()
+    assert averages["items_per_s"] == pytest.approx(8 / averages["seconds"])

@@ -285,7 +285,7 @@ def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -
             choice=Choice.RECOMPUTE,
             release_op=value.idle[0].start,
             reload_op=returns[value.id],
-            reason=f"made again by {len(value.recipe)} ops in {seconds_text(replay_s(tape, value))}; "
+            reason=f"made again by {_ops_text(len(value.recipe))} in {seconds_text(replay_s(tape, value))}; "
             f"copies would take {seconds_text(_copies_s(machine, value.size_bytes))}",
         )
         for value in drops
@@ -297,6 +297,10 @@ def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -
     )
     decisions = sorted((*kept, *dropped), key=lambda decision: decision.value)
     return replace(moves, fingerprint=tape.fingerprint, decisions=tuple(decisions))
+
+
+def _ops_text(count: int) -> str:
+    return "1 op" if count == 1 else f"{count} ops"
 
 
 def _instead(tape: Tape, value: Value) -> str:

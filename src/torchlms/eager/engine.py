@@ -18,6 +18,7 @@ from torchlms.core.plan import Plan
 from torchlms.core.tape import Kind, Phase, Tape
 from torchlms.eager import private
 from torchlms.eager.accounts import Accounts
+from torchlms.eager.collector import SparedCollector
 from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
@@ -36,6 +37,7 @@ from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where
 from torchlms.eager.timer import Lap, OpTimer
 from torchlms.eager.verifier import Verifier
 from torchlms.eager.watcher import Watcher
+from torchlms.errors import ReplayFailed
 from torchlms.memory.device import Copy, CpuDevice, CudaDevice
 from torchlms.memory.store import Place, Store
 
@@ -60,7 +62,7 @@ class Engine(SlotOwner):
         prepare: Callable[[Engine, Routine], None],
         begin_recording: Callable[[int], None],
         module_here: Callable[[], str],
-        step_over: Callable[[], None] = lambda: None,
+        collector: SparedCollector | None = None,
         recompute: bool = False,
         verifier: Verifier | None = None,
         guard: OptimizerGuard | None = None,
@@ -72,14 +74,14 @@ class Engine(SlotOwner):
         self.prepare = prepare
         self.begin_recording = begin_recording
         self.module_here = module_here
-        self.step_over = step_over  # called when one has ended
+        self.collector = collector if collector is not None else SparedCollector()
         self.recompute = recompute
         self.verifier = verifier
         self.guard = guard if guard is not None else OptimizerGuard(None)
         self.guard.may_look_away = self._may_look_away
         self.sizes = ResultSizes()
         self.rooms = ConvolutionRoom(self.sizes)
-        self.ladder = Ladder(device, store, self, self.sizes, budget_bytes)
+        self.ladder = Ladder(device, store, self, self.sizes, budget_bytes, self.collector.pass_by_more)
         self.holes = Holes(device, self)
         self.accounts = Accounts(device, self.ladder)
         self.prover = Prover(self)
@@ -140,6 +142,7 @@ class Engine(SlotOwner):
         now.learning = self.holes.learning
         now.plainly = self.device.is_cuda and now.recorder is None and now.timer is None
         self.rooms.begin_step()
+        self.ladder.begin_step()
         if self.verifier is not None:
             self.verifier.begin_step(self.steps)
         now.ooms_before = self._allocator_ooms() - self.ladder.ooms
@@ -208,7 +211,7 @@ class Engine(SlotOwner):
             if past.timer is not None:
                 past.routine.timed(past.timer.times())
             self.step_times_s.append(time.perf_counter() - past.began_s)
-        self.step_over()
+        self.collector.look_now()
 
     def _keep_tape(self, recorder: Recorder, routine: Routine, *, whole: bool) -> None:
         # A backward pass that raised never ended: its tape is half a step, and the next one is recorded.
@@ -280,7 +283,20 @@ class Engine(SlotOwner):
         while self.orphans:
             self.orphans.popleft().bury()
 
+    def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
+        """Make a slot's bytes again. Where that fails they are not dropped any more from the next step on."""
+        try:
+            return self.replay(recipe)
+        except ReplayFailed as error:
+            if self.now.follower is not None:
+                self.now.follower.program.fail(slot.ordinal)
+            raise ReplayFailed(
+                f"{self._name_of(slot)} was dropped and cannot be made again: {error}. Run this step again: "
+                "plans from here on let the value be. recompute=False drops nothing at all"
+            ) from None
+
     def replay(self, recipe: Recipe) -> torch.UntypedStorage:
+        """Run a recipe."""
         began_s, lap = time.perf_counter(), self.now.lap
         spent_s = lap.spent_s if lap is not None else 0.0
         storage = replay(recipe, self.watcher.run_again)
@@ -423,6 +439,8 @@ class Engine(SlotOwner):
 
     def usual_tape(self) -> Tape | None:
         usual = self.usual()
+        if usual is not None and usual.program is not None:
+            return usual.program.tape  # with the times by which its plan is judged
         return usual.tape if usual is not None else None
 
     def usual_plan(self) -> Plan | None:

@@ -46,18 +46,28 @@ class Ladder:
         slots: Population,
         sizes: ResultSizes,
         budget_bytes: int,
+        collect: Callable[[], None] = lambda: None,
     ) -> None:
+        """``collect`` has Python's collector look everywhere, which takes a good part of a second."""
         self.device = device
         self.store = store
         self.slots = slots
         self.sizes = sizes
         self.budget_bytes = budget_bytes
+        self._collect = collect
+        self._steps = 0
+        self._collect_from = 0  # the step
+        self._fruitless = 0  # collections, the last ones
         self.reclaims = 0  # times that room had to be made at once
         self.single_reclaims = 0  # of these, those for which one value left
         self.full_reclaims = 0  # those that had everything leave that could
         self.reclaimed_bytes = 0
         self.retries = 0  # ops that failed and were run again
         self.ooms = 0  # failed allocations that somebody heard of
+
+    def begin_step(self) -> None:
+        """Another micro-step begins."""
+        self._steps += 1
 
     # -- making room -------------------------------------------------------------------------
 
@@ -75,6 +85,8 @@ class Ladder:
                 continue
             freed += freed_here
             left += freed_here > 0
+        if not freed:
+            freed = self._collect_garbage()
         if not freed and full is not None:
             raise full
         if freed:
@@ -83,6 +95,18 @@ class Ladder:
             self.full_reclaims += freed < want_bytes
             self.reclaimed_bytes += freed
         return freed
+
+    def _collect_garbage(self) -> int:
+        """The last that can be done: tensors in cycles that nobody holds any more may have been among what
+        the collector passed by. Once in a step at most, and more and more seldom while it finds none."""
+        if self._steps < self._collect_from:
+            return 0
+        before_bytes = self.device.allocated_bytes()
+        self._collect()
+        freed_bytes = max(0, before_bytes - self.device.allocated_bytes())
+        self._fruitless = 0 if freed_bytes else self._fruitless + 1
+        self._collect_from = self._steps + (1 << self._fruitless)
+        return freed_bytes
 
     def reserve(self, blocks: tuple[int, ...]) -> bool:
         """Make sure that ``blocks`` can be allocated together, by evicting. Gives way (False) once nothing
@@ -232,7 +256,8 @@ class Ladder:
         smallest = self.device.allocated_bytes() + size_bytes
         return BudgetTooSmall(
             f"a saved tensor of {format_bytes(size_bytes)} must come back for backward. {self._in_use()}. "
-            f"The smallest budget that works is at least {format_bytes(smallest)} ({smallest} bytes)",
+            f"The smallest budget that works is at least {format_bytes(smallest, up=True)} "
+            f"({smallest} bytes)",
             smallest_bytes=smallest,
         )
 
@@ -240,8 +265,9 @@ class Ladder:
 def _so_far(smallest_bytes: int) -> str:
     """What to do, as far as can be told in the middle of a step."""
     return (
-        f"As far as this step got, the smallest budget that works is at least {format_bytes(smallest_bytes)} "
-        f"({smallest_bytes} bytes): raise budget, or use a smaller batch"
+        "As far as this step got, the smallest budget that works is at least "
+        f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes): raise budget, or use a smaller "
+        "batch"
     )
 
 

@@ -211,9 +211,9 @@ def backend_switches(device_type: str) -> tuple[list[Switch], list[Switch]]:
     """
     slow = [_switch(name) for name in ("float32_matmul_precision", "blas_preferred_backend")]
     on_cuda = device_type == "cuda"
-    if not on_cuda:
-        slow.append((torch.get_num_threads, torch.set_num_threads))
     quick = [_switch(name) for name in (_SWITCHES_OF_CUDA if on_cuda else _SWITCHES_OF_CPU)]
+    if not on_cuda:
+        quick.append((torch.get_num_threads, torch.set_num_threads))
     quick.append((_determinism, _set_determinism))
     quick.append((torch.get_default_dtype, torch.set_default_dtype))
     read = getattr(torch._C, "_get_fp32_precision_getter", None)

@@ -74,6 +74,7 @@ class Trust:
     proven: set[int] = field(default_factory=set)
     refuted: set[int] = field(default_factory=set)
     missed: set[int] = field(default_factory=set)  # had no recipe when it was to be dropped
+    failures: int = 0  # of recipes that were trusted
 
 
 class Program:
@@ -138,6 +139,16 @@ class Program:
     def judge(self, ordinal: int, *, same: bool) -> None:
         """A recipe has been tried."""
         (self.trust.proven if same else self.trust.refuted).add(ordinal)
+
+    def fail(self, ordinal: int) -> None:
+        """A recipe that was trusted cannot be carried out. The second time none is trusted any more: the
+        program does something that is not seen, and may do it to others as well."""
+        self.trust.failures += 1
+        failed = {ordinal}
+        if self.trust.failures > 1:
+            failed |= {value.saved for value in self.tape.values if value.recipe}
+        self.trust.refuted |= failed
+        self.trust.proven -= failed
 
     def miss(self, ordinal: int) -> None:
         """A value had no recipe when it was to be dropped. The second time, it is not to be dropped."""

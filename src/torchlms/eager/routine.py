@@ -73,6 +73,7 @@ class Routine:
     met_last: int = -1
     lap: Lap | None = None  # of the last of them
     wants_lap: bool = True  # somebody asks how long the next one takes
+    notes: object | None = None  # of whoever times its plans; void with a new recording or budget
 
     def met(self, step: int) -> None:
         """A micro-step of this kind begins."""
@@ -85,7 +86,7 @@ class Routine:
         self.trust = Trust()
         self.timings.clear()
         self.settled = self.check_wanted = False
-        self.checked = None
+        self.checked = self.notes = None
         self.recordings += 1
 
     def stray(self) -> None:
@@ -146,6 +147,7 @@ class Routine:
         if self.tape is not None:
             self.verdict = Verdict.RECORD
             self.steps = 0
+            self.notes = None
 
     def doubt(self) -> None:
         """What fitted when it was recorded may fit no more: record again."""

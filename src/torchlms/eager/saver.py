@@ -72,6 +72,8 @@ class Saver:
         """Whether ``tensor`` is plain bytes in a storage on our device that nobody fixed there."""
         if type(tensor) is torch.nn.Parameter or tensor.device != self._torch_device or not is_plain(tensor):
             return False
+        if tensor.requires_grad and tensor.is_leaf:
+            return False  # somebody holds it, and may give it other data
         if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
             return False
         storage = tensor.untyped_storage()

@@ -58,8 +58,8 @@ class SlotOwner:
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         raise NotImplementedError
 
-    def replay(self, recipe: Recipe) -> torch.UntypedStorage:
-        """Make the bytes again."""
+    def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
+        """Make the slot's bytes again."""
         raise NotImplementedError
 
     def leaving(self, slot: Slot) -> None:
@@ -215,7 +215,7 @@ class Slot:
 
     def _remake(self) -> None:
         assert self.recipe is not None
-        storage = self.owner.replay(self.recipe)
+        storage = self.owner.remake(self, self.recipe)
         if storage.nbytes() != self.size_bytes:
             raise ReplayFailed(f"{storage.nbytes()} bytes came back for a tensor of {self.size_bytes}")
         self.bytes = whole(storage)

@@ -7,6 +7,7 @@ and its budget is a ledger instead of the allocator's cap. Nothing above this fi
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from torchlms.errors import BadOption, BudgetTooSmall, NotSupported
+from torchlms.errors import BadOption, BudgetTooSmall, NotSupported, SpillError
 from torchlms.memory.ledger import Ledger
 from torchlms.memory.limits import format_bytes
 
@@ -71,12 +72,15 @@ class CudaCopy:
 class FutureCopy:
     """Work of a thread. On a device it ends with a copy whose event ``wait`` also needs."""
 
-    __slots__ = ("future",)
+    __slots__ = ("future", "pid")
 
     def __init__(self, future: Future[Any]) -> None:
         self.future = future
+        self.pid = os.getpid()
 
     def wait(self) -> None:
+        if self.pid != os.getpid():
+            raise SpillError("a forked child has none of the threads that copy: what had left stays away")
         futures.wait((self.future,))
         error = self.future.exception()
         if error is not None:

@@ -89,8 +89,9 @@ def parse_bytes(value: str | int | float, *, whole_bytes: int | None = None) -> 
     return int(size)
 
 
-def format_bytes(size_bytes: float) -> str:
-    """``17072495001`` as ``"15.9 GiB"``; below 1 KiB in whole bytes."""
+def format_bytes(size_bytes: float, *, up: bool = False) -> str:
+    """``17072495001`` as ``"15.9 GiB"``; below 1 KiB in whole bytes. ``up``: rounded up, for what has to be
+    enough."""
     if abs(size_bytes) < 1024:
         return f"{int(size_bytes)} B"
     scaled = float(size_bytes)
@@ -99,7 +100,7 @@ def format_bytes(size_bytes: float) -> str:
         # 1023.95 and up would print as 1024.0 of this unit.
         if abs(scaled) < 1023.95 or unit == _BINARY_UNITS[-1]:
             break
-    return f"{scaled:.1f} {unit}"
+    return f"{math.ceil(scaled * 10) / 10 if up else scaled:.1f} {unit}"
 
 
 def _parse_text(text: str, whole_bytes: int | None) -> Fraction:

@@ -129,6 +129,9 @@ class StepLog:
         if not rows:
             return {}
         means = {name: statistics.fmean(getattr(row, name) for row in rows) for name in self._names[1:]}
+        if "items_per_s" in means:  # of all these steps together: a slow one counts for as long as it took
+            items = sum(row.items_per_s * row.seconds for row in rows)
+            means["items_per_s"] = items / sum(row.seconds for row in rows)
         return {"steps": len(rows), "median_seconds": statistics.median(row.seconds for row in rows), **means}
 
     def close(self) -> None:

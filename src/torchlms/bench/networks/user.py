@@ -71,7 +71,15 @@ def any_loss(output: Any, target: Any) -> Tensor:
     if logits.dim() == 0:
         return logits
     if isinstance(target, Tensor) and not target.is_floating_point():
-        rows = logits if target.dim() == logits.dim() - 1 == 1 else logits.flatten(0, -2)
+        if target.shape == (logits.shape[0], *logits.shape[2:]):  # classes in dimension 1, as PyTorch has it
+            return F.cross_entropy(logits.float(), target)
+        rows = logits.flatten(0, -2)
+        if rows.shape[0] != target.numel():
+            raise BadOption(
+                f"the network gives {list(logits.shape)} for integer targets of shape {list(target.shape)}: "
+                "classes must be its dimension 1 or its last one. Or have it return its own loss, as "
+                "a scalar or as .loss"
+            )
         return F.cross_entropy(rows.float(), target.flatten())
     return F.mse_loss(logits, target)
 

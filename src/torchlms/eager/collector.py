@@ -32,8 +32,10 @@ class SparedCollector:
         self._come_seldom(undo)
 
     def pass_by_more(self) -> None:
-        """Also by what has come since: the first steps import a good part of torch."""
+        """Also by what has come since: the first steps import a good part of torch. What it passed by until
+        now, and nobody holds any more, goes: a model in a cycle with its trainer, say."""
         if self._on:
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
 
