@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests import forked
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -55,6 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
+    forked.end()
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
