@@ -8,6 +8,7 @@ taken away again is taken away, so that one leak fails one test and not all that
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -70,6 +71,17 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def spared_collector() -> None:
+    """Collections pass by what is imported: each LMS begins with one, a tenth of a second for nothing.
+
+    LMS then leaves the collector alone. That it sees to this itself is tried in test_api.py, and in forks.
+    """
+    importlib.import_module("torch._dynamo")  # as the first optimizer does
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ are left to the interpreter. Of an error that nobody catches the traceback begin
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -75,7 +74,5 @@ if __name__ == "__main__":
     torchlms.LMS  # noqa: B018, comes with all that is needed to use it
     server = socket.socket(fileno=int(sys.argv[1]))
     before = sys.modules["__main__"]  # executes until the end, and so must live on
-    gc.collect()
-    gc.freeze()  # or else each fork would go through all that is imported, and copy it
     code = next_program(server)
     exec(code, main_module(code))
