@@ -77,7 +77,7 @@ def one_thread() -> Iterator[None]:
 def spared_collector() -> None:
     """Collections pass by what is imported: each LMS begins with one, a tenth of a second for nothing.
 
-    LMS then leaves the collector alone. That it sees to this itself is tried in test_api.py, and in forks.
+    LMS then leaves the collector alone. That it sees to this itself is tried in test_api.py.
     """
     importlib.import_module("torch._dynamo")  # as the first optimizer does
     gc.collect()

@@ -7,6 +7,7 @@ are left to the interpreter. Of an error that nobody catches the traceback begin
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -74,5 +75,7 @@ if __name__ == "__main__":
     torchlms.LMS  # noqa: B018, comes with all that is needed to use it
     server = socket.socket(fileno=int(sys.argv[1]))
     before = sys.modules["__main__"]  # executes until the end, and so must live on
+    gc.collect()
+    gc.freeze()  # or each fork would go through all that is imported, and get a copy of it
     code = next_program(server)
     exec(code, main_module(code))
