@@ -84,6 +84,15 @@ def spared_collector() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """The collector as a program has it that does not see to it: all objects are looked at."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

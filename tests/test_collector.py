@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,7 @@ import torchlms
 from torchlms.eager.collector import SparedCollector
 
 
-@pytest.fixture(autouse=True)
-def unfrozen() -> Iterator[None]:
-    """The collector as a program has it that does not see to it: all objects are looked at."""
-    gc.unfreeze()
-    yield
-    gc.collect()
-    gc.freeze()
+pytestmark = pytest.mark.usefixtures("unfrozen")
 
 
 @pytest.mark.parametrize("at_first", [0, 300], ids=["", "Python 3.12 freezes some objects itself"])
