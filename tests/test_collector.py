@@ -14,7 +14,6 @@ import torch
 import torchlms
 from torchlms.eager.collector import SparedCollector
 
-
 pytestmark = pytest.mark.usefixtures("unfrozen")
 
 
