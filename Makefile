@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
+.PHONY: help env demo test pytest more slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -35,7 +35,7 @@ env: $(READY)    ## build the environment, nothing else
 demo: $(READY)   ## the main job on this machine: a plain run beside a run under a budget
 	$(PY) -m torchlms demo $(ARGS)
 
-test: lint pytest  ## the environment, ruff, mypy and all tests
+test: lint pytest  ## the environment, ruff, mypy and the tests
 
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
 	$(PY) -m pytest -v -n 2 --dist loadfile $(ARGS)
@@ -45,7 +45,10 @@ lint: $(READY)   ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-slow: $(READY)   ## the tests that `make test` leaves out because they take long
+more: $(READY)   ## more of the same: cases and long runs of which `make test` has a part
+	$(PY) -m pytest -v -n 2 --dist loadfile -m 'more and not slow' $(ARGS)
+
+slow: $(READY)   ## the tests that `make test` and `make more` leave out because they take long
 	$(PY) -m pytest -v -n 2 --dist loadfile -m slow $(ARGS)
 
 # An environment that borrows the packages of $(PY) by a path file, so that nothing large is installed twice.

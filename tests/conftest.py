@@ -8,6 +8,7 @@ taken away again is taken away, so that one leak fails one test and not all that
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+from tests import forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,6 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
+    forked.end()
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
@@ -67,6 +71,26 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def spared_collector() -> None:
+    """Collections pass by what is imported: each LMS begins with one, a tenth of a second for nothing.
+
+    LMS then leaves the collector alone. That it sees to this itself is tried in test_api.py.
+    """
+    importlib.import_module("torch._dynamo")  # as the first optimizer does
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """The collector as a program has it that does not see to it: all objects are looked at."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

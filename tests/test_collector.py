@@ -14,6 +14,8 @@ import torch
 import torchlms
 from torchlms.eager.collector import SparedCollector
 
+pytestmark = pytest.mark.usefixtures("unfrozen")
+
 
 @pytest.mark.parametrize("at_first", [0, 300], ids=["", "Python 3.12 freezes some objects itself"])
 def test_the_collector_passes_by_what_was_there_before(
@@ -29,12 +31,10 @@ def test_the_collector_passes_by_what_was_there_before(
 
 def test_a_collector_that_somebody_else_froze_is_left_alone(tmp_path: Path) -> None:
     gc.freeze()
-    try:
-        with torchlms.LMS(torch.nn.Linear(4, 4), budget="1GiB", disk_dir=tmp_path):
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
+    before = gc.get_freeze_count()
+    with torchlms.LMS(torch.nn.Linear(4, 4), budget="1GiB", disk_dir=tmp_path):
+        assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() == before
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import gzip
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import forked
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -37,15 +37,9 @@ def run(name: str, *options: str) -> str:
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *options],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    done = forked.run(str(EXAMPLES / f"{name}.py"), *options, cwd=Path.cwd(), environment=environment)
+    assert done.status == 0, done.err[-4000:]
+    return done.out
 
 
 def test_all_are_here() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "torchlms"
 OPTIONAL = ["typer", "rich", "keras", "lightning", "transformers", "torchvision", "scipy", "hypothesis"]
+OTHER_NAMES = ["Rules", "api", "disable", "enable"]
 LIMIT_S = 0.3  # above `import torch`
 
 CHILD = """
@@ -52,8 +53,8 @@ def test_nothing_optional_and_no_device() -> None:
 
 def test_costs_little_above_torch() -> None:
     # The best of up to six: a busy machine makes an import slower, never faster.
-    times: list[float] = []
-    while len(times) < 6 and (len(times) < 3 or min(times) > LIMIT_S):
+    times = [import_in_child()["seconds"]]
+    while len(times) < 6 and min(times) > LIMIT_S:
         times.append(import_in_child()["seconds"])
     assert min(times) <= LIMIT_S, times
 
@@ -65,7 +66,10 @@ def test_torch_is_left_for_later() -> None:
     assert done.stdout == "False\n"
 
 
-@pytest.mark.parametrize("name", ["LMS", "Rules", "api", "disable", "enable", "nonsense"])
+@pytest.mark.parametrize(
+    "name",
+    ["LMS", "nonsense", *(pytest.param(name, marks=pytest.mark.more) for name in OTHER_NAMES)],
+)
 def test_each_name_can_be_the_first_asked_for(name: str) -> None:
     child = f"import torchlms; print(torchlms.{name}.__name__); from torchlms import *; print(LMS)"
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=120)

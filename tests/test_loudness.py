@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 LEVELS = ["debug", "info", "warning", "error"]
 PROGRAM = """
@@ -23,13 +24,7 @@ with torchlms.LMS(torch.nn.Linear(2, 2), budget="1GiB"):
     [(level, LEVELS[number:]) for number, level in enumerate(LEVELS)]
     + [("off", []), ("", LEVELS[1:]), ("INFO", LEVELS[1:]), ("nonsense", LEVELS[1:])],
 )
-def test_each_level(wanted: str, shown: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"TORCHLMS_LOG": wanted},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    assert [line.split()[1] for line in done.stderr.splitlines() if line.endswith(" it is")] == shown
+def test_each_level(wanted: str, shown: list[str], tmp_path: Path) -> None:
+    done = forked.run("-c", PROGRAM, cwd=tmp_path, environment=os.environ | {"TORCHLMS_LOG": wanted})
+    assert done.status == 0, done.err
+    assert [line.split()[1] for line in done.err.splitlines() if line.endswith(" it is")] == shown

@@ -62,7 +62,9 @@ def test_a_round_has_every_shape_once_in_another_order() -> None:
     assert len({tuple(one) for one in rounds}) > 1
 
 
-def test_a_short_soak_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_soak_from_end_to_end(
+    unfrozen: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setitem(BOUNDS, "step_s", soak_sample.Bound(100))  # so few steps are still being planned
     monkeypatch.setitem(BOUNDS, "objects", soak_sample.Bound(2))

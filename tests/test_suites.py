@@ -246,6 +246,7 @@ def test_samples_that_cannot_be_made_cost_one_group() -> None:
     assert list(progress.findings) == ["bad samples"]
 
 
+@pytest.mark.more
 def test_a_suite_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "suites.json"
     arguments = ["operators", "--only", "sigmoid float64", "--most", "2", "--out", str(path)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import time
 from dataclasses import replace
@@ -269,14 +268,12 @@ def test_ten_thousand_ops_in_five_seconds() -> None:
     tape = blocks(2500, size_bytes=64 * MIB)
     budget = Budget(int(0.2 * baseline_curve(tape).max()), LOTS, 0)
     took_s = []
-    gc.freeze()  # as LMS does: what else this process has made is not for the collector to walk through
     for _ in range(3):  # the best of three: the machine may be busy with something else
         began_s = time.process_time()
         made = joint.plan(tape, gpu(link=1e9), budget, RULES)
         took_s.append(time.process_time() - began_s)
         if took_s[-1] <= 5:
             break
-    gc.unfreeze()
     assert min(took_s) <= 5, took_s
     assert any(decision.choice is Choice.RECOMPUTE for decision in made.moves)
 

@@ -26,6 +26,14 @@ SMALLER = {
     "torchlms fit --model resnet50": _SMALL_FIT,
 }
 
+# Run by `make more` only: each is like another one that stays, or takes a process for each rival.
+MORE = {
+    "torchlms bench --model resnet50 --batch-size 200 --budget 16GiB --compare none,save_on_cpu,checkpoint",
+    "torchlms fit --model resnet50 --batch-size 200 --budget 24GiB --largest",
+    "torchlms report run.json --trace trace.json",
+    "torchlms report run.json -o report.html",
+}
+
 # Read by the command line's own parser, or looked up, and not carried out.
 NOT_RUN = {
     "make demo": "minutes; .ci/run runs it",

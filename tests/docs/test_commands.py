@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,8 @@ pytest.importorskip("jinja2")
 
 from tapes import GIB, gpu
 
-from tests.docs.commands import COMMANDS, NOT_RUN, ROOT, as_run
+from tests import forked
+from tests.docs.commands import COMMANDS, MORE, NOT_RUN, as_run
 from tests.fit.batches import step
 from tests.report_page.runs import run
 from torchlms.__main__ import main
@@ -42,7 +42,11 @@ from torch import nn
 def factory():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
 """
-RUN = [command for command in COMMANDS if command not in NOT_RUN]
+RUN = [
+    pytest.param(command, id=command, marks=[pytest.mark.more] if command in MORE else [])
+    for command in COMMANDS
+    if command not in NOT_RUN
+]
 # What a command must have left, or said, besides ending well.
 LEFT = ("--save-run", "--save-tape", "--save", "--json", "--trace", "-o")
 SAYS = {
@@ -103,9 +107,10 @@ def began(folder: Path) -> float:
 
 def script(words: list[str]) -> int:
     """A script under LMS needs a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-m", *words], env=environment, timeout=200).returncode
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return forked.run_with((0, 1, 2), *words, cwd=Path.cwd(), environment=environment)
 
 
 def test_what_is_not_run_is_there() -> None:
+    assert {*COMMANDS} >= MORE
     assert sorted(NOT_RUN) == [command for command in COMMANDS if not command.startswith("torchlms ")]

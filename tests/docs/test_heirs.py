@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import torchlms
 from tests.docs.commands import can_be_read
-from tests.runner.runs import under_lms
+from tests.runner.runs import forked_under_lms
 from torchlms.cli import app
 from torchlms.core.curve import baseline_curve, smallest_budget
 from torchlms.core.plan import Budget, Choice, Plan
@@ -173,7 +173,7 @@ def run(here: str, folder: Path) -> None:
     read_commands(here)
     body = "import torch\nnet = torch.nn.Linear(4, 4)\nnet(torch.ones(2, 4)).sum().backward()\n"
     (folder / "train.py").write_text(body)
-    ours = under_lms("--budget=1GiB", "--json=-", "train.py", cwd=folder)
+    ours = forked_under_lms("--budget=1GiB", "--json=-", "train.py", cwd=folder)
     assert json.loads(ours.out)["budget_bytes"] == GIB, ours.err
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import torchlms.api
+from torchlms.core import joint, search
 from torchlms.core.machine import Machine
 
 os.environ.setdefault("TORCHLMS_LOG", "off")  # pytest's own handler sees it all the same
@@ -36,6 +37,16 @@ def know_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(torchlms.api, "measured_machine", known)
     return made
+
+
+@pytest.fixture(autouse=True)
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that are found sooner and are a little worse: what becomes of a plan is the same.
+
+    How good they are is a matter of tests/core. Whole searches are also those of tests/runner and the demo.
+    """
+    monkeypatch.setattr(search, "EFFORT", search.EFFORT // 10)
+    monkeypatch.setattr(joint, "SETS", joint.SETS // 3)
 
 
 @pytest.fixture(autouse=True)

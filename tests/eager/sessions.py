@@ -151,6 +151,11 @@ def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str]]:
         yield path, bits(tree) if isinstance(tree, Tensor) else repr(tree)
 
 
+def more(*case: Any) -> Any:
+    """A case that is left to `make more`."""
+    return pytest.param(*case, marks=pytest.mark.more)
+
+
 def new_session(network: Network) -> Session:
     """Always the same weights, and the same generator state to go on from."""
     torch.manual_seed(1234)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from sessions import (
     Session,
+    more,
     moved_bytes,
     new_session,
     open_lms,
@@ -91,7 +92,7 @@ def test_the_loop_goes_on_in_the_same_lms(place: str, error: type, spill_dir: Pa
     assert stats["state"] == "guard"
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError, more(KeyboardInterrupt)])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("when", [0, 2, 5])
 def test_the_loop_goes_on_in_a_new_lms(when: int, place: str, error: type, spill_dir: Path) -> None:

@@ -13,6 +13,7 @@ from sessions import (
     Loop,
     Session,
     assert_same_bits,
+    more,
     new_session,
     open_lms,
     plain_peak,
@@ -37,14 +38,18 @@ from tests.matrix.programs import changing_sizes, evaluate_between
 
 ANYWHERE = [accumulate, two_forwards, changing_sizes, evaluate_between, clipped, half_frozen]
 CASES = [
-    *((name, loop) for loop in ANYWHERE for name in ("resnet", "transformer", "lstm")),
+    *((name, loop) for loop in ANYWHERE for name in ("resnet", "transformer")),
+    *(more("lstm", loop) for loop in ANYWHERE),
     *(("unet3d", loop) for loop in (autocast, closure, forwards_first)),
     *((name, loop) for name in ("resnet", "transformer") for loop in (autocast, only_grad)),
 ]
 # Parts of the graph go through backward more than once, so values are used in more than one stretch.
 MORE_THAN_ONCE = [
-    *((name, loop) for name in ("resnet", "transformer", "lstm") for loop in (two_losses, same_graph_twice)),
-    *((name, penalty) for name in ("mlp", "unet3d", "resnet")),
+    *((name, loop) for name in ("resnet", "transformer") for loop in (two_losses, same_graph_twice)),
+    *(more("lstm", loop) for loop in (two_losses, same_graph_twice)),
+    ("mlp", penalty),
+    more("unet3d", penalty),
+    ("resnet", penalty),
 ]
 # An LSTM waits in few large values, and less of its plain peak can be spared.
 SHARES = {"lstm": 0.85}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sessions import (
     Loop,
+    more,
     new_session,
     open_lms,
     plain_peak,
@@ -45,7 +46,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("loop", [plain_step, *(loop for loop in ANYWHERE if loop is not evaluate_between)])
-@pytest.mark.parametrize("name", ["mlp", "transformer"])
+@pytest.mark.parametrize("name", [more("mlp"), "transformer"])
 def test_the_peak_comes_true(name: str, loop: Loop, spill_dir: Path) -> None:
     network = NETWORKS[name]
     budget = int(0.7 * plain_peak(network, loop))

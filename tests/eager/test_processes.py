@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,8 @@ from sessions import (
     run_plain,
 )
 from small_networks import NETWORKS
+
+from tests import forked
 
 MLP = NETWORKS["mlp"]
 BUDGET = 800_000  # of 1.7 MB
@@ -145,22 +145,20 @@ def test_a_program_that_never_disables(end: str, tmp_path: Path) -> None:
     """The interpreter ends, in whatever way, and nothing is left; after kill -9, at the next start."""
     code = textwrap.dedent(PROGRAM).replace("END", end)
     spill = tmp_path / "other"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(spill)], capture_output=True, text=True, timeout=WAIT_S, check=False
-    )
-    assert ended.stdout.strip() == "moved", ended.stderr
+    ended = forked.run("-c", code, str(spill), cwd=tmp_path)
+    assert ended.out.strip() == "moved", ended.err
     left = list(spill.iterdir())
     if "kill" in end:
-        assert ended.returncode == -9
+        assert ended.status == -9
         assert len(left) == 1
         session = new_session(MLP)
         with open_lms(session, BUDGET, spill):
             plain_step(session, 0)
             assert left[0] not in list(spill.iterdir())
     else:
-        assert ended.returncode == 1
+        assert ended.status == 1
     assert list(spill.iterdir()) == []
-    noise = [line for line in ended.stderr.splitlines() if "Exception ignored" in line or "Error" in line]
+    noise = [line for line in ended.err.splitlines() if "Exception ignored" in line or "Error" in line]
     assert noise == (["ValueError: on purpose"] if "raise" in end else [])
 
 

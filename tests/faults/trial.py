@@ -170,6 +170,7 @@ def expected(network: Network, steps: int) -> Outcome:
 @cache
 def moments(kind: str, *, recompute: bool, spill_dir: Path) -> int:
     """How often a run without faults calls what this kind of fault patches."""
+    budget_bytes(NETWORK, STEPS), expected(NETWORK, STEPS)  # plain runs of their own, which come once
     target, name, _ = KINDS[kind]
     strikes = Strikes(-1, 0)
     right = getattr(target, name)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import torchlms.memory.disk as disk
+from tests import forked
 from torchlms.errors import LMSError, SpillError
 from torchlms.memory.disk import ALIGNMENT_BYTES, CHUNK_BYTES, SpillFile, filesystem_type
 
@@ -30,13 +31,8 @@ HOLDER = """
 """
 
 
-def run(program, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def run(program, directory):
+    return forked.run("-c", textwrap.dedent(program), str(directory), cwd=directory)
 
 
 def hold(directory):
@@ -188,7 +184,7 @@ def test_file_size_limit(tmp_path):
         """,
         tmp_path,
     )
-    assert result.stdout == "done\n", result.stderr
+    assert result.out == "done\n", result.err
     assert names(tmp_path) == []
 
 
@@ -341,8 +337,8 @@ def test_a_failure_does_not_hold_the_tensor(spill, monkeypatch):
 
 def test_exit_without_close_removes_everything(tmp_path):
     result = run(HOLDER, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("torchlms-")
+    assert result.status == 0, result.err
+    assert result.out.startswith("torchlms-")
     assert names(tmp_path) == []
 
 
@@ -439,7 +435,7 @@ def test_a_forked_child_that_exits_normally_removes_nothing(tmp_path):
         """,
         tmp_path,
     )
-    assert result.stdout == "done\n", result.stderr
+    assert result.out == "done\n", result.err
     assert names(tmp_path) == []
 
 

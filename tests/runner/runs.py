@@ -1,23 +1,18 @@
-"""A program run twice, in processes of its own: by python, and by ``torchlms run``."""
+"""A program run twice: by python, and by ``torchlms run``, in processes of its own or in forks of one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+from tests import forked
+from tests.forked import Ended
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples" / "scripts"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TORCHLMS_LOG": ""}
-
-
-@dataclass(frozen=True)
-class Ended:
-    status: int  # negative: the signal that ended it
-    out: str
-    err: str
 
 
 def plainly(*arguments: str, cwd: Path, stdin: str = "") -> Ended:
@@ -31,6 +26,20 @@ def under_lms(*arguments: str, cwd: Path, stdin: str = "") -> Ended:
 def both(*arguments: str, cwd: Path, stdin: str = "") -> tuple[Ended, Ended]:
     """Plainly, and with LMS saying nothing."""
     return plainly(*arguments, cwd=cwd, stdin=stdin), under_lms("--quiet", *arguments, cwd=cwd, stdin=stdin)
+
+
+def forked_plainly(*arguments: str, cwd: Path, stdin: str = "") -> Ended:
+    """For scripts of which nobody asks how they begin: see ``forked.py``."""
+    return forked.run(*arguments, cwd=cwd, environment=ENVIRONMENT, stdin=stdin)
+
+
+def forked_under_lms(*arguments: str, cwd: Path, stdin: str = "") -> Ended:
+    return forked.run("torchlms", "run", *arguments, cwd=cwd, environment=ENVIRONMENT, stdin=stdin)
+
+
+def forked_both(*arguments: str, cwd: Path, stdin: str = "") -> tuple[Ended, Ended]:
+    plain = forked_plainly(*arguments, cwd=cwd, stdin=stdin)
+    return plain, forked_under_lms("--quiet", *arguments, cwd=cwd, stdin=stdin)
 
 
 def _run(command: list[str], cwd: Path, stdin: str) -> Ended:

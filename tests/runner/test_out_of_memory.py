@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.runs import ENVIRONMENT, EXAMPLES, Ended
+from tests import forked
+from tests.forked import Ended
+from tests.runner.runs import ENVIRONMENT, EXAMPLES
 
 pytest.importorskip("typer")
 
@@ -37,6 +39,10 @@ class Case:
 
 
 CASES = {
+    "a small language model": Case(
+        "language_model.py",
+        "--steps 2 --batch-size 32 --length 128 --width 64 --layers 6 --accumulate 1", "80MiB", 100,
+    ),
     "language_model": Case(
         "language_model.py",
         "--steps 2 --batch-size 64 --length 128 --width 128 --layers 8 --accumulate 1", "260MiB", 400,
@@ -46,9 +52,18 @@ CASES = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what a process maps is read from /proc")
-@pytest.mark.parametrize("name", ["language_model", pytest.param("images", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a small language model",
+        pytest.param("language_model", marks=pytest.mark.more),
+        pytest.param("images", marks=pytest.mark.more),
+    ],
+)
 def test_it_ends_under_lms_where_it_died(name: str, tmp_path: Path) -> None:
     case = CASES[name]
+    probed = forked.run("torchlms", "probe", cwd=tmp_path, environment=ENVIRONMENT)
+    assert probed.status == 0, probed.err  # under the limit the disk could not be measured
     script = [str(EXAMPLES / case.script), *case.arguments.split()]
     ample, needed_bytes = run([sys.executable, *script], tmp_path)
     assert ample.status == 0, ample.err

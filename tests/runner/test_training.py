@@ -9,16 +9,17 @@ import json
 import os
 import pty
 import re
-import subprocess
-import sys
 import tempfile
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runner.runs import ENVIRONMENT, EXAMPLES, Ended, both, plainly, under_lms
+from tests import forked
+from tests.forked import Ended
+from tests.runner.runs import ENVIRONMENT, EXAMPLES, both, forked_both, forked_plainly, forked_under_lms
 from torchlms.core.tape import Kind, Tape
 
 pytest.importorskip("typer")
@@ -52,20 +53,20 @@ def write(tmp_path: Path, body: str, head: str = HEAD) -> str:
 def plain_run(text: str) -> Ended:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "train.py").write_text(text)
-        return plainly("train.py", cwd=Path(folder))
+        return forked_plainly("train.py", cwd=Path(folder))
 
 
 def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     """Of a run under LMS that prints what the plain run prints."""
     plain = plain_run((tmp_path / script).read_text())
-    ours = under_lms(BUDGET, "--json=figures.json", *options, script, cwd=tmp_path)
+    ours = forked_under_lms(BUDGET, "--json=figures.json", *options, script, cwd=tmp_path)
     assert (ours.status, ours.out) == (plain.status, plain.out), ours.err
     found: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
     return found | {"said": ours.err}
 
 
-def slow(case: str) -> Any:
-    return pytest.param(case, marks=pytest.mark.slow)
+def more(case: str) -> Any:
+    return pytest.param(case, marks=pytest.mark.more)
 
 
 # -- the examples ----------------------------------------------------------------------------
@@ -74,16 +75,16 @@ def slow(case: str) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "budget"),
     [
-        pytest.param(["digits.py", "--epochs=1"], 52 << 20, marks=pytest.mark.slow),
-        pytest.param(["language_model.py", "--steps=5"], 30 << 20, marks=pytest.mark.slow),
+        pytest.param(["digits.py", "--epochs=1"], 52 << 20, marks=pytest.mark.more),
+        pytest.param(["language_model.py", "--steps=5"], 30 << 20, marks=pytest.mark.more),
         (["images.py", "--workers=1", "--start-method=fork"], 15 << 20),
-        pytest.param(["images.py", "--workers=1", "--start-method=spawn"], 15 << 20, marks=pytest.mark.slow),
+        pytest.param(["images.py", "--workers=1", "--start-method=spawn"], 15 << 20, marks=pytest.mark.more),
     ],
 )
 def test_examples(arguments: list[str], budget: int, tmp_path: Path) -> None:
     command = [str(EXAMPLES / arguments[0]), *arguments[1:]]
-    plain = plainly(*command, cwd=tmp_path)
-    ours = under_lms(f"--budget={budget}", "--json=figures.json", *command, cwd=tmp_path)
+    plain = forked_plainly(*command, cwd=tmp_path)
+    ours = forked_under_lms(f"--budget={budget}", "--json=figures.json", *command, cwd=tmp_path)
     assert (ours.status, ours.out) == (0, plain.out), ours.err
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["state"] in ("guard", "record"), "the last batch of an epoch is smaller and planned apart"
@@ -91,11 +92,11 @@ def test_examples(arguments: list[str], budget: int, tmp_path: Path) -> None:
     assert found["peak_device_bytes"] <= budget
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_script_that_reads_its_text_from_a_pipe(tmp_path: Path) -> None:
     text = "to be or not to be, that is the question; " * 10
     script = str(EXAMPLES / "language_model.py")
-    plain, ours = both(script, "--text=-", "--steps=2", cwd=tmp_path, stdin=text)
+    plain, ours = forked_both(script, "--text=-", "--steps=2", cwd=tmp_path, stdin=text)
     assert ours.out == plain.out
 
 
@@ -117,7 +118,7 @@ def test_model_and_optimizer_are_found(tmp_path: Path) -> None:
     assert "recording step 1 on cpu, budget 3.0 MiB" in found["said"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_two_models_and_two_optimizers(tmp_path: Path) -> None:
     body = """
         class Generator(nn.Sequential): pass
@@ -148,7 +149,7 @@ def test_two_models_and_two_optimizers(tmp_path: Path) -> None:
     assert any(op.module.startswith("0.") for op in tape.ops)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_model_is_not_kept_alive(tmp_path: Path) -> None:
     body = """
         import gc, weakref
@@ -165,7 +166,7 @@ def test_a_model_is_not_kept_alive(tmp_path: Path) -> None:
     assert figures(tmp_path, write(tmp_path, body))["state"] == "guard"
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_parameters_without_a_module(tmp_path: Path) -> None:
     body = """
         weights = [torch.randn(64, 64, requires_grad=True) for _ in range(12)]
@@ -181,7 +182,7 @@ def test_parameters_without_a_module(tmp_path: Path) -> None:
     assert found["steps"] == 5, "all but the first, in which nothing told of a training step"
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_other_modules_do_not_count(tmp_path: Path) -> None:
     """A preprocessing module in front, a frozen network and an evaluation before the first step."""
     body = """
@@ -196,24 +197,24 @@ def test_other_modules_do_not_count(tmp_path: Path) -> None:
     assert said.index("now") < said.index("recording step 1")
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_forward_called_by_its_name(tmp_path: Path) -> None:
     body = "for _ in range(5): step(net.forward, optimizer)"
     figures(tmp_path, write(tmp_path, body), "--save-tape=tape.json")
     assert {"0", "1", "23"} <= {op.module for op in Tape.load(tmp_path / "tape.json").ops}
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize(
     "whole", ["net = torch.compile(net, backend='aot_eager')", "net.compile(backend='eager')"]
 )
 def test_a_compiled_model(whole: str, tmp_path: Path) -> None:
     script = write(tmp_path, f"{whole}\n{USUAL}\n")
-    plain, ours = both(script, cwd=tmp_path)
+    plain, ours = forked_both(script, cwd=tmp_path)
     assert ours == plain, "and no warning of global hooks"
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_compiled_step_in_one_graph(tmp_path: Path) -> None:
     body = """
         graphs = []
@@ -226,11 +227,11 @@ def test_a_compiled_step_in_one_graph(tmp_path: Path) -> None:
         for _ in range(6): step(run, optimizer)
         print(len(graphs), file=sys.stderr)
     """
-    plain, ours = both(write(tmp_path, body), cwd=tmp_path)
+    plain, ours = forked_both(write(tmp_path, body), cwd=tmp_path)
     assert (ours.status, ours.out) == (plain.status, plain.out), ours.err
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_modes_of_the_script_are_waited_for(tmp_path: Path) -> None:
     """LMS put on within them would be taken off in their place."""
     body = """
@@ -247,7 +248,7 @@ def test_modes_of_the_script_are_waited_for(tmp_path: Path) -> None:
 OWN = "the script uses torchlms itself: its settings hold, those of `torchlms run` do not"
 
 
-@pytest.mark.parametrize("before", ["", slow("step(net, optimizer)\n")])
+@pytest.mark.parametrize("before", ["", more("step(net, optimizer)\n")])
 def test_the_scripts_own_lms_wins(before: str, tmp_path: Path) -> None:
     body = f"""
         import torchlms
@@ -263,7 +264,7 @@ def test_the_scripts_own_lms_wins(before: str, tmp_path: Path) -> None:
     assert "LMS was never on" not in found["said"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_script_switches_lms_off(tmp_path: Path) -> None:
     body = (
         "import torchlms\nstep(net, optimizer)\ntorchlms.disable()\nfor _ in range(3): step(net, optimizer)"
@@ -278,14 +279,17 @@ def test_the_script_switches_lms_off(tmp_path: Path) -> None:
     "body",
     [
         "net(torch.randn(4, 64)).sum().backward()\nnet(torch.randn(4, 65))",
-        slow(
+        more(
             "class Bad(nn.Module):\n  def forward(self, x):\n    return net(x) @ x\nBad()(torch.randn(3, 64))"
         ),
-        slow("y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()"),
-        slow("step(net, optimizer)\nraise SystemExit(9)"),
+        more("y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()"),
+        more("step(net, optimizer)\nraise SystemExit(9)"),
         "step(net, optimizer)\nraise KeyboardInterrupt",
-        "step(net, optimizer)\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\nstep(net, optimizer)",
-        "step(net, optimizer)\nimport os\nos._exit(3)",
+        more(
+            "step(net, optimizer)\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+            "step(net, optimizer)"
+        ),
+        more("step(net, optimizer)\nimport os\nos._exit(3)"),
     ],
 )
 def test_the_same_traceback_and_status(body: str, tmp_path: Path) -> None:
@@ -297,19 +301,19 @@ def test_the_same_traceback_and_status(body: str, tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
-    ours = under_lms("--budget=500KiB", write(tmp_path, USUAL), cwd=tmp_path)
+    ours = forked_under_lms("--budget=500KiB", write(tmp_path, USUAL), cwd=tmp_path)
     assert ours.status == 1
     assert "torchlms.errors.BudgetTooSmall: aten." in ours.err
     assert "train.py" in ours.err
     assert "torchlms/eager" not in ours.err
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_lms_that_cannot_be_put_on(tmp_path: Path) -> None:
     """The error comes from within the script; it is one line all the same, and not the script's to catch."""
     body = "try:\n    step(net, optimizer)\nexcept Exception:\n    print('caught')"
     (tmp_path / "plan.json").write_text("{}")
-    ours = under_lms("--plan=plan.json", write(tmp_path, body), cwd=tmp_path)
+    ours = forked_under_lms("--plan=plan.json", write(tmp_path, body), cwd=tmp_path)
     assert (ours.status, ours.out) == (2, "")
     assert ours.err.startswith("torchlms: ")
     assert len(ours.err.splitlines()) == 1
@@ -317,16 +321,16 @@ def test_lms_that_cannot_be_put_on(tmp_path: Path) -> None:
 
 def test_running_out_of_memory_all_the_same(tmp_path: Path) -> None:
     script = write(tmp_path, "step(net, optimizer)\nraise MemoryError")
-    ours = under_lms("--quiet", script, cwd=tmp_path)
+    ours = forked_under_lms("--quiet", script, cwd=tmp_path)
     assert ours.status == 1
     advice = ours.err.splitlines()[-1]
     assert advice.startswith("torchlms: memory ran out although LMS was on, for 1 steps")
     script = write(tmp_path, "torch.empty(1 << 60)")
-    ours = under_lms("--quiet", script, cwd=tmp_path)
+    ours = forked_under_lms("--quiet", script, cwd=tmp_path)
     assert ours.err.splitlines()[-1].startswith("torchlms: memory ran out before LMS was on")
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_another_device_than_asked_for(tmp_path: Path) -> None:
     found = figures(tmp_path, write(tmp_path, USUAL), "--device=cuda")
     assert "was seen in this process's main thread on cuda" in found["said"]
@@ -335,7 +339,7 @@ def test_another_device_than_asked_for(tmp_path: Path) -> None:
 # -- plans and processes ---------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_plan_is_kept_and_used_again(tmp_path: Path) -> None:
     script = write(tmp_path, USUAL)
     figures(tmp_path, script, "--save-plan=plan.json")
@@ -344,7 +348,7 @@ def test_a_plan_is_kept_and_used_again(tmp_path: Path) -> None:
     assert found["plan_s"] == json.loads((tmp_path / "plan.json").read_text())["plan_s"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_recomputing(tmp_path: Path) -> None:
     body = """
         net = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Sigmoid()) for _ in range(8)])
@@ -356,7 +360,7 @@ def test_recomputing(tmp_path: Path) -> None:
         assert any(value.recipe for value in tape.values) == (not options)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_forks_are_left_alone(tmp_path: Path) -> None:
     """A child neither starts LMS nor reports, whether it was forked before LMS was on or after."""
     body = """
@@ -380,7 +384,7 @@ def test_forks_are_left_alone(tmp_path: Path) -> None:
     assert found["said"].count("following a plan") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_other_threads_are_left_alone(tmp_path: Path) -> None:
     body = """
         import threading
@@ -392,7 +396,7 @@ def test_other_threads_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_quiet(tmp_path: Path) -> None:
-    ours = under_lms("--quiet", BUDGET, write(tmp_path, USUAL), cwd=tmp_path)
+    ours = forked_under_lms("--quiet", BUDGET, write(tmp_path, USUAL), cwd=tmp_path)
     assert (ours.status, ours.err) == (0, "")
 
 
@@ -409,14 +413,14 @@ def test_rules_hold(tmp_path: Path) -> None:
 def test_figures_alone_on_standard_output(tmp_path: Path) -> None:
     """Also where a child of the script prints."""
     script = write(tmp_path, f"import os\n{USUAL}\nos.system('echo child')")
-    ours = under_lms(BUDGET, "--json=-", script, cwd=tmp_path)
+    ours = forked_under_lms(BUDGET, "--json=-", script, cwd=tmp_path)
     assert json.loads(ours.out)["steps"] == 6
     assert "child" in ours.err
     assert plain_run((tmp_path / script).read_text()).out.split()[0] in ours.err
     assert not (tmp_path / "-").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_steps_are_noted(tmp_path: Path) -> None:
     """A row a lap, also where two optimizers step in each; a trace of some; averages without the first."""
     body = """
@@ -457,19 +461,19 @@ def test_the_log_has_levels(option: str, shown: int, tmp_path: Path) -> None:
         for level in ("debug", "info", "warning"):
             getattr(logging.getLogger("torchlms"), level)("%s it is", level)
     """
-    ours = under_lms(option, write(tmp_path, body), cwd=tmp_path)
+    ours = forked_under_lms(option, write(tmp_path, body), cwd=tmp_path)
     assert ours.err.count(" it is") == shown
     assert ("recording step 1" in ours.err) is (shown > 1)
 
 
 def test_a_level_that_is_none(tmp_path: Path) -> None:
-    ours = under_lms("--log=loud", write(tmp_path, ""), cwd=tmp_path)
+    ours = forked_under_lms("--log=loud", write(tmp_path, ""), cwd=tmp_path)
     assert (ours.status, ours.err) == (
         2, "torchlms: --log loud: choose from debug, info, warning, error, off\n"
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_bits_are_checked(tmp_path: Path) -> None:
     script = write(tmp_path, USUAL)
     assert figures(tmp_path, script)["verified_values"] == 0
@@ -496,11 +500,11 @@ TORN = """
 
 @pytest.mark.parametrize(("options", "said"), [(["--snapshot"], "True\nTrue"), ([], "False\nFalse")])
 def test_a_torn_step_is_undone(options: list[str], said: str, tmp_path: Path) -> None:
-    ours = under_lms(BUDGET, *options, write(tmp_path, TORN), cwd=tmp_path)
+    ours = forked_under_lms(BUDGET, *options, write(tmp_path, TORN), cwd=tmp_path)
     assert ours.out.endswith(f"StepTorn {said}\n"), ours.err
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_an_optimizer_around_another(tmp_path: Path) -> None:
     body = """
         class Outer(torch.optim.Optimizer):
@@ -520,32 +524,39 @@ def test_an_optimizer_around_another(tmp_path: Path) -> None:
 
 def test_a_live_line_on_a_terminal(tmp_path: Path) -> None:
     """On standard error only, gone at the end; without the option, or a terminal, there is none."""
-    script = write(tmp_path, "import time\nfor _ in range(6): step(net, optimizer); time.sleep(0.3)")
-    plain = plainly(script, cwd=tmp_path)
+    body = """
+        import time
+        net.register_forward_hook(lambda *_: time.sleep(0.3 * sys.stderr.isatty()))
+        for _ in range(6): step(net, optimizer)
+    """
+    script = write(tmp_path, body)
+    plain = forked_plainly(script, cwd=tmp_path)
     for options, shown in ((["--live", "--batch-size=1024"], True), ([], False)):
         out, error = on_a_terminal("--quiet", BUDGET, *options, script, cwd=tmp_path)
         assert out == plain.out
         assert ("torchlms: recording, which is slow, step 1" in error) is shown
         assert ("items/s" in error) is shown
         assert error.endswith("\x1b[2K") is shown
-    assert under_lms("--quiet", "--live", BUDGET, script, cwd=tmp_path) == plain
+    assert forked_under_lms("--quiet", "--live", BUDGET, script, cwd=tmp_path) == plain
 
 
 def on_a_terminal(*arguments: str, cwd: Path) -> tuple[str, str]:
-    """What is said on standard output, a pipe, and on standard error, a terminal."""
+    """What is said on standard output, a file, and on standard error, a terminal."""
     ours, theirs = pty.openpty()
-    os.set_blocking(ours, True)
-    command = [sys.executable, "-m", "torchlms", "run", *arguments]
     environment = ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "160"}
-    with subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
-    ) as process:
+    with open(os.devnull) as given, tempfile.TemporaryFile() as out, ThreadPoolExecutor(1) as reader:
+        said = reader.submit(all_that_is_said, ours)
+        files = given.fileno(), out.fileno(), theirs
+        forked.run_with(files, "torchlms", "run", *arguments, cwd=cwd, environment=environment)
         os.close(theirs)
-        said = b""
-        with contextlib.suppress(OSError):  # how a terminal says that nobody is left
-            while part := os.read(ours, 4096):
-                said += part
-        assert process.stdout is not None
-        out = process.stdout.read()
-    os.close(ours)
-    return out, said.decode()
+        out.seek(0)
+        return out.read().decode(), said.result().decode()
+
+
+def all_that_is_said(terminal: int) -> bytes:
+    said = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody is left
+        while part := os.read(terminal, 4096):
+            said += part
+    os.close(terminal)
+    return said
