@@ -250,7 +250,7 @@ def test_the_plan_is_for_the_tape_as_it_was() -> None:
     for decision in dropped:
         stretch = tape.values[decision.value].idle[0]
         assert (decision.release_op, decision.reload_op) == (stretch.start, stretch.stop)
-        assert "made again by 1 ops" in decision.reason
+        assert "made again by 1 op" in decision.reason
         assert "copies would take" in decision.reason
     moved = [decision for decision in made.moves if decision.choice is Choice.HOST]
     for decision in moved:

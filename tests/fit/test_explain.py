@@ -42,7 +42,7 @@ def test_with_recompute_it_is_faster_and_says_so(tmp_path: Path) -> None:
     _, moves = run(tmp_path, "--budget", "2GiB", "--no-recompute")
     said, both = run(tmp_path, "--budget", "2GiB")
     assert both.predicted.step_s < moves.predicted.step_s
-    assert "made again by 1 ops" in said
+    assert "made again by 1 op" in said
 
 
 def test_nothing_has_to_move(tmp_path: Path) -> None:
