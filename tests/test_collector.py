@@ -77,8 +77,8 @@ def test_no_full_collection_within_a_step(tmp_path: Path) -> None:
     gc.set_threshold(20, 4, 10)
     try:
         with torchlms.LMS(model, optimizer, budget="16MiB", disk_dir=tmp_path) as lms:
-            for step in range(50):
-                if step == 30:
+            for step in range(20):
+                if step == 12:
                     assert lms.stats()["plan"], "it follows a plan"
                     gc.callbacks.append(note)
                 optimizer.zero_grad()
