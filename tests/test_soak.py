@@ -68,6 +68,7 @@ def test_a_short_soak_from_end_to_end(
     threads = torch.get_num_threads()
     monkeypatch.setitem(BOUNDS, "step_s", soak_sample.Bound(100))  # so few steps are still being planned
     monkeypatch.setitem(BOUNDS, "objects", soak_sample.Bound(2))
+    monkeypatch.setitem(BOUNDS, "threads", soak_sample.Bound(3))  # those that copy begin as copies overlap
     monkeypatch.setitem(BOUNDS, "spill_file_bytes", soak_sample.Bound(1, 1 << 30))
     monkeypatch.setitem(BOUNDS, "rss_bytes", soak_sample.Bound(2))
     path = tmp_path / "soak.json"
