@@ -11,8 +11,8 @@ from branches import NETWORK, shuffled
 from hazards import delay_disk, poison_memory
 from sessions import Watched, plain_peak, run_lms, run_plain, slow_disk
 
+from torchlms.eager.slot import Slot
 from torchlms.errors import BudgetTooSmall
-from torchlms.memory.device import FutureCopy
 
 STEPS = 6
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
@@ -60,11 +60,17 @@ def test_orders_differ() -> None:
 
 
 def test_a_copy_that_nobody_waits_for_shows(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: without the waits somebody reads poison, or what is not there yet. Or what was
-    to leave is still there when its memory is needed, and no run comes to its end."""
-    monkeypatch.setattr(FutureCopy, "wait", lambda self: None)
+    """The test above can fail: without the wait for what comes back somebody reads what is not there yet."""
+
+    def take_at_once(self: Slot) -> None:
+        if self.copy_out is not None:  # or the memory of what left would still be held, and no run would end
+            self.copy_out.wait()
+        self.copy_in = None
+
+    monkeypatch.setattr(Slot, "_settle", take_at_once)
     for seed in range(8):
         with contextlib.suppress(BudgetTooSmall):
             _, differences = raced(seed, *WAYS["by a plan"], spill_dir, monkeypatch)
             assert differences
             return
+    pytest.fail("no run ended, so nothing was shown")
