@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,20 @@ from sessions import (
 )
 from small_networks import NETWORKS
 
+from torchlms.core.calibrate import foretold
 from torchlms.core.drops import with_drops
+from torchlms.core.machine import Machine
+from torchlms.core.pace import lap_s
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Tape
 from torchlms.eager import provenance
+from torchlms.eager.engine import Engine
 from torchlms.eager.replayable import may_replay
-from torchlms.eager.routine import TIMINGS
-from torchlms.eager.timer import OpTimer
+from torchlms.eager.routine import TIMINGS, Routine
+from torchlms.eager.timer import Lap, OpTimer
 from torchlms.memory.disk import SpillFile
 from torchlms.race import TIMED_LAPS, WARM_LAPS, Contender, Race
-from torchlms.referee import race_of
+from torchlms.referee import Referee, race_of
 
 NETWORK = NETWORKS["mlp"]
 STEPS = 4 + 4 * (WARM_LAPS + TIMED_LAPS)  # recorded, timed, and four plans
@@ -51,6 +57,37 @@ def test_the_first_stays_unless_another_is_clearly_faster() -> None:
     assert fast.done
     assert "first 1000.0 ms" in Race([first, fast]).result()
     assert Race([first, fast]).result().endswith("fast stays")
+
+
+OP_S = 1e-5
+
+
+def know_times(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, timer_says: Callable[[int], float] = lambda timing: 1.0
+) -> list[OpTimer]:
+    """Ops that take ``OP_S`` and a disk as fast as that of ``machine``: a lap takes what follows for the plan
+    that runs, and not what this computer has time for. LMS is told of another disk, and of ops that take
+    ``timer_says(n)`` times as long in the n-th step whose ops are timed. Returns who timed them."""
+    slow_disk(monkeypatch)
+    right, note = OpTimer.times, Referee.note
+    timers: list[OpTimer] = []
+    now_s = 0.0
+
+    def times(self: OpTimer) -> list[tuple[str, float]]:
+        timers.append(self)
+        return [(name, OP_S * timer_says(len(timers))) for name, _ in right(self)]
+
+    def noted(self: Referee, engine: Engine, routine: Routine) -> None:
+        nonlocal now_s
+        if routine.tape is not None and routine.program is not None:
+            tape = replace(routine.tape, ops=tuple(replace(op, time_s=OP_S) for op in routine.tape.ops))
+            now_s = lap_s(tape, foretold(tape, machine, routine.program.plan).step_s)
+        note(self, engine, routine)
+
+    monkeypatch.setattr(OpTimer, "times", times)
+    monkeypatch.setattr(Referee, "note", noted)
+    monkeypatch.setattr(Lap, "seconds", property(lambda self: None if self._end is None else now_s))
+    return timers
 
 
 def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape, list[str]]:
@@ -78,13 +115,13 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape,
 
 
 def test_a_disk_that_is_faster_than_was_thought(
-    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
 ) -> None:
     """Thought to be a thousand times too slow: plans are made for a faster one, and tried.
 
     Where only little can be made again, so that something has to move.
     """
-    slow_disk(monkeypatch)
+    know_times(monkeypatch, machine)
 
     def little(func: object, device_type: str) -> bool:
         return not any(name in str(func) for name in ("mm", "bernoulli")) and may_replay(func, device_type)
@@ -96,10 +133,10 @@ def test_a_disk_that_is_faster_than_was_thought(
 
 
 def test_moves_alone_are_calibrated_as_well(
-    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
 ) -> None:
     """What the first plan predicts for a disk that is thought to be slow is not what the log ends with."""
-    slow_disk(monkeypatch)
+    know_times(monkeypatch, machine)
     caplog.set_level(logging.INFO, logger="torchlms")
     session = new_session(NETWORK)
     with open_lms(session, int(0.6 * plain_peak(NETWORK)), spill_dir, rules=SMALL) as lms:
@@ -167,12 +204,10 @@ def test_making_again_wins_where_the_disk_is_slow(
 
 
 def test_ops_that_were_timed_too_long(
-    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
 ) -> None:
     """Once the race is over the plan predicts what its steps have shown."""
-    slow_disk(monkeypatch)
-    right = OpTimer.times
-    monkeypatch.setattr(OpTimer, "times", lambda self: [(name, 20 * time_s) for name, time_s in right(self)])
+    know_times(monkeypatch, machine, lambda timing: 20.0)
     plan, tape, _ = raced(spill_dir, caplog)
     texts = [record.getMessage() for record in caplog.records]
     assert sum("as was predicted: ops taken to be 0.50 times as long" in text for text in texts) == 1
@@ -182,19 +217,12 @@ def test_ops_that_were_timed_too_long(
 
 
 def test_ops_that_take_longer_once_the_device_is_warm(
-    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
 ) -> None:
     """They are timed once more, and copies are not blamed."""
-    slow_disk(monkeypatch)
-    right, timed = OpTimer.times, []
-
-    def cold_at_first(self: OpTimer) -> list[tuple[str, float]]:
-        timed.append(self)
-        return [(name, time_s / 5 if len(timed) <= TIMINGS else time_s) for name, time_s in right(self)]
-
-    monkeypatch.setattr(OpTimer, "times", cold_at_first)
+    timers = know_times(monkeypatch, machine, lambda timing: 0.2 if timing <= TIMINGS else 1.0)
     raced(spill_dir, caplog)
-    assert len(timed) == TIMINGS + 1
+    assert len(timers) == TIMINGS + 1
     texts = [record.getMessage() for record in caplog.records]
     warm = [text for text in texts if "that has run for a while ops take 2.00 times as long" in text]
     assert len(warm) == 1  # which is as far as a correction goes
