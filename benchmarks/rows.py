@@ -310,7 +310,7 @@ ROWS: dict[str, Row] = {
             "unet3d",
             "3D U-Net, 4 x 192x192x192",
             BenchOptions(model="unet3d", batch_size=1, image_size=192, optimizer="adamw"),
-            (25,),
+            (40, 25),
             _JOINT_PROVES,
         ),
         *_shares(

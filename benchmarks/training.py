@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Emit = Callable[[dict[str, Any]], None]
 
 _MOST_EXTRA_WARMUP = 50  # steps, while LMS still plans anew, learns where memory is tight, or races plans
-_CALM_STEPS = 2  # steps without a new plan before timing begins
+_CALM_STEPS = 6  # steps without a new plan before timing begins: the allocator has to settle, too
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
 _ASIDE_ROUNDS = 4
 _ASIDE_LMS_WARMUP = 5  # recorded, settled, and some in which the allocator finds its sizes

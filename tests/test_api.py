@@ -267,12 +267,32 @@ def test_opening_that_fails_half_way(spill_dir: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["budget", "host_budget", "disk_budget"])
-@pytest.mark.parametrize("size", ["", "lots", "16G", "-1", "0", 0, -5, "150%", float("nan"), True, [1], 0.5])
+@pytest.mark.parametrize("size", ["", "lots", "16G", "-1", -5, "150%", float("nan"), True, [1], 0.5])
 def test_sizes_that_cannot_be_read(name: str, size: Any) -> None:
     with pytest.raises(torchlms.BadOption) as raised:
         torchlms.LMS(make_model(), **{name: size})
     assert repr(size).strip("'") in str(raised.value)
+    assert str(raised.value).startswith(name)
     assert_off()
+
+
+@pytest.mark.parametrize("size", ["0", 0])
+def test_a_budget_of_nothing(size: Any) -> None:
+    with pytest.raises(torchlms.BadOption, match="more than zero"):
+        torchlms.LMS(make_model(), budget=size)
+    torchlms.LMS(make_model(), host_budget=size, disk_budget=size)
+
+
+def test_no_disk_at_all(spill_dir: Path) -> None:
+    """What must move has nowhere to go, and the error names the option; what fits runs."""
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Tanh())))
+    inputs = torch.randn(256, 64)
+    with torchlms.LMS(model, budget="64MiB", disk_budget=0, disk_dir=spill_dir):
+        model(inputs).sum().backward()
+    assert list(spill_dir.iterdir()) == []
+    refused = pytest.raises(torchlms.LMSError, match="disk_budget")
+    with refused, torchlms.LMS(model, budget="640KiB", disk_budget="0", disk_dir=spill_dir):
+        model(inputs).sum().backward()
 
 
 @pytest.mark.parametrize("budget", ["1000 TiB", 1 << 60])

@@ -64,8 +64,8 @@ class LMS:
     from the recorded ones, and the budget once LMS stepped aside.
 
     ``budget``: bytes, ``"16GiB"``, ``"80%"`` of the device, or None for what the device has.
-    ``host_budget``, ``disk_budget``: bytes for values off the device; None for nine tenths of what
-    is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
+    ``host_budget``, ``disk_budget``: bytes for values off the device, 0 for none; None for nine tenths
+    of what is free. ``disk_dir``: directory for the spill file. ``plan``: a Plan or the path of one, used
     after one recorded step instead of planning; False for no plan at all: values leave only when memory
     runs out. ``rules``: a Rules or a dict of its fields.
     ``recompute``: whether values may also be dropped and made again (None: as the rules say, which is yes).
@@ -190,6 +190,7 @@ class LMS:
             begin_recording=self._begin_recording,
             module_here=self._labels.here,
             recompute=options.rules.recompute,
+            held=options.rules.held,
             guard=self._guard,
             verifier=Verifier(options.verify_every) if options.verify_every else None,
         )

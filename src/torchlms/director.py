@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from torchlms.core.curve import before_bytes, peak_bytes, rise_bytes
+from torchlms.core.held import with_held
 from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
 from torchlms.eager.program import Program
@@ -85,6 +86,8 @@ class Director:
         if not self.planning:
             routine.improvise()
         elif routine.verdict is Verdict.RECORD and routine.tape is not None:
+            if self.rules.held:
+                routine.tape = with_held(routine.tape)
             if self.given is not None:
                 self._take_given(engine, routine, self.given)
             else:

@@ -14,7 +14,7 @@ from torchlms.core.rules import Rules
 from torchlms.errors import BadOption, NotSupported, PlanMismatch
 from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
-from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_bytes
+from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_option
 from torchlms.rule_text import with_sizes
 
 Size = str | int | float | None
@@ -63,9 +63,9 @@ class Options:
             )
         if optimizer is not None and not hasattr(optimizer, "param_groups"):
             raise BadOption(f"optimizer must be one torch optimizer, not {type(optimizer).__name__}")
-        for size in (budget, host_budget, disk_budget):
+        for name, size in (("budget", budget), ("host_budget", host_budget), ("disk_budget", disk_budget)):
             if size is not None:
-                parse_bytes(size, whole_bytes=_SOME_WHOLE)
+                parse_option(name, size, whole_bytes=_SOME_WHOLE, or_none=name != "budget")
         if snapshot and optimizer is None:
             raise BadOption(
                 "snapshot=True keeps what an optimizer had before its step: give LMS the optimizer"
@@ -93,7 +93,7 @@ class Options:
         if self.budget is None:
             device_bytes = available_bytes
         else:
-            device_bytes = parse_bytes(self.budget, whole_bytes=whole_bytes)
+            device_bytes = parse_option("budget", self.budget, whole_bytes=whole_bytes)
         if device_bytes > whole_bytes:
             raise BadOption(
                 f"a budget of {format_bytes(device_bytes)} is more than {self.torch_device} has "
@@ -106,8 +106,10 @@ class Options:
             )
         return Budget(
             device_bytes=device_bytes,
-            host_bytes=_or_share(self.host_budget, host_available_bytes(), _HOST_SHARE),
-            disk_bytes=_or_share(self.disk_budget, disk_free_bytes(self.disk_dir), _DISK_SHARE),
+            host_bytes=_or_share("host_budget", self.host_budget, host_available_bytes(), _HOST_SHARE),
+            disk_bytes=_or_share(
+                "disk_budget", self.disk_budget, disk_free_bytes(self.disk_dir), _DISK_SHARE
+            ),
         )
 
 
@@ -135,10 +137,10 @@ def _read_verify(verify: bool | int) -> int:
     return verify
 
 
-def _or_share(size: Size, available_bytes: int, share: float) -> int:
+def _or_share(name: str, size: Size, available_bytes: int, share: float) -> int:
     if size is None:
         return int(share * available_bytes)
-    return parse_bytes(size, whole_bytes=available_bytes)
+    return parse_option(name, size, whole_bytes=available_bytes, or_none=True)
 
 
 def _read_plan(source: PlanSource) -> Plan | None:

@@ -67,6 +67,9 @@ class House:
     def living(self) -> Iterator[Any]:
         yield from self.slots
 
+    def may_lend(self) -> bool:
+        return False
+
     def place(self, size_bytes: int) -> object:
         if size_bytes > self.room_bytes:
             raise HostBudgetTooSmall("no room", missing_bytes=size_bytes - self.room_bytes)

@@ -11,7 +11,7 @@ import torch
 from torchlms.bench.networks import Network, NetworkOptions
 from torchlms.errors import BadOption, LMSError
 from torchlms.memory.device import read_device, supported
-from torchlms.memory.limits import parse_bytes
+from torchlms.memory.limits import parse_option
 from torchlms.rule_text import read_rules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -125,10 +125,8 @@ class BenchOptions:
         for name in ("budget", "host_budget", "disk_budget", "cap"):
             text = getattr(self, name)
             if text is not None and (name, text) != ("cap", "none"):
-                try:
-                    parse_bytes(text, whole_bytes=1 << 60)
-                except BadOption as error:
-                    raise BadOption(f"--{name.replace('_', '-')}: {error}") from None
+                option = f"--{name.replace('_', '-')}"
+                parse_option(option, text, whole_bytes=1 << 60, or_none=name[:4] in ("host", "disk"))
 
     def rules(self) -> dict[str, Any] | None:
         """The keyword ``rules`` of ``LMS``."""

@@ -19,15 +19,15 @@ Device = Annotated[str, typer.Option(help="cuda or cpu. Default: cuda where ther
 Dtype = Annotated[str, typer.Option(help="Model type: float32 or bfloat16.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw. Default: adamw for llama.")]
 Budget = Annotated[Text, typer.Option(help="Device memory: bytes, 16GiB or 80%. Default: all.")]
-HostBudget = Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB.")]
+HostBudget = Annotated[Text, typer.Option(help="Host memory for what leaves: bytes or 64GiB; 0 for none.")]
 Recompute = Annotated[bool, typer.Option(help="Whether LMS may also drop values and make them again.")]
 Rule = Annotated[
     Words | None, typer.Option(help="What may leave, name=value as in docs/tuning.md; once for each rule.")
 ]
 DiskDir = Annotated[Text, typer.Option(help="Folder whose disk is meant. Default: a cache.")]
-DiskBudget = Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB.")]
+DiskBudget = Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 500GB; 0 for none.")]
 SpillDir = Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")]
-SpillBudget = Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB.")]
+SpillBudget = Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB; 0 for none.")]
 PlanFile = Annotated[Text, typer.Option(help="A plan file to use instead of planning.")]
 MachineFile = Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")]
 Report = Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")]

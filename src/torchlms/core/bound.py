@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchlms.core.curve import baseline_curve, wraps
-from torchlms.core.drops import droppable, replay_s
+from torchlms.core.drops import droppable, dropped_while, replay_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,7 @@ def _drop_costs(tape: Tape, op: int) -> list[tuple[float, int]]:
     found = [
         (replay_s(tape, value) / value.size_bytes, value.size_bytes)
         for value in tape.values
-        if droppable(tape, value) and value.idle[0].start <= op < value.idle[0].stop
+        if droppable(tape, value) and dropped_while(value).start <= op < dropped_while(value).stop
     ]
     return sorted(found)
 

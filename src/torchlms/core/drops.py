@@ -1,9 +1,10 @@
 """Drops: a tape as it would be if some values were let go and made again when they are needed.
 
-A dropped value is two on the new tape: itself until its idle stretch begins, and another, at the end of
-the list, from where it is made again. There the op takes longer by the recipe, needs the recipe's
-intermediate results, and the sources must be present: a source's own idle stretch ends there at the
-latest, and it lives until then at least. A source that autograd did not save is kept for it alone.
+A dropped value is two on the new tape: itself until the idle stretch begins that it is dropped in, and
+another, at the end of the list, from where it is made again. There the op takes longer by the recipe,
+needs the recipe's intermediate results, and the sources must be present: a source's own idle stretch ends
+there at the latest, and it lives until then at least. A source that autograd did not save is kept for it
+alone.
 
 [Note: Chains]
 A source may itself be dropped. Then it is made again first, which is where the value made from it is
@@ -27,14 +28,26 @@ GIVEN_UP = 0.25  # of what makes an op too large, at a time
 
 
 def droppable(tape: Tape, value: Value) -> bool:
-    """Whether ``value`` has a recipe, and an idle stretch to be away in: the first, if it has several."""
-    return (
-        value.movable
-        and bool(value.recipe)
-        and bool(value.idle)
-        and not wraps(value.idle[0])
-        and value.idle[0].stop < len(tape.ops)
-    )
+    """Whether ``value`` has a recipe, and an idle stretch to be away in."""
+    if not (value.movable and value.recipe):
+        return False
+    index = dropped_in(value)
+    return index >= 0 and not wraps(value.idle[index]) and value.idle[index].stop < len(tape.ops)
+
+
+def dropped_in(value: Value) -> int:
+    """In which of its idle stretches ``value`` would be dropped: the first in which the program lets go of
+    it; -1 for none."""
+    for index, stretch in enumerate(value.idle):
+        if wraps(stretch) or stretch.free_from < stretch.stop:
+            return index
+    return -1
+
+
+def dropped_while(value: Value) -> Stretch:
+    """The stretch that ``value`` could be dropped in, from the moment when it could."""
+    stretch = value.idle[dropped_in(value)]
+    return Stretch(stretch.free_from, stretch.stop)
 
 
 def replay_s(tape: Tape, value: Value) -> float:
@@ -106,16 +119,16 @@ def _present(tape: Tape, dropped: Value, back: int, op: int) -> bool:
     sources = [tape.values[source] for source in dropped.sources]
     needs = (stretch.stop for source in sources for stretch in source.idle)
     kept = any(source.death < op <= back for source in sources)
-    return kept or back <= op <= max((back, dropped.idle[0].stop, *needs))
+    return kept or back <= op <= max((back, dropped_while(dropped).stop, *needs))
 
 
 def return_ops(tape: Tape, drops: Sequence[Value]) -> dict[int, int]:
     """Before which op each of ``drops`` is made again, by id: its own need, or of one made from it."""
-    returns = {value.id: value.idle[0].stop for value in drops}
+    returns = {value.id: dropped_while(value).stop for value in drops}
     for value in users_first(drops):
         for source in value.sources:
             # Whoever still holds it then has not let it be dropped yet.
-            if source in returns and tape.values[source].idle[0].start < returns[value.id]:
+            if source in returns and dropped_while(tape.values[source]).start < returns[value.id]:
                 returns[source] = min(returns[source], returns[value.id])
     return returns
 
@@ -148,8 +161,10 @@ def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
         births.setdefault(value.birth, []).append(value)
     returns = return_ops(tape, drops)
     for dropped in drops:
-        start, stop = dropped.idle[0].start, returns[dropped.id]
-        first = replace(values[dropped.id], death=max(start - 1, dropped.birth, 0), idle=(), movable=False)
+        start, stop = dropped_while(dropped).start, returns[dropped.id]
+        before = dropped.idle[: dropped_in(dropped)]
+        death = max(start - 1, dropped.birth, 0)
+        first = replace(values[dropped.id], death=death, idle=before, movable=bool(before))
         values[dropped.id] = first
         again = replace(dropped, id=len(values), birth=stop, idle=(), movable=False, saved=-1, saved_at=-1)
         values.append(again)
@@ -174,11 +189,16 @@ def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
 def _present_at(source: Value, op: int) -> Value:
     """The source, on the device at ``op``."""
     idle = tuple(
-        Stretch(stretch.start, op) if stretch.start < op < stretch.stop else stretch
+        _until(stretch, op) if stretch.start < op < stretch.stop else stretch
         for stretch in source.idle
         if not (stretch.start >= op and not wraps(stretch))
     )
     return replace(source, idle=idle, movable=source.movable and bool(idle), death=max(source.death, op))
+
+
+def _until(stretch: Stretch, op: int) -> Stretch:
+    held_until = None if stretch.held_until is None else min(stretch.held_until, op)
+    return Stretch(stretch.start, op, held_until)
 
 
 def _lengthen(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from torchlms.core.drops import (
     droppable,
+    dropped_in,
+    dropped_while,
     feasible,
     gain_bytes,
     replay_s,
@@ -281,9 +283,9 @@ def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -
     dropped = tuple(
         Decision(
             value=value.id,
-            stretch=0,
+            stretch=dropped_in(value),
             choice=Choice.RECOMPUTE,
-            release_op=value.idle[0].start,
+            release_op=dropped_while(value).start,
             reload_op=returns[value.id],
             reason=f"made again by {_ops_text(len(value.recipe))} in {seconds_text(replay_s(tape, value))}; "
             f"copies would take {seconds_text(_copies_s(machine, value.size_bytes))}",

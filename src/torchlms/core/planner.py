@@ -19,6 +19,7 @@ import numpy as np
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget, wraps
 from torchlms.core.headroom import NO_ELBOW, Elbow
+from torchlms.core.held import with_held
 from torchlms.core.plan import Budget, Decision, Plan
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course, Move, Slot
@@ -180,9 +181,12 @@ def _too_small(simulator: Simulator, floor: Bytes, budget: Budget, headroom_byte
     operands_bytes = sum(tape.values[value].size_bytes for value in touched) + op.scratch_bytes
     smallest_bytes = int(floor[worst]) + headroom_bytes
     without_rules_bytes = smallest_budget(tape) + headroom_bytes
+    with_held_bytes = smallest_budget(with_held(tape)) + headroom_bytes
     hint = (
         f" Without the rules it is {bytes_text(without_rules_bytes)} ({without_rules_bytes} bytes)."
         if without_rules_bytes < smallest_bytes
+        else f" With rule held it is {bytes_text(with_held_bytes)} ({with_held_bytes} bytes)."
+        if with_held_bytes < smallest_bytes
         else ""
     )
     return BudgetTooSmall(

@@ -52,6 +52,8 @@ class Rules:
     all (``overlap``), or not those out (``wait out``), not those back (``wait in``), or none (``wait``).
     Plans leave ``headroom_bytes`` of the budget free: None for what the allocator is known to need.
     With ``recompute`` values that no move rule names may be dropped and made again, too.
+    With ``held`` what the program itself still holds (a skip connection, a block's input) may leave between
+    two ops that touch it; for programs that read tensors by torch's own ops only.
     """
 
     keep_modules: tuple[str, ...] = ()
@@ -72,12 +74,14 @@ class Rules:
     reload_within_ops: int | None = None
     copies: Copies = Copies.OVERLAP
     headroom_bytes: int | None = None
+    held: bool = False
 
     def __post_init__(self) -> None:
         for name in _PATTERN_FIELDS:
             object.__setattr__(self, name, _read_patterns(name, getattr(self, name)))
-        if not isinstance(self.recompute, bool):
-            raise BadOption(f"recompute must be true or false; got {self.recompute!r}")
+        for name in ("recompute", "held"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadOption(f"{name} must be true or false; got {getattr(self, name)!r}")
         for name, unit in _COUNTS.items():
             count = getattr(self, name)
             if count is None and name in _OPEN_COUNTS:

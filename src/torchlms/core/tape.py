@@ -41,14 +41,24 @@ class Phase(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Moments during which nobody but the autograd graph holds the value: ``start <= i < stop``.
+    """Moments during which no op touches the value and it could be elsewhere: ``start <= i < stop``.
 
     ``start`` is the first op before which the bytes could be let go, ``stop`` the op before which
     they must be back. ``stop <= start`` means that the stretch wraps around the end of the tape.
+    Until before op ``held_until`` the program holds the value beside the autograd graph (None: never
+    during the stretch): it can be moved, but not dropped. With ``touched`` it ends because an op reads
+    or writes the value, otherwise because autograd asks for it.
     """
 
     start: int
     stop: int
+    held_until: int | None = None
+    touched: bool = False
+
+    @property
+    def free_from(self) -> int:
+        """The first op before which nobody but the autograd graph holds the value."""
+        return self.start if self.held_until is None else self.held_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,8 @@ class Value:
     before which it was first saved. ``movable`` says that the executor is able to move it during
     its idle stretches; ``why_not`` says why it is not.
     ``recipe`` are the ops that would make it again, empty if it cannot be, and ``sources`` the saved
-    values that these read.
+    values that these read. ``held`` are stretches that plans may count as idle only where the program
+    may be left with empty storages (``with_held``).
     """
 
     id: int
@@ -78,6 +89,7 @@ class Value:
     module: str = ""
     recipe: tuple[int, ...] = ()
     sources: tuple[int, ...] = ()
+    held: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

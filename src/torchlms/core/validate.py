@@ -36,6 +36,7 @@ class Reason(str, Enum):
     DECIDED_TWICE = "two decisions for one stretch"
     NOT_MOVABLE = "the value cannot be moved"
     NO_RECIPE = "the value cannot be made again"
+    STILL_HELD = "dropped while the program holds it"
     SOURCE_AWAY = "made again while what it is made from is away"
     NO_LINK = "no host memory apart from the device"
     RELEASE_EARLY = "released before the stretch begins"
@@ -115,7 +116,10 @@ def _one(tape: Tape, decision: Decision, has_link: bool) -> Found | None:
     if decision.choice is Choice.RECOMPUTE:
         if not value.recipe:
             return Reason.NO_RECIPE, f"value {value.id}, made by {value.op or value.kind.value}"
-        return _times(decision, value.idle[decision.stretch], len(tape.ops))
+        stretch = value.idle[decision.stretch]
+        if stretch.held_until is not None and decision.release_op < stretch.held_until:
+            return Reason.STILL_HELD, f"value {value.id}, by the program until op {stretch.held_until}"
+        return _times(decision, stretch, len(tape.ops))
     if not value.movable:
         return Reason.NOT_MOVABLE, f"value {value.id}: {value.why_not or 'not marked movable'}"
     if decision.choice is Choice.HOST and not has_link:
@@ -157,19 +161,21 @@ def _alignment(decision: Decision) -> Found | None:
 
 def _sources(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
     """What a value is made from must be on the device, or come back there, before the same op."""
-    away = {decision.value: decision for _, decision in sound}
+    away: dict[int, list[Decision]] = {}
+    for _, decision in sound:
+        away.setdefault(decision.value, []).append(decision)
     for index, decision in sound:
         if decision.choice is not Choice.RECOMPUTE:
             continue
         for source in tape.values[decision.value].sources:
-            other = away.get(source)
-            if other is not None and other.release_op <= decision.reload_op < other.reload_op:
-                yield Fault(
-                    Reason.SOURCE_AWAY,
-                    f"value {decision.value} before op {decision.reload_op}, its source {source} is back "
-                    f"before op {other.reload_op}",
-                    index,
-                )
+            for other in away.get(source, ()):
+                if other.release_op <= decision.reload_op < other.reload_op:
+                    yield Fault(
+                        Reason.SOURCE_AWAY,
+                        f"value {decision.value} before op {decision.reload_op}, its source {source} is back "
+                        f"before op {other.reload_op}",
+                        index,
+                    )
 
 
 def _places(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:

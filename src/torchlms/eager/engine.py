@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder
+from torchlms.eager.lent import Lent
 from torchlms.eager.microstep import MicroStep
 from torchlms.eager.optimizer import OptimizerGuard
 from torchlms.eager.program import Program
@@ -33,7 +35,7 @@ from torchlms.eager.replay import replay
 from torchlms.eager.routine import Routine, Signature, Verdict
 from torchlms.eager.saver import Saver
 from torchlms.eager.sizes import ResultSizes
-from torchlms.eager.slot import Orphan, Slot, SlotOwner, Where
+from torchlms.eager.slot import Bereft, Orphan, Slot, SlotOwner, Where
 from torchlms.eager.timer import Lap, OpTimer
 from torchlms.eager.verifier import Verifier
 from torchlms.eager.watcher import Watcher
@@ -64,6 +66,7 @@ class Engine(SlotOwner):
         module_here: Callable[[], str],
         collector: SparedCollector | None = None,
         recompute: bool = False,
+        held: bool = False,
         verifier: Verifier | None = None,
         guard: OptimizerGuard | None = None,
     ) -> None:
@@ -76,6 +79,8 @@ class Engine(SlotOwner):
         self.module_here = module_here
         self.collector = collector if collector is not None else SparedCollector()
         self.recompute = recompute
+        self.held = held
+        self.lent = Lent(self)
         self.verifier = verifier
         self.guard = guard if guard is not None else OptimizerGuard(None)
         self.guard.may_look_away = self._may_look_away
@@ -89,7 +94,7 @@ class Engine(SlotOwner):
         self.saver = Saver(self)
         self.now = MicroStep()
         self.routines: dict[Signature, Routine] = {}
-        self.orphans: deque[Orphan] = deque()  # died with a copy in flight
+        self.orphans: deque[Orphan | Bereft] = deque()  # died with a copy in flight
         self.dropped: set[int] = set()  # slots, by identity
         self.steps = 0  # micro-steps begun
         self.step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)  # of micro-steps that followed a plan
@@ -247,7 +252,9 @@ class Engine(SlotOwner):
         """Whether the optimizer's step may run unseen: no recipe reads what it writes, and by the tape it
         has so much room that it cannot run out."""
         follower = self.now.follower
-        if not self.device.is_cuda or follower is None or not self.now.backward_seen or self.dropped:
+        if not self.device.is_cuda or follower is None or not self.now.backward_seen:
+            return False
+        if self.dropped or self.lent:
             return False
         self.guard.timer = self.now.timer
         return follower.program.roomy_at_end
@@ -262,7 +269,7 @@ class Engine(SlotOwner):
     def allocate(self, size_bytes: int) -> torch.Tensor:
         if self.dead:  # at the end everything comes home, and the budget is no longer promised
             return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
-        target = self.ladder.allocate(size_bytes)
+        target = self.ladder.allocate(size_bytes, self.lent.operands)
         self.accounts.add(target)
         return target
 
@@ -272,16 +279,34 @@ class Engine(SlotOwner):
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         return self.store.copy_in(place, target, after)
 
-    def adopt(self, orphan: Orphan) -> None:
-        if self.dead:
-            orphan.bury()  # closed: all copies have ended, and nobody comes by any more
-        else:
+    def lends(self, slot: Slot) -> None:
+        self.lent.add(slot)
+
+    def regained(self, slot: Slot) -> None:
+        self.lent.discard(slot)
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        self.accounts.add(tensor)
+
+    def may_lend(self) -> bool:
+        """Whether what the program holds may leave in an emergency: not while autograd's own code holds
+        tensors between two ops."""
+        return self.held and not self.now.backward_seen
+
+    def adopt(self, orphan: Orphan | Bereft) -> None:
+        if not self.dead:
             self.orphans.append(orphan)
+        elif isinstance(orphan, Orphan):
+            orphan.bury()  # closed: all copies have ended, and nobody comes by any more
 
     def bury(self) -> None:
         """Let go of what finalizers left: here, on the program's own thread and stream, we may wait."""
         while self.orphans:
-            self.orphans.popleft().bury()
+            orphan = self.orphans.popleft()
+            if isinstance(orphan, Orphan):
+                orphan.bury()
+            else:
+                self.lent.keep(orphan)
 
     def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
         """Make a slot's bytes again. Where that fails they are not dropped any more from the next step on."""
@@ -338,6 +363,7 @@ class Engine(SlotOwner):
 
     def forget(self, slot: Slot) -> None:
         self._live.pop(id(slot), None)
+        self.lent.discard(slot)
         self.dropped.discard(id(slot))
         if self.now.recorder is not None:
             self.now.recorder.forgotten(slot)
@@ -360,6 +386,7 @@ class Engine(SlotOwner):
             self.dead = True
             failures = list(filter(None, map(_bring_home, self.living())))
             self.bury()
+            failures += filter(None, [_tried(self.lent.recall)])
         if failures:
             raise failures[0]
 
@@ -371,6 +398,8 @@ class Engine(SlotOwner):
     def leave_alone(self) -> None:
         """The program is going to run without us."""
         self.end_microstep()
+        with private.unwatched():
+            self.lent.recall()
         self._ooms_aside = self._allocator_ooms()
 
     def failed_alone(self) -> bool:
@@ -462,9 +491,13 @@ os.register_at_fork(after_in_child=_drop_in_child)
 
 def _bring_home(slot: Slot) -> Exception | None:
     """Have the slot's bytes on the device for good; the error that this led to."""
+    return _tried(slot.take) or _tried(slot.stay)
+
+
+def _tried(act: Callable[[], Any]) -> Exception | None:
+    """The error that ``act`` led to: there is more to be brought home."""
     try:
-        slot.take()
-        slot.stay()
-    except Exception as error:  # the others are still to be brought home
+        act()
+    except Exception as error:
         return error
     return None

@@ -110,8 +110,12 @@ class Follower:
 
     def _send(self, action: Action, slot: Slot) -> None:
         decision = action.decision
-        if decision is None or slot.place is not None or not action.suits(slot.used_at) or not slot.alone():
+        if decision is None or slot.place is not None or not action.suits(slot.used_at):
             return
+        if not slot.alone():
+            if not (action.lend and slot.lendable()):
+                return
+            slot.lend()
         place: Place | None = None
         if decision.choice is Choice.HOST:
             place = self._store.place_planned(decision.offset_bytes, slot.size_bytes)

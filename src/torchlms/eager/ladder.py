@@ -19,6 +19,7 @@ from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
+    from torchlms.eager.lent import Operands
     from torchlms.eager.sizes import ResultSizes
     from torchlms.memory.device import CpuDevice
     from torchlms.memory.store import Store
@@ -34,6 +35,9 @@ class Population(Protocol):
     """The slots there are, oldest first: the order in which backward needs them last."""
 
     def living(self) -> Iterator[Slot]: ...
+
+    def may_lend(self) -> bool:
+        """Whether what the program itself holds may leave now."""
 
 
 class Ladder:
@@ -71,11 +75,14 @@ class Ladder:
 
     # -- making room -------------------------------------------------------------------------
 
-    def reclaim(self, want_bytes: int) -> int:
-        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed."""
+    def reclaim(self, want_bytes: int, operands: Operands | None = None) -> int:
+        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed.
+
+        ``operands`` are the arguments of the op that room is made for, which stay in any case.
+        """
         freed = left = 0
         full: HostBudgetTooSmall | SpillError | None = None
-        for slot in self._victims():
+        for slot in self._victims(operands):
             if freed >= want_bytes:
                 break
             try:
@@ -108,7 +115,7 @@ class Ladder:
         self._collect_from = self._steps + (1 << self._fruitless)
         return freed_bytes
 
-    def reserve(self, blocks: tuple[int, ...]) -> bool:
+    def reserve(self, blocks: tuple[int, ...], operands: Operands | None = None) -> bool:
         """Make sure that ``blocks`` can be allocated together, by evicting. Gives way (False) once nothing
         is left to evict: the op may still find another way."""
         device = self.device.torch_device
@@ -121,7 +128,7 @@ class Ladder:
                 self.ooms += 1
                 want_bytes = asked_bytes(error)
             try:
-                if not self.reclaim(max(want_bytes, _ROUND_BYTES)):
+                if not self.reclaim(max(want_bytes, _ROUND_BYTES), operands):
                     return False
             except (HostBudgetTooSmall, SpillError):
                 return False
@@ -131,33 +138,33 @@ class Ladder:
     ) -> None:
         """CPU: make room in the ledger for what ``func`` is going to return, before it runs."""
         need_bytes = sum(self.sizes.of(func, args, kwargs))
-        if need_bytes and not self.fit(need_bytes):
+        if need_bytes and not self.fit(need_bytes, (args, kwargs)):
             raise self.refusal(func, args, kwargs, where, need_bytes)
 
-    def fit(self, need_bytes: int) -> bool:
+    def fit(self, need_bytes: int, operands: Operands | None = None) -> bool:
         """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
         while True:
             over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
-            if over_bytes <= 0 or not self.reclaim(over_bytes):
+            if over_bytes <= 0 or not self.reclaim(over_bytes, operands):
                 return over_bytes <= 0
 
-    def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Device memory for a value that comes back."""
+    def allocate(self, size_bytes: int, operands: Operands | None = None) -> torch.Tensor:
+        """Device memory for a value that comes back, for an op with ``operands`` if it is known."""
         if not self.device.is_cuda:
-            if not self.fit(size_bytes):
-                raise self._no_way_back(size_bytes)
+            if not self.fit(size_bytes, operands):
+                raise self._no_way_back(size_bytes, operands)
             return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
         while True:
             try:
                 return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
-            if not self.reclaim(max(size_bytes, _ROUND_BYTES)):
-                raise self._no_way_back(size_bytes)
+            if not self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
+                raise self._no_way_back(size_bytes, operands)
 
-    def _victims(self) -> Iterator[Slot]:
+    def _victims(self, operands: Operands | None) -> Iterator[Slot]:
         """What is already on its way out, then what came back early, then large values, then all the
-        rest; oldest first, which backward needs last."""
+        rest; oldest first, which backward needs last. What the program holds comes at the very end."""
         living = list(self.slots.living())
         yield from (slot for slot in living if slot.where is Where.HELD and slot.place is not None)
         yield from (slot for slot in living if slot.where is Where.COMING)
@@ -165,6 +172,9 @@ class Ladder:
             for slot in living:
                 if slot.place is None and (slot.size_bytes >= _SMALL_BYTES) is large and slot.alone():
                     yield slot
+        if operands is not None and self.slots.may_lend():
+            needed = {tensor.untyped_storage()._cdata for tensor in tensors_in(*operands)}
+            yield from (slot for slot in living if slot.lendable() and slot.storage_id() not in needed)
 
     def _evict(self, slot: Slot) -> int:
         if slot.where is Where.COMING:
@@ -172,7 +182,9 @@ class Ladder:
             return slot.size_bytes
         if slot.place is None:
             if not slot.alone():
-                return 0
+                if not slot.lendable():
+                    return 0
+                slot.lend()
             slot.send(self.store.place(slot.size_bytes))
         slot.release()
         return slot.size_bytes
@@ -192,7 +204,7 @@ class Ladder:
 
         ``begin_again`` is called before each: it undoes what the last one changed (a generator's offset)."""
         want_bytes = max(want_bytes, _ROUND_BYTES)
-        while self.reclaim(want_bytes):
+        while self.reclaim(want_bytes, (args, kwargs)):
             self.retries += 1
             if begin_again is not None:
                 begin_again()
@@ -252,10 +264,11 @@ class Ladder:
             text += f", and {format_bytes(reserved - allocated)} lie in holes between tensors"
         return text
 
-    def _no_way_back(self, size_bytes: int) -> LMSError:
+    def _no_way_back(self, size_bytes: int, operands: Operands | None) -> LMSError:
         smallest = self.device.allocated_bytes() + size_bytes
         return BudgetTooSmall(
-            f"a saved tensor of {format_bytes(size_bytes)} must come back for backward. {self._in_use()}. "
+            f"a saved tensor of {format_bytes(size_bytes)} must come back for "
+            f"{'backward' if operands is None else 'an op that reads it'}. {self._in_use()}. "
             f"The smallest budget that works is at least {format_bytes(smallest, up=True)} "
             f"({smallest} bytes)",
             smallest_bytes=smallest,

@@ -26,6 +26,7 @@ class OptimizerGuard:
         self._optimizer = optimizer
         self._snapshot = snapshot
         self._before: _Snapshot | None = None
+        self._makes_states = False
         self.inside = False
         self.steps = 0  # that have ended
         self.may_look_away: Callable[[], bool] = _never
@@ -69,14 +70,16 @@ class OptimizerGuard:
     def torn(self, error: Exception) -> StepTorn:
         """What to raise instead of ``error``, with which an op of the step has failed."""
         restored = self._before is not None
+        advice = _ADVICE[restored] + (_FIRST if self._makes_states else "")
         if self._before is not None:
             with private.unwatched():
                 self._before.restore()
         self.outside()
-        return StepTorn(f"optimizer.step() failed half-way: {error}. {_ADVICE[restored]}", restored=restored)
+        return StepTorn(f"optimizer.step() failed half-way: {error}. {advice}", restored=restored)
 
     def _begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.inside = True
+        self._makes_states = not optimizer.state
         if self._snapshot:
             with private.unwatched():
                 self._before = _Snapshot(optimizer)
@@ -122,6 +125,12 @@ _ADVICE = {
     False: "Some parameters and states are updated and others are not: load the last checkpoint. With "
     "LMS(snapshot=True) the step would have been undone",
 }
+
+
+_FIRST = (
+    ". It was the optimizer's first step, which makes its states: the budget has to hold them beside "
+    "parameters and gradients"
+)
 
 
 class _Snapshot:

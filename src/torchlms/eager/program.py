@@ -39,6 +39,7 @@ class Action:
     decision: Decision | None = None
     since: int = UNUSED
     until: int = UNUSED + 1
+    lend: bool = False  # the program may still hold it
 
     def suits(self, used_at: int) -> bool:
         """Whether a slot that autograd asked for last at ``used_at`` is in that stretch."""
@@ -51,7 +52,7 @@ class Expected:
 
     size_bytes: int
     saved_at: int
-    needed_at: tuple[int, ...]  # where its idle stretches end
+    needed_at: tuple[int, ...]  # where autograd asks for it after an idle stretch
 
     def needed_after(self, used_at: int) -> int:
         """At which op it is needed next, once it was asked for at ``used_at``."""
@@ -95,7 +96,9 @@ class Program:
         # Without the ordinals of storages that were let go and then saved once more: the later one counts.
         self.expected = {
             value.saved: Expected(
-                value.size_bytes, value.saved_at, tuple(stretch.stop for stretch in value.idle)
+                value.size_bytes,
+                value.saved_at,
+                tuple(stretch.stop for stretch in value.idle if not stretch.touched),
             )
             for value in saved
         }
@@ -185,7 +188,7 @@ class Program:
             for value in self.tape.values
             if pinch - _OBSTACLE_OPS <= value.birth < pinch <= value.death
             and value.size_bytes >= _OBSTACLE_BYTES
-            and not any(stretch.start <= pinch < stretch.stop for stretch in value.idle)
+            and not any(stretch.free_from <= pinch < stretch.stop for stretch in value.idle)
         ]
 
     def blocks_bytes(self, op: int) -> list[int]:
@@ -217,17 +220,20 @@ class Program:
         if action.decision is None:
             return action.op, action.deed, 0
         if action.deed is Deed.FETCH:
-            return action.op, action.deed, self.expected[action.ordinal].needed_at[action.decision.stretch]
+            value = self.tape.values[action.decision.value]
+            return action.op, action.deed, value.idle[action.decision.stretch].stop
         return action.op, action.deed, action.decision.value
 
 
 def _actions(value: Value, decision: Decision) -> list[Action]:
     """What is to be done with ``value`` in one of its idle stretches."""
     stretch = value.idle[decision.stretch]
-    used = (value.idle[decision.stretch - 1].stop, stretch.stop) if decision.stretch else ()
+    asked = [earlier.stop for earlier in value.idle[: decision.stretch] if not earlier.touched]
+    since, until = (asked[-1], stretch.stop) if asked else (UNUSED, UNUSED + 1)
+    lend = stretch.free_from > stretch.start
 
     def act(op: int, deed: Deed) -> Action:
-        return Action(op, deed, value.saved, decision, *used)
+        return Action(op, deed, value.saved, decision, since, until, lend)
 
     if decision.choice is Choice.RECOMPUTE:
         return [act(decision.release_op, Deed.DROP)]

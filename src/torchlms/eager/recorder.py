@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MARK = "_torchlms_value"
 _BLOCK_BYTES = 512  # the caching allocator's granularity
+_LEAST_HELD_OPS = 2  # shorter stretches are not worth a copy there and back
 _LAUNCH_S = 2e-4  # from an op's first mark until its kernel is launched, on a slow host
 
 
@@ -57,6 +58,8 @@ class _Draft:
     idle_from: int | None = None  # of a stretch that has not ended yet
     used_in: int | None = None  # the backward pass that asked for it last
     idle: list[Stretch] = field(default_factory=list)
+    held: list[Stretch] = field(default_factory=list)
+    touched: int = -1  # the op that read or wrote it last
     recipe: tuple[int, ...] = ()
     sources: tuple[int, ...] = ()
 
@@ -113,6 +116,8 @@ class Recorder:
     def before(self, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
         self._find_idle()
         reads = [self.value_of(tensor) for tensor in self._here(args, kwargs)]
+        for value in reads:
+            self._touch(self._values[value])
         allocated_bytes = self._measure_from_here()
         self._running = _Running(self._begin(), allocated_bytes, [value for value in reads if value >= 0])
 
@@ -189,6 +194,7 @@ class Recorder:
         if draft.saved >= 0:  # by a graph that is gone: what it saw of the value is no matter
             draft.idle_from = draft.used_in = None
             draft.idle.clear()
+            draft.held.clear()
             draft.recipe = draft.sources = ()
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
         self._waiting[value] = weakref.ref(slot)
@@ -199,6 +205,7 @@ class Recorder:
             return
         draft = self._values[slot.value]
         now, backward = len(self._ops), private.graph_task()
+        self._note_held(draft)
         # Between two uses in one backward pass it is not worth going.
         if draft.idle_from is not None and draft.idle_from < now and draft.used_in != backward:
             draft.idle.append(Stretch(draft.idle_from, now))
@@ -212,7 +219,8 @@ class Recorder:
         if slot.value < 0:
             return
         if slot.where is not Where.COMING:
-            self._waiting.pop(slot.value, None)
+            if slot.emptied is None:
+                self._waiting.pop(slot.value, None)
         elif slot.bytes is not None:
             setattr(slot.bytes.untyped_storage(), _MARK, _ValueMark(self, slot.value))
 
@@ -222,7 +230,7 @@ class Recorder:
             return
         self._find_idle()
         draft = self._values[slot.value]
-        if draft.idle_from is None:
+        if draft.idle_from is None and slot.alone():
             self._idle_now(slot, draft)
         mark = getattr(slot.bytes.untyped_storage(), _MARK, None)
         if mark is not None and mark.recorder is self:
@@ -244,11 +252,24 @@ class Recorder:
         """Note which saved storages nobody else holds any more, before the next op."""
         waiting = [(value, reference()) for value, reference in self._waiting.items()]
         for value, slot in waiting:
-            if slot is not None and slot.alone():
+            if slot is not None and slot.let_go():
                 self._idle_now(slot, self._values[value])
                 del self._waiting[value]
 
+    def _touch(self, draft: _Draft) -> None:
+        """The op that comes next reads or writes a value."""
+        self._note_held(draft, touched=True)
+        draft.touched = len(self._ops)
+
+    def _note_held(self, draft: _Draft, *, touched: bool = False) -> None:
+        """Until now the program held a saved value, and perhaps did nothing with it for a while."""
+        start, now = max(draft.touched + 1, draft.saved_at), len(self._ops)
+        first = draft.saved >= 0 and draft.idle_from is None and draft.used_in is None and not draft.idle
+        if first and now - start >= _LEAST_HELD_OPS:
+            draft.held.append(Stretch(start, now, held_until=now, touched=touched))
+
     def _idle_now(self, slot: Slot, draft: _Draft) -> None:
+        self._note_held(draft)
         draft.idle_from = len(self._ops)
         if draft.idle:
             return
@@ -290,7 +311,7 @@ class Recorder:
         if kind is None:
             kind = Kind.INPUT if birth < 0 else Kind.ACTIVATION
         value = len(self._values)
-        self._values.append(_Draft(kind, size_bytes, birth, op, self.module))
+        self._values.append(_Draft(kind, size_bytes, birth, op, self.module, touched=birth))
         setattr(storage, _MARK, _ValueMark(self, value))
         return value
 
@@ -354,6 +375,7 @@ def _finished(index: int, draft: _Draft, count: int) -> Value:
         module=draft.module,
         recipe=draft.recipe if idle and min(draft.sources, default=0) >= 0 else (),
         sources=draft.sources,
+        held=tuple(draft.held),
     )
 
 
@@ -363,7 +385,8 @@ def _why_not(draft: _Draft) -> str:
         return ""
     if draft.used_in is None:
         return "saved, but never asked for"
-    return "somebody else holds it until it is needed"
+    hint = ": rule held lets such values leave" if draft.held else ""
+    return f"somebody else holds it until it is needed{hint}"
 
 
 def device_name(device: torch.device) -> str:

@@ -10,9 +10,13 @@ in the storage's own Python object, which dies with it: an address is never a ke
 States, and what is held in each:
 
     HELD      device bytes; once sent also ``place`` and the copy out
-    AWAY      ``place`` only
+    AWAY      ``place``, and what is ``emptied``
     DROPPED   ``recipe`` only
     COMING    device bytes with a copy in in flight, and ``place``
+
+[Note: What the program holds]
+Rule ``held`` makes the one exception: a slot that is ``lent`` leaves although the program holds its
+storage, which stays with the program, emptied. It is filled again before any op touches it (lent.py).
 """
 
 from __future__ import annotations
@@ -77,8 +81,20 @@ class SlotOwner:
     def forget(self, slot: Slot) -> None:
         raise NotImplementedError
 
-    def adopt(self, orphan: Orphan) -> None:
+    def adopt(self, orphan: Orphan | Bereft) -> None:
         """Keep what a slot left behind until it can be waited for."""
+        raise NotImplementedError
+
+    def lends(self, slot: Slot) -> None:
+        """The slot begins to leave while the program holds its storage."""
+        raise NotImplementedError
+
+    def regained(self, slot: Slot) -> None:
+        """The slot is no longer lent."""
+        raise NotImplementedError
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        """The storage of ``tensor`` has been emptied, or filled again."""
         raise NotImplementedError
 
 
@@ -92,6 +108,8 @@ class Slot:
         "cell",
         "copy_in",
         "copy_out",
+        "emptied",
+        "lent",
         "ordinal",
         "owner",
         "pid",
@@ -121,6 +139,8 @@ class Slot:
         self.value = -1  # the tape's id, while recording
         self.cell: Cell | None = None  # where its provenance is told, if anybody keeps it
         self.recipe: Recipe | None = None
+        self.lent = False  # leaving, or gone, while the program holds the storage
+        self.emptied: torch.Tensor | None = None  # on the storage that the program was left with
         self.used_at = UNUSED  # the op before which autograd asked for it last
         self.used_in = UNUSED  # and the backward pass that did
         self.pid = os.getpid()
@@ -149,6 +169,21 @@ class Slot:
             and not storage_object_held(held)
         )
 
+    def lendable(self) -> bool:
+        """Whether only tensors hold the storage, so that it can be emptied under them."""
+        return self.where is Where.HELD and self._held is not None and not storage_object_held(self._held)
+
+    def storage_id(self) -> int:
+        """Which storage the bytes lie in: a name for this moment only; needs device bytes."""
+        assert self._held is not None
+        return int(self._held.untyped_storage()._cdata)
+
+    def let_go(self) -> bool:
+        """Whether the program has let go of the storage, be it emptied or not."""
+        if self.emptied is None:
+            return self.alone()
+        return not others_hold(self.emptied.untyped_storage(), ours=1)
+
     def at_rest(self) -> bool:
         """Whether the bytes could be anywhere else on the device just as well."""
         return self.place is None and self.copy_out is None and self.alone()
@@ -162,6 +197,11 @@ class Slot:
         self.owner.moved(self)
 
     # -- out ---------------------------------------------------------------------------------
+
+    def lend(self) -> None:
+        """From here on the slot may leave although the program holds it; needs ``lendable``."""
+        self.lent = True
+        self.owner.lends(self)
 
     def send(self, place: Place) -> None:
         """Start the copy out to ``place``; the device bytes stay until ``release``."""
@@ -185,7 +225,17 @@ class Slot:
         except SpillError:
             self.stay()
             raise
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let the device bytes go; what lies in ``place`` is the value from here on."""
         self.owner.leaving(self)
+        held = self._held
+        assert held is not None
+        if self.lent and others_hold(held.untyped_storage(), ours=1):
+            held.untyped_storage().resize_(0)
+            self.owner.resized(held)
+            self.emptied = held
         self.bytes = None
         self.where = Where.AWAY
         self.owner.moved(self)
@@ -196,12 +246,19 @@ class Slot:
         """Allocate device bytes and start the copy in."""
         assert self.where is Where.AWAY
         assert self.place is not None
-        target = self.owner.allocate(self.size_bytes)
+        target = self._room()
         self.copy_in = self.owner.start_in(self.place, target, self.copy_out)
+        self.emptied = None
         self.bytes = target
         self.where = Where.COMING
         link(target.untyped_storage(), self)
         self.owner.moved(self)
+
+    def _room(self) -> torch.Tensor:
+        """Device memory to come back to: the storage that the program was left with, if it still has it."""
+        if self.emptied is None or self.let_go():
+            return self.owner.allocate(self.size_bytes)
+        return refill(self.owner, self.emptied.untyped_storage(), self.size_bytes)
 
     def drop(self, recipe: Recipe) -> None:
         """Let the device bytes go: ``recipe`` makes them again."""
@@ -234,10 +291,7 @@ class Slot:
 
     def _give_up_coming(self) -> None:
         self.copy_in = None
-        self.owner.leaving(self)
-        self.bytes = None
-        self.where = Where.AWAY
-        self.owner.moved(self)
+        self._leave()
 
     def take(self) -> torch.UntypedStorage:
         """The storage with the bytes in it, usable by the compute queue from here on."""
@@ -246,6 +300,8 @@ class Slot:
         # From here on somebody may write to the bytes, so the copy elsewhere is no longer theirs.
         if self.place is not None:
             self._free_place()
+        if self.lent:
+            self.owner.regained(self)
         assert self._held is not None
         return self._held.untyped_storage()
 
@@ -272,6 +328,8 @@ class Slot:
             with contextlib.suppress(SpillError):
                 copy.wait()
         self._free_place()
+        if self.lent:
+            self.owner.regained(self)
 
     def _settle(self) -> None:
         """Order the compute queue after every copy that still touches the device bytes."""
@@ -290,7 +348,9 @@ class Slot:
         if self.pid != os.getpid():
             return  # a forked child owns neither the device bytes nor the places
         self.owner.forget(self)
-        if self._held is not None and (self.copy_out is not None or self.copy_in is not None):
+        if self.emptied is not None and self.place is not None and not self.let_go():
+            self.owner.adopt(Bereft(self.owner, self.emptied, self.size_bytes, self.place, self.copy_out))
+        elif self._held is not None and (self.copy_out is not None or self.copy_in is not None):
             self.owner.adopt(Orphan(self._held, self.copy_out, self.copy_in, self.place))
         else:
             self._free_place()
@@ -325,6 +385,42 @@ class Orphan:
             self.bytes = None
             if self.place is not None:
                 self.place.free()
+
+
+class Bereft:
+    """What a slot leaves behind when it dies and the program still holds the storage that was emptied: its
+    bytes stay away until somebody touches them."""
+
+    __slots__ = ("copy_out", "emptied", "owner", "place", "size_bytes")
+
+    def __init__(
+        self, owner: SlotOwner, emptied: torch.Tensor, size_bytes: int, place: Place, copy_out: Copy | None
+    ) -> None:
+        self.owner = owner
+        self.emptied = emptied
+        self.size_bytes = size_bytes
+        self.place = place
+        self.copy_out = copy_out
+
+    def let_go(self) -> bool:
+        """Whether nobody wants the bytes any more."""
+        return not others_hold(self.emptied.untyped_storage(), ours=1)
+
+    def fill(self) -> None:
+        """Fill the storage again."""
+        target = refill(self.owner, self.emptied.untyped_storage(), self.size_bytes)
+        self.owner.start_in(self.place, target, self.copy_out).wait()
+        self.place.free()
+
+
+def refill(owner: SlotOwner, storage: torch.UntypedStorage, size_bytes: int) -> torch.Tensor:
+    """All bytes of ``storage``, which was emptied; room for them is made first."""
+    room = owner.allocate(size_bytes)
+    del room
+    storage.resize_(size_bytes)
+    found = whole(storage)
+    owner.resized(found)
+    return found
 
 
 def link(storage: torch.UntypedStorage, slot: Slot) -> None:

@@ -60,7 +60,7 @@ class Watcher:
         now = engine.now
         clock = now.clock
         quiet = clock < now.quiet_until and now.quiet[clock] is func
-        if quiet and not engine.orphans and not self._guard.inside:
+        if quiet and not (engine.orphans or engine.lent or self._guard.inside):
             return self._run_quietly(now, func, args, kwargs)
         if engine.dead:
             return func(*args, **kwargs)
@@ -77,6 +77,8 @@ class Watcher:
         if self._engine.dead:
             return func(*args, **kwargs)
         began_s = time.perf_counter()
+        if self._engine.lent:
+            self._engine.lent.touch(args, kwargs)
         self._make_room(func, args, kwargs)
         result = self._attempt(func, args, kwargs)
         self._engine.replays += 1
@@ -106,6 +108,8 @@ class Watcher:
         if engine.orphans:
             engine.bury()
         now.catch_up()
+        if engine.lent:
+            engine.lent.touch(args, kwargs)
         if now.timer is not None and not self._is_cuda:
             now.timer.begin()  # no device hides what watching takes
         writes = writes_anything(func)
@@ -202,7 +206,7 @@ class Watcher:
         if not self._rooms.concerns(func):
             return True
         blocks, measured = self._rooms.need(func, args, kwargs)
-        if not self._ladder.reserve(blocks) and measured:
+        if not self._ladder.reserve(blocks, (args, kwargs)) and measured:
             self._starve(func, sum(blocks))
         return measured
 

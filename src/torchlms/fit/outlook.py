@@ -114,7 +114,7 @@ def planned(
 
 def narrowest(tape: Tape, rules: Rules = NO_RULES) -> Narrow:
     """Where the memory is needed that nothing can free, as far as the rules permit."""
-    floor = floor_curve(_held(tape, rules))
+    floor = floor_curve(_restrained(tape, rules))
     if not len(floor):
         return Narrow(-1, "", "", tape.resident_bytes, 0)
     worst = int(floor.argmax())
@@ -123,7 +123,7 @@ def narrowest(tape: Tape, rules: Rules = NO_RULES) -> Narrow:
     return Narrow(worst, op.name, op.module, int(floor[worst]), operands_bytes + op.scratch_bytes)
 
 
-def _held(tape: Tape, rules: Rules) -> Tape:
+def _restrained(tape: Tape, rules: Rules) -> Tape:
     """``tape`` with what the rules keep as if it could not move."""
     leave = leavers(rules, tape)
     values = (

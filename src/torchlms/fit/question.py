@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torchlms import api
 from torchlms.bench.networks import get_network
 from torchlms.bench.options import BenchOptions
+from torchlms.core.held import with_held
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget
 from torchlms.core.rules import Rules
@@ -19,7 +20,7 @@ from torchlms.fit import recording
 from torchlms.fit.scale import Scale
 from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
-from torchlms.memory.limits import disk_free_bytes, host_available_bytes, parse_bytes
+from torchlms.memory.limits import disk_free_bytes, host_available_bytes, parse_option
 from torchlms.outlet import check_folder
 
 if TYPE_CHECKING:
@@ -92,13 +93,15 @@ def gather(question: Question, write: Write) -> Evidence:
         batch_size = question.options.batch_size or recordings[-1].batch_size
     else:
         recordings, batch_size = _recorded(question, write)
+    rules = Rules.read(question.options.rules() or {})
+    if rules.held:
+        recordings = tuple(replace(item, tape=with_held(item.tape)) for item in recordings)
     scale = None
     if len(recordings) == 2:
         first, second = recordings
         scale = Scale.of(first.tape, second.tape, first.batch_size, second.batch_size)
     tape = _tape_of(recordings, scale, batch_size)
     machine = _machine(question, tape, write)
-    rules = Rules.read(question.options.rules() or {})
     return Evidence(recordings, scale, batch_size, tape, machine, _budget(question, machine), rules)
 
 
@@ -185,7 +188,5 @@ def _size(name: str, text: str | None, whole_bytes: int, share: float) -> int:
 
 
 def _read_size(name: str, text: str, whole_bytes: int) -> int:
-    try:
-        return parse_bytes(text, whole_bytes=whole_bytes)
-    except BadOption as error:
-        raise BadOption(f"--{name.replace('_', '-')}: {error}") from None
+    option = f"--{name.replace('_', '-')}"
+    return parse_option(option, text, whole_bytes=whole_bytes, or_none=name != "budget")

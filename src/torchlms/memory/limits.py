@@ -89,6 +89,18 @@ def parse_bytes(value: str | int | float, *, whole_bytes: int | None = None) -> 
     return int(size)
 
 
+def parse_option(
+    option: str, value: str | int | float, *, whole_bytes: int | None = None, or_none: bool = False
+) -> int:
+    """As ``parse_bytes``; errors name the ``option``. ``or_none``: 0 may be said, too, for none at all."""
+    if or_none and not isinstance(value, bool) and str(value).strip() == "0":
+        return 0
+    try:
+        return parse_bytes(value, whole_bytes=whole_bytes)
+    except BadOption as error:
+        raise BadOption(f"{option}: {error}") from None
+
+
 def format_bytes(size_bytes: float, *, up: bool = False) -> str:
     """``17072495001`` as ``"15.9 GiB"``; below 1 KiB in whole bytes. ``up``: rounded up, for what has to be
     enough."""

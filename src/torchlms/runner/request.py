@@ -11,7 +11,7 @@ from typing import Any
 
 from torchlms.errors import BadOption
 from torchlms.loudness import read_level, wanted_level
-from torchlms.memory.limits import parse_bytes
+from torchlms.memory.limits import parse_option
 from torchlms.outlet import STDOUT
 from torchlms.rule_text import read_rules
 
@@ -53,9 +53,10 @@ class Request:
 
     def check(self) -> None:
         """BadOption for what would otherwise be found out only after the script has worked for a while."""
-        for size in (self.budget, self.host_budget, self.disk_budget):
+        for name in ("budget", "host_budget", "disk_budget"):
+            size, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if size is not None:
-                parse_bytes(size, whole_bytes=_SOME_WHOLE)
+                parse_option(option, size, whole_bytes=_SOME_WHOLE, or_none=name != "budget")
         read_rules(self.rule)
         if self.verify_every < 0:
             raise BadOption(f"--verify-every {self.verify_every}: a number of steps")
