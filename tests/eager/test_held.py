@@ -334,6 +334,32 @@ def test_a_storage_that_somebody_holds_stays(spill_dir: Path) -> None:
     assert run_lms(SKIPS, budget_bytes, spill_dir, step, rules=HELD).outcome.differences(plain) == []
 
 
+def test_what_numpy_shares_stays(spill_dir: Path) -> None:
+    """The array keeps the memory, and would read what lies there next."""
+    arrays: list[Any] = []
+
+    def step(session: Session, number: int) -> None:
+        arrays.clear()
+        hooks = [
+            layer.register_forward_pre_hook(lambda module, args: arrays.append(args[0].detach().numpy()))
+            for layer in (*session.model.enter[1:], session.model.squeeze)  # type: ignore[union-attr]
+        ]
+        session.model.look = (
+            lambda waiting: [  # type: ignore[assignment]
+                session.note(tensor.sum() - float(array.sum()))
+                for tensor, array in zip(waiting[1:], arrays[1:], strict=True)
+            ]
+        )
+        plain_step(session, number)
+        for hook in hooks:
+            hook.remove()
+        arrays.clear()
+
+    plain = run_plain(SKIPS, step)
+    budget_bytes = int(0.95 * plain_peak(SKIPS))
+    assert run_lms(SKIPS, budget_bytes, spill_dir, step, rules=HELD).outcome.differences(plain) == []
+
+
 def test_evaluation_and_checkpoints_between(spill_dir: Path) -> None:
     def step(session: Session, number: int) -> None:
         inputs, target = session.network.batch(number)

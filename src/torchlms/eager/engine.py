@@ -296,17 +296,17 @@ class Engine(SlotOwner):
     def adopt(self, orphan: Orphan | Bereft) -> None:
         if not self.dead:
             self.orphans.append(orphan)
-        elif isinstance(orphan, Orphan):
+        elif not isinstance(orphan, Bereft):
             orphan.bury()  # closed: all copies have ended, and nobody comes by any more
 
     def bury(self) -> None:
         """Let go of what finalizers left: here, on the program's own thread and stream, we may wait."""
         while self.orphans:
             orphan = self.orphans.popleft()
-            if isinstance(orphan, Orphan):
-                orphan.bury()
-            else:
+            if isinstance(orphan, Bereft):
                 self.lent.keep(orphan)
+            else:
+                orphan.bury()
 
     def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
         """Make a slot's bytes again. Where that fails they are not dropped any more from the next step on."""

@@ -187,7 +187,7 @@ class Ladder:
                 slot.lend()
             slot.send(self.store.place(slot.size_bytes))
         slot.release()
-        return slot.size_bytes
+        return slot.size_bytes if slot.where is Where.AWAY else 0
 
     # -- retrying ----------------------------------------------------------------------------
 

@@ -170,8 +170,15 @@ class Slot:
         )
 
     def lendable(self) -> bool:
-        """Whether only tensors hold the storage, so that it can be emptied under them."""
-        return self.where is Where.HELD and self._held is not None and not storage_object_held(self._held)
+        """Whether only tensors hold the storage, so that it can be emptied under them. PyTorch forbids to
+        resize one whose memory it has given to numpy or another library."""
+        held = self._held
+        return (
+            self.where is Where.HELD
+            and held is not None
+            and held.untyped_storage().resizable()
+            and not storage_object_held(held)
+        )
 
     def storage_id(self) -> int:
         """Which storage the bytes lie in: a name for this moment only; needs device bytes."""
@@ -216,10 +223,14 @@ class Slot:
     def release(self) -> None:
         """Let the device bytes go once the copy out has passed; needs ``send`` before.
 
-        Where the copy has failed they stay, and the error says so.
+        Where the copy has failed they stay, and the error says so. They also stay where the program has given
+        away more than tensors since the slot was lent.
         """
         assert self.place is not None
         assert self.copy_out is not None
+        if self.lent and not self.alone() and not self.lendable():
+            self.stay()
+            return
         try:
             self.copy_out.wait()
         except SpillError:
