@@ -261,7 +261,7 @@ class LMS:
                 )
                 self._aside = False
                 if not grew:
-                    engine.doubt()
+                    engine.routines.doubt()
                 installation.put_on()
         elif torch.is_grad_enabled():
             self._largest_input_bytes[module] = max(largest_bytes, input_bytes)
@@ -271,7 +271,7 @@ class LMS:
                 self._step_aside(engine, installation)
 
     def _may_step_aside(self, engine: Engine) -> bool:
-        return engine.everything_fits() and not engine.starved_aside and not engine.outgrown()
+        return engine.routines.all_fit() and not engine.starved_aside and not engine.outgrown()
 
     def _step_aside(self, engine: Engine, installation: Installation) -> None:
         engine.leave_alone()
@@ -290,7 +290,7 @@ class LMS:
         tiers = self._tiers(replace(self._options, budget=budget, plan=None), engine.device)
         engine.shrink_to(tiers.device_bytes)
         director.rebudget(tiers)
-        engine.plan_again()
+        engine.routines.plan_again()
         if self._aside:
             self._aside = False
             installation.put_on()
@@ -324,12 +324,12 @@ class LMS:
     @property
     def tape(self) -> Tape | None:
         """The tape of the steps that there are most of, or None before the first recorded step has ended."""
-        return self._engine.usual_tape() if self._engine is not None else None
+        return self._engine.routines.usual_tape() if self._engine is not None else None
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the steps that there are most of, or None before there is one."""
-        return self._engine.usual_plan() if self._engine is not None else None
+        return self._engine.routines.usual_plan() if self._engine is not None else None
 
     @property
     def machine(self) -> Machine | None:
@@ -348,9 +348,9 @@ class LMS:
             return "aside"
         if self._engine is None or self._engine.dead:
             return "off"
-        if self._engine.improvises():
+        if self._engine.routines.improvises():
             return "improvise"
-        return "guard" if self._engine.plans() and self._engine.now.recorder is None else "record"
+        return "guard" if self._engine.routines.plans() and self._engine.now.recorder is None else "record"
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, as plain numbers; the keys are those of ``torchlms bench --json``."""

@@ -77,7 +77,7 @@ class Director:
 
     def racing(self, engine: Engine) -> bool:
         """Whether plans for the usual kind of step are being timed against each other."""
-        usual = engine.usual()
+        usual = engine.routines.usual()
         race = race_of(usual) if usual is not None else None
         return race is not None and not race.over
 
@@ -162,7 +162,7 @@ class Director:
         if not self._have_arena(engine):
             self._plan(engine, routine, tape)
             return
-        if engine.usual() in (routine, None):  # a smaller last batch is not what figures are about
+        if engine.routines.usual() in (routine, None):  # a smaller last batch is not what figures are about
             engine.restart_measuring()
         self._reclaims_seen = engine.ladder.reclaims
         if quietly:
@@ -178,7 +178,7 @@ class Director:
         What was free when LMS was entered may be somebody else's by now. Where that happens again and again
         the plan stays: its values leave for pageable memory, or for the disk, as ``Store.place`` finds room.
         """
-        arena_bytes = max((known.predicted.arena_bytes for known in engine.plans()), default=0)
+        arena_bytes = max((known.predicted.arena_bytes for known in engine.routines.plans()), default=0)
         try:
             engine.store.plan_arena(arena_bytes)
         except HostBudgetTooSmall as refusal:

@@ -20,7 +20,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
     """Counters of ``engine``; peaks and per-step figures are of planned steps once there are any."""
     if engine is None:
         return {"state": state, "steps": 0}
-    plan, tape = engine.usual_plan(), engine.usual_tape()
+    plan, tape = engine.routines.usual_plan(), engine.routines.usual_tape()
     from_step, from_out, from_in, from_disk = engine.counted_from
     steps = max(1, engine.steps - from_step)
     times = list(engine.step_times_s)[1:] or list(engine.step_times_s)
@@ -28,7 +28,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
     return {
         "state": state,
         "steps": engine.steps,
-        "record_steps": sum(routine.recordings for routine in engine.routines.values()),
+        "record_steps": sum(routine.recordings for routine in engine.routines),
         "budget_bytes": engine.ladder.budget_bytes,
         "peak_device_bytes": peak_bytes,
         "peak_reserved_bytes": reserved_bytes,
@@ -59,8 +59,8 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "late_fetches": engine.late_fetches,
         "starved_convolutions": engine.rooms.starved,
         "verified_values": engine.verifier.values if engine.verifier is not None else 0,
-        "replans": sum(routine.replans for routine in engine.routines.values()),
-        "strayed": sum(routine.strayed for routine in engine.routines.values()),
+        "replans": sum(routine.replans for routine in engine.routines),
+        "strayed": sum(routine.strayed for routine in engine.routines),
         "measured_step_s": statistics.median(times) if times else 0.0,
         "plan": choice_totals(tape, plan),
         "predicted": _predicted(plan),
@@ -70,7 +70,9 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
 
 def _lessons(engine: Engine) -> int:
     """Steps left in which the allocator's habits are learned; a ledger has none."""
-    return max((plan.lessons for plan in engine.programs()), default=0) if engine.device.is_cuda else 0
+    return (
+        max((plan.lessons for plan in engine.routines.programs()), default=0) if engine.device.is_cuda else 0
+    )
 
 
 def _recompute_s(tape: Tape | None, plan: Plan | None) -> float:

@@ -102,8 +102,8 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape,
         assert tape is not None
         assert lms._engine is not None
         assert lms._director is not None
-        (program,) = lms._engine.programs()
-        usual = lms._engine.usual()
+        (program,) = lms._engine.routines.programs()
+        usual = lms._engine.routines.usual()
         assert usual is not None
         race = race_of(usual)
         assert race is not None

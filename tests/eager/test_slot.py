@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchlms.eager.slot import Slot, SlotOwner, Where, find, link
+from torchlms.eager.owner import SlotOwner
+from torchlms.eager.slot import Slot, Where, find, link
 from torchlms.errors import SpillError
 
 SIZE = 4096

@@ -13,7 +13,8 @@ from tests.gpu.networks import CASES, GIB, MIB, clean, make, plain, same, state,
 from torchlms.api import _use_remappable_segments
 from torchlms.eager import private
 from torchlms.eager.holes import Holes
-from torchlms.eager.slot import Slot, SlotOwner
+from torchlms.eager.owner import SlotOwner
+from torchlms.eager.slot import Slot
 from torchlms.memory.device import CudaDevice
 
 pytestmark = pytest.mark.gpu

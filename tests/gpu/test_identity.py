@@ -59,7 +59,7 @@ def test_most_ops_of_a_planned_step_are_only_run() -> None:
         train(model, optimizer, case, 80)  # recorded, planned, raced, and then learned what is quiet
         engine = lms._engine
         assert engine is not None
-        (program,) = engine.programs()
+        (program,) = engine.routines.programs()
         assert program.lessons == 0
         quiet = sum(func is not None for func in program.quiet)
     assert quiet > 0.5 * len(program.tape.ops)

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from torchlms.core.plan import Plan
-from torchlms.core.tape import Kind, Phase, Tape
+from torchlms.core.tape import Kind, Phase
 from torchlms.eager import private
 from torchlms.eager.accounts import Accounts
 from torchlms.eager.collector import SparedCollector
@@ -27,15 +26,18 @@ from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder
 from torchlms.eager.lent import Lent
 from torchlms.eager.microstep import MicroStep
 from torchlms.eager.optimizer import OptimizerGuard
+from torchlms.eager.orphans import Bereft, Orphan
+from torchlms.eager.owner import SlotOwner
 from torchlms.eager.program import Program
 from torchlms.eager.proof import Prover
 from torchlms.eager.provenance import Provenance, Recipe
 from torchlms.eager.recorder import Recorder
 from torchlms.eager.replay import replay
 from torchlms.eager.routine import Routine, Signature, Verdict
+from torchlms.eager.routines import Routines
 from torchlms.eager.saver import Saver
 from torchlms.eager.sizes import ResultSizes
-from torchlms.eager.slot import Bereft, Orphan, Slot, SlotOwner, Where
+from torchlms.eager.slot import Slot, Where
 from torchlms.eager.timer import Lap, OpTimer
 from torchlms.eager.verifier import Verifier
 from torchlms.eager.watcher import Watcher
@@ -45,7 +47,6 @@ from torchlms.memory.store import Place, Store
 
 log = logging.getLogger("torchlms")
 
-_MOST_ROUTINES = 32
 _KEPT_TIMES = 1000
 _FITTING_SHARE = 0.97  # of the budget; the rest is for holes
 
@@ -93,7 +94,7 @@ class Engine(SlotOwner):
         self.watcher = Watcher(self)
         self.saver = Saver(self)
         self.now = MicroStep()
-        self.routines: dict[Signature, Routine] = {}
+        self.routines = Routines()
         self.orphans: deque[Orphan | Bereft] = deque()  # died with a copy in flight
         self.dropped: set[int] = set()  # slots, by identity
         self.steps = 0  # micro-steps begun
@@ -128,7 +129,7 @@ class Engine(SlotOwner):
         for slot in self.living():  # of a graph that outlives its micro-step: strange to the next tape
             slot.value = slot.ordinal = -1
         signature = Signature(tuple(first.shape), first.dtype, self.module_here(), self.saver.forget_met())
-        routine = self._routine_of(signature)
+        routine = self.routines.of(signature)
         routine.met(self.steps)
         self.prepare(self, routine)
         self.steps += 1
@@ -185,14 +186,6 @@ class Engine(SlotOwner):
             return
         self.end_microstep()
         self.prepare(self, routine)
-
-    def _routine_of(self, signature: Signature) -> Routine:
-        """The routine of ``signature``, new if need be; the ones met longest ago are forgotten."""
-        routine = self.routines.pop(signature, None) or Routine(signature)
-        self.routines[signature] = routine
-        if len(self.routines) > _MOST_ROUTINES:
-            del self.routines[next(iter(self.routines))]
-        return routine
 
     def end_microstep(self, *, closing: bool = False) -> None:
         """Close the micro-step that ran until now: keep its tape, or how well it kept to the plan."""
@@ -390,11 +383,6 @@ class Engine(SlotOwner):
         if failures:
             raise failures[0]
 
-    def everything_fits(self) -> bool:
-        """Whether every routine met so far needs nothing moved."""
-        known = [routine for routine in self.routines.values() if routine.recordings]
-        return bool(known) and all(routine.verdict is Verdict.FITS for routine in known)
-
     def leave_alone(self) -> None:
         """The program is going to run without us."""
         self.end_microstep()
@@ -409,15 +397,10 @@ class Engine(SlotOwner):
 
     def outgrown(self) -> bool:
         """Whether what fitted may fit no more, because more memory is in use before a step than was."""
-        rise_bytes = max((routine.rise_bytes for routine in self.routines.values()), default=0)
         if not self.device.is_cuda:
             return False
-        return self.device.allocated_bytes() + rise_bytes > _FITTING_SHARE * self.ladder.budget_bytes
-
-    def doubt(self) -> None:
-        """Record every routine again."""
-        for routine in self.routines.values():
-            routine.doubt()
+        needs_bytes = self.device.allocated_bytes() + self.routines.rise_bytes()
+        return needs_bytes > _FITTING_SHARE * self.ladder.budget_bytes
 
     def shrink_to(self, budget_bytes: int) -> None:
         """Have another budget, and keep to it from now on. BudgetTooSmall if what cannot leave needs more."""
@@ -441,40 +424,6 @@ class Engine(SlotOwner):
         """Have everything leave that can; returns the bytes freed."""
         with private.unwatched():
             return self.ladder.reclaim(EVERYTHING_BYTES)
-
-    def plan_again(self) -> None:
-        """Have every routine planned anew when it comes next, from the tape that it has."""
-        for routine in self.routines.values():
-            routine.reconsider()
-
-    def improvises(self) -> bool:
-        """Whether the routine met last runs without a plan, for it has none."""
-        last = next(reversed(self.routines.values()), None)
-        return last is not None and last.verdict is Verdict.IMPROVISE
-
-    def plans(self) -> list[Plan]:
-        return [program.plan for program in self.programs()]
-
-    def programs(self) -> list[Program]:
-        return [routine.program for routine in self.routines.values() if routine.program is not None]
-
-    def usual(self) -> Routine | None:
-        """The routine that most steps follow: of those with a tape the one met last, if it has taken the
-        place of all others, else the one that was followed most."""
-        known = [routine for routine in reversed(self.routines.values()) if routine.tape is not None]
-        if known and known[0].laps and all(other.met_last < known[0].met_first for other in known[1:]):
-            return known[0]
-        return max(known, key=lambda routine: routine.laps, default=None)
-
-    def usual_tape(self) -> Tape | None:
-        usual = self.usual()
-        if usual is not None and usual.program is not None:
-            return usual.program.tape  # with the times by which its plan is judged
-        return usual.tape if usual is not None else None
-
-    def usual_plan(self) -> Plan | None:
-        usual = self.usual()
-        return usual.program.plan if usual is not None and usual.program is not None else None
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -12,13 +12,16 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from torchlms.eager.slot import Bereft, Slot, SlotOwner, Where, find
+from torchlms.eager.slot import Slot, Where, find
 from torchlms.eager.tensors import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+
+    from torchlms.eager.orphans import Bereft
+    from torchlms.eager.owner import SlotOwner
 
 Operands = tuple[tuple[Any, ...], dict[str, Any]]
 

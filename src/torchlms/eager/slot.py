@@ -29,12 +29,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchlms.eager.orphans import Bereft, Orphan, refill
 from torchlms.eager.private import hide_from_compiler, others_hold, storage_object_held
 from torchlms.eager.provenance import mark
 from torchlms.eager.tensors import whole
 from torchlms.errors import ReplayFailed, SpillError
 
 if TYPE_CHECKING:
+    from torchlms.eager.owner import SlotOwner
     from torchlms.eager.provenance import Cell, Recipe
     from torchlms.memory.device import Copy
     from torchlms.memory.store import Place
@@ -48,54 +50,6 @@ class Where(Enum):
     AWAY = "away"
     COMING = "coming"
     DROPPED = "dropped"
-
-
-class SlotOwner:
-    """What a slot needs of the engine: memory to come back to, copies, and to be told of its end."""
-
-    def allocate(self, size_bytes: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def start_out(self, source: torch.Tensor, place: Place) -> Copy:
-        raise NotImplementedError
-
-    def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
-        raise NotImplementedError
-
-    def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
-        """Make the slot's bytes again."""
-        raise NotImplementedError
-
-    def leaving(self, slot: Slot) -> None:
-        """The slot is about to let its device bytes go."""
-        raise NotImplementedError
-
-    def back(self, slot: Slot) -> None:
-        """The slot's bytes are there again, ordered into the compute queue, for the first time since."""
-        raise NotImplementedError
-
-    def moved(self, slot: Slot) -> None:
-        """The slot's bytes now live in another storage than before, or in none."""
-        raise NotImplementedError
-
-    def forget(self, slot: Slot) -> None:
-        raise NotImplementedError
-
-    def adopt(self, orphan: Orphan | Bereft) -> None:
-        """Keep what a slot left behind until it can be waited for."""
-        raise NotImplementedError
-
-    def lends(self, slot: Slot) -> None:
-        """The slot begins to leave while the program holds its storage."""
-        raise NotImplementedError
-
-    def regained(self, slot: Slot) -> None:
-        """The slot is no longer lent."""
-        raise NotImplementedError
-
-    def resized(self, tensor: torch.Tensor) -> None:
-        """The storage of ``tensor`` has been emptied, or filled again."""
-        raise NotImplementedError
 
 
 class Slot:
@@ -368,70 +322,6 @@ class Slot:
 
 
 hide_from_compiler(Slot.__del__)
-
-
-class Orphan:
-    """What a slot leaves behind when it dies with a copy in flight.
-
-    The collector may run a finalizer in any thread, at any moment, holding any lock: no place to wait
-    for a copy. The bytes stay alive here until the engine comes by.
-    """
-
-    __slots__ = ("bytes", "copies", "place")
-
-    def __init__(
-        self, bytes_: torch.Tensor, out: Copy | None, back: Copy | None, place: Place | None
-    ) -> None:
-        self.bytes: torch.Tensor | None = bytes_
-        self.copies = [copy for copy in (out, back) if copy is not None]
-        self.place = place
-
-    def bury(self) -> None:
-        """Wait for the copies, then let go of the bytes and the place."""
-        try:
-            for copy in self.copies:
-                with contextlib.suppress(SpillError):  # nobody misses what did not reach the disk
-                    copy.wait()
-        finally:
-            self.bytes = None
-            if self.place is not None:
-                self.place.free()
-
-
-class Bereft:
-    """What a slot leaves behind when it dies and the program still holds the storage that was emptied: its
-    bytes stay away until somebody touches them."""
-
-    __slots__ = ("copy_out", "emptied", "owner", "place", "size_bytes")
-
-    def __init__(
-        self, owner: SlotOwner, emptied: torch.Tensor, size_bytes: int, place: Place, copy_out: Copy | None
-    ) -> None:
-        self.owner = owner
-        self.emptied = emptied
-        self.size_bytes = size_bytes
-        self.place = place
-        self.copy_out = copy_out
-
-    def let_go(self) -> bool:
-        """Whether nobody wants the bytes any more."""
-        return not others_hold(self.emptied.untyped_storage(), ours=1)
-
-    def fill(self) -> None:
-        """Fill the storage again."""
-        target = refill(self.owner, self.emptied.untyped_storage(), self.size_bytes)
-        self.owner.start_in(self.place, target, self.copy_out).wait()
-        self.place.free()
-
-
-def refill(owner: SlotOwner, storage: torch.UntypedStorage, size_bytes: int) -> torch.Tensor:
-    """All bytes of ``storage``, which was emptied; room for them is made first."""
-    room = owner.allocate(size_bytes)
-    del room
-    storage.resize_(size_bytes)
-    found = whole(storage)
-    owner.resized(found)
-    return found
 
 
 def link(storage: torch.UntypedStorage, slot: Slot) -> None:

@@ -52,7 +52,7 @@ def run_of(lms: LMS, *, state: str | None = None) -> Run:
 
 def _pair(lms: LMS) -> tuple[Tape | None, Plan | None]:
     """A plan with the tape that it was made for. The tape recorded last may be of another kind of step."""
-    programs = lms._engine.programs() if lms._engine is not None else []
+    programs = lms._engine.routines.programs() if lms._engine is not None else []
     if programs:
         return programs[-1].tape, programs[-1].plan
     return lms.tape, None
