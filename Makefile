@@ -24,6 +24,9 @@ else
   READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(EXTRAS) $(ALSO)' | tr -c 'A-Za-z0-9.' '-')
 endif
 
+# What is imported is compiled once. Tests start many processes, and torch is installed without (see below).
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test pytest more slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
 
@@ -35,7 +38,13 @@ env: $(READY)    ## build the environment, nothing else
 demo: $(READY)   ## the main job on this machine: a plain run beside a run under a budget
 	$(PY) -m torchlms demo $(ARGS)
 
-test: lint pytest  ## the environment, ruff, mypy and the tests
+# mypy is one process for a quarter of a minute: it runs beside the first tests, and is heard after the last.
+LINTED := build/lint.txt
+test: $(READY)   ## the environment, ruff, mypy and the tests
+	@mkdir -p $(dir $(LINTED)); \
+	$(MAKE) --no-print-directory lint >$(LINTED) 2>&1 & lint=$$!; \
+	$(MAKE) --no-print-directory pytest; tests=$$?; \
+	wait $$lint; lint=$$?; cat $(LINTED); exit $$((tests ? tests : lint))
 
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
 	$(PY) -m pytest -v -n 2 --dist loadfile $(ARGS)
@@ -116,15 +125,16 @@ clean:           ## remove the environment and everything that was built
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that the pinned version (and a CPU build where one is at hand) is taken
-# before any other package asks for "torch". `--group` needs pip 25.1.
+# before any other package asks for "torch". Of its files a tenth is ever imported: to compile them all would
+# take half of the time that this takes. `--group` needs pip 25.1.
 ifneq ($(READY),)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(if $(SYSTEM_SITE),--system-site-packages) $(VENV) \
 	  || { rm -rf $(VENV); echo "venv is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	$(PY) -m pip install --quiet --upgrade 'pip>=25.1'
-	$(if $(SYSTEM_SITE),$(PY) -c 'import torch' 2>/dev/null ||) $(PY) -m pip install '$(TORCH)'
-	$(PY) -m pip install --quiet --editable '.[$(EXTRAS)]' --group dev $(ALSO)
+	$(if $(SYSTEM_SITE),$(PY) -c 'import torch' 2>/dev/null ||) $(PY) -m pip install --no-compile '$(TORCH)'
+	$(PY) -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]' --group dev $(ALSO)
 	rm -f $(VENV)/.ready-*
 	touch $@
 endif

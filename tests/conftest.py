@@ -26,6 +26,8 @@ from tests import forked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+FROZEN = 1_000_000_000  # objects, more than a test makes
+count_frozen = gc.get_freeze_count
 GRACE_S = 2.0  # how long a thread or a copy in flight may take to end after its test
 
 # The user's own cache (machine rates, spill files) is neither read nor written, also not by child processes.
@@ -73,20 +75,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def spared_collector() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def spared_collector() -> Iterator[None]:
     """Collections pass by what is imported: each LMS begins with one, a tenth of a second for nothing.
 
-    LMS then leaves the collector alone. That it sees to this itself is tried in test_api.py.
+    LMS then leaves the collector alone. That it sees to this itself is tried in test_collector.py.
     """
     importlib.import_module("torch._dynamo")  # as the first optimizer does
     gc.collect()
     gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", lambda: FROZEN)  # to count them takes as long as to collect
+        yield
 
 
 @pytest.fixture
-def unfrozen() -> Iterator[None]:
+def unfrozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The collector as a program has it that does not see to it: all objects are looked at."""
+    monkeypatch.setattr(gc, "get_freeze_count", count_frozen)
     gc.unfreeze()
     yield
     gc.collect()

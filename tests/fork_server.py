@@ -2,11 +2,13 @@
 
 ``forked.py`` starts it and asks. It computes nothing, so that a fork has no threads but its own. A program is
 the last thing that this file executes, with nobody around it: exit handlers, threads, signals and the status
-are left to the interpreter. Of an error that nobody catches the traceback begins with this file's own line.
+are left to the interpreter. What comes behind its end, the destructors of torch's C++, takes longer than all
+of it and is left out. Of an error that nobody catches the traceback begins with this file's own line.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -36,11 +38,19 @@ def next_program(server: socket.socket) -> CodeType:
         process = os.fork()
         if process == 0:
             server.close()
+            end_with_the_interpreter()
             return become(files, **json.loads(message))
         for file in files:
             os.close(file)
         _, status = os.waitpid(process, 0)
         server.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
+
+
+def end_with_the_interpreter() -> None:
+    """Of the C library's exit handlers, the one that is called first ends the process, with its status."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "on_exit"):
+        library.on_exit(library._exit, None)
 
 
 def become(files: list[int], words: list[str], folder: str, environment: dict[str, str]) -> CodeType:
