@@ -28,7 +28,8 @@ class Contender:
     laps_s: list[float] = field(default_factory=list)
     program: Program | None = None
     starved_laps: int = 0  # in which the device mostly waited for the program
-    spent_s: list[float] = field(default_factory=list)  # by the program in each lap on values that leave
+    values_s: list[float] = field(default_factory=list)  # by the program in each lap on values that leave
+    again_s: list[float] = field(default_factory=list)  # and on making some of them again
 
     @property
     def median_s(self) -> float:
@@ -40,11 +41,12 @@ class Contender:
         return 2 * self.starved_laps > len(self.laps_s)
 
     @property
-    def each_s(self) -> float | None:
-        """What a value that leaves takes the program; None where the device does not wait for that."""
+    def spent_s(self) -> tuple[float, float] | None:
+        """What values that leave, and making some of them again, take the program in a lap; None where the
+        device does not wait for that."""
         if not self.starved or not self.plan.moves:
             return None
-        return statistics.median(self.spent_s) / len(self.plan.moves)
+        return statistics.median(self.values_s), statistics.median(self.again_s)
 
     @property
     def done(self) -> bool:

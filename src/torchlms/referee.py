@@ -65,7 +65,8 @@ class Referee:
         race.running.program = program
         race.running.laps_s.append(measured_s)
         race.running.starved_laps += lap.starved
-        race.running.spent_s.append(lap.spent_s)
+        race.running.values_s.append(lap.values_s)
+        race.running.again_s.append(lap.again_s)
         if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
 
@@ -135,7 +136,7 @@ class Referee:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare", race.rates)
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.rates = explanation(tape, maker.machine, best.plan, best.median_s, each_s=best.each_s)
+            race.rates = explanation(tape, maker.machine, best.plan, best.median_s, spent_s=best.spent_s)
             # A program that is too slow for its device needs other drops, and not some more of the same.
             like = best.plan if race.rates.pace is None else None
             made = maker.other(tape, race.rates, like=like)
@@ -154,7 +155,7 @@ class Referee:
         if not winner.done or not _off(tape, winner):
             return
         between_s = plan.predicted.step_s - lap_s(tape, plan.predicted.step_s)
-        rates = explanation(tape, self._maker.machine, plan, winner.median_s, each_s=winner.each_s)
+        rates = explanation(tape, self._maker.machine, plan, winner.median_s, spent_s=winner.spent_s)
         log.info(
             "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
             (winner.median_s + between_s) * 1e3,

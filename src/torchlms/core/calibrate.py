@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torchlms.core.drops import with_drops
-from torchlms.core.pace import Pace, lap_s, paced
+from torchlms.core.pace import Load, Pace, lap_s, paced
 from torchlms.core.plan import Choice
 from torchlms.core.simulate import Simulator
 from torchlms.core.tape import Phase
@@ -82,7 +82,7 @@ def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURE
     predicted = replace(
         plan.predicted, step_s=timeline.step_s, compute_s=timeline.compute_s, stall_s=timeline.stall_s
     )
-    return paced(predicted, tape, rates.pace, len(plan.moves))
+    return paced(predicted, tape, rates.pace, Load.of(tape, plan.moves))
 
 
 def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
@@ -97,10 +97,16 @@ def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
 
 
 def explanation(
-    tape: Tape, machine: Machine, plan: Plan, measured_lap_s: float, *, each_s: float | None = None
+    tape: Tape,
+    machine: Machine,
+    plan: Plan,
+    measured_lap_s: float,
+    *,
+    spent_s: tuple[float, float] | None = None,
 ) -> Rates:
     """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``.
-    ``each_s``: what a value that leaves took the program, if the device kept waiting for that."""
+    ``spent_s``: what the program took for values that leave, and for ops that make some of them again, if
+    the device kept waiting for that."""
 
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
@@ -109,8 +115,8 @@ def explanation(
     as_measured_s = lap_s(tape, as_measured.step_s)
     if abs(measured_lap_s / as_measured_s - 1) < _ALIKE:
         return AS_MEASURED
-    if each_s is not None and measured_lap_s > as_measured_s:
-        return Rates(pace=Pace(measured_lap_s - each_s * len(plan.moves), each_s))
+    if spent_s is not None and measured_lap_s > as_measured_s:
+        return Rates(pace=_pace(measured_lap_s, spent_s, Load.of(tape, plan.moves)))
     unhindered_s = lap_s(tape, as_measured.compute_s)
     if unhindered_s < measured_lap_s < predicted_s(Rates(copies=SLOWEST)):
         slower = _where(
@@ -118,6 +124,15 @@ def explanation(
         )
         return Rates(copies=1 / slower)
     return Rates(ops=_where(lambda factor: predicted_s(Rates(ops=factor)), measured_lap_s, LEAST, MOST))
+
+
+def _pace(measured_lap_s: float, spent_s: tuple[float, float], load: Load) -> Pace:
+    values_s, again_s = spent_s
+    return Pace(
+        measured_lap_s - values_s - again_s,
+        values_s / max(load.leaving, 1),
+        again_s / max(load.again, 1),
+    )
 
 
 def _where(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:

@@ -25,7 +25,7 @@ from torchlms.core.drops import (
     with_drops,
 )
 from torchlms.core.headroom import NO_ELBOW, Elbow
-from torchlms.core.pace import paced
+from torchlms.core.pace import Load, paced
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
@@ -76,7 +76,7 @@ def plan(
     started_s = time.perf_counter()
     limit_bytes = budget.device_bytes - headroom_bytes
     compute_s = sum(op.time_s for op in tape.ops)
-    ranked = _ranked(tape, rules, each_s=pace.each_s if pace is not None else 0.0)
+    ranked = _ranked(tape, rules, pace)
 
     def make(drops: Sequence[Value], effort: float) -> Plan:
         made = plan_moves(
@@ -88,8 +88,8 @@ def plan(
             elbow=elbow,
             effort=effort,
         )
-        leaving = len(made.moves) + len(drops)
-        return replace(made, predicted=paced(made.predicted, tape, pace, leaving))
+        load = Load(len(made.moves) + len(drops), sum(len(value.recipe) for value in drops))
+        return replace(made, predicted=paced(made.predicted, tape, pace, load))
 
     trials = _Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops))
     trials.of((), 1.0)
@@ -262,9 +262,9 @@ def _left_for_moves(rules: Rules, drops: Sequence[Value]) -> Rules:
     return replace(rules, most_values=max(0, rules.most_values - len(drops)))
 
 
-def _ranked(tape: Tape, rules: Rules, *, each_s: float) -> list[Value]:
-    """What may be dropped together, the fewest seconds for a byte gained first; ``each_s`` are added to
-    what making a value again takes."""
+def _ranked(tape: Tape, rules: Rules, pace: Pace | None) -> list[Value]:
+    """What may be dropped together, the fewest seconds for a byte gained first, those of the program that
+    the device waits for included."""
     reasons = leavers(rules, tape)
     free = [
         value
@@ -273,7 +273,11 @@ def _ranked(tape: Tape, rules: Rules, *, each_s: float) -> list[Value]:
     ]
     gains = gain_bytes(tape, free)
     worth = [value for value in free if gains[value.id] > 0]
-    return sorted(worth, key=lambda value: (replay_s(tape, value) + each_s) / gains[value.id])
+
+    def cost_s(value: Value) -> float:
+        return replay_s(tape, value) + (pace.drop_s(value) if pace is not None else 0.0)
+
+    return sorted(worth, key=lambda value: cost_s(value) / gains[value.id])
 
 
 def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -> Plan:

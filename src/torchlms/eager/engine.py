@@ -315,11 +315,13 @@ class Engine(SlotOwner):
 
     def replay(self, recipe: Recipe) -> torch.UntypedStorage:
         """Run a recipe."""
-        began_s, lap = time.perf_counter(), self.now.lap
-        spent_s = lap.spent_s if lap is not None else 0.0
+        lap = self.now.lap
+        if lap is None:
+            return replay(recipe, self.watcher.run_again)
+        began_s, values_s, again_s = time.perf_counter(), lap.values_s, lap.again_s
         storage = replay(recipe, self.watcher.run_again)
-        if lap is not None:  # what it took to make its sources again is part of it
-            lap.spent_s = spent_s + time.perf_counter() - began_s
+        # What it took to bring its sources back, or to make them again, is part of it.
+        lap.values_s, lap.again_s = values_s, again_s + time.perf_counter() - began_s
         return storage
 
     def leaving(self, slot: Slot) -> None:

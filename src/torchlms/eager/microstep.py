@@ -87,7 +87,7 @@ class MicroStep:
             self.follower.catch_up(self.clock)
             self.look_ahead()
             if self.lap is not None:
-                self.lap.spent_s += time.perf_counter() - began_s
+                self.lap.values_s += time.perf_counter() - began_s
 
     def stray(self) -> None:
         """The step is not what the program was made for: from here on nobody follows it."""

@@ -39,7 +39,8 @@ class Lap:
         self._begin = self._before = device.mark()
         self._end: Mark | None = None
         self._uses = self._looks = self._idle = 0
-        self.spent_s = 0.0  # by the program on values that leave
+        self.values_s = 0.0  # that the program spent on values that leave
+        self.again_s = 0.0  # and on the histories of those that are made again
 
     def end(self) -> None:
         self._end = self._device.mark()

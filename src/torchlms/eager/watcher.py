@@ -134,7 +134,7 @@ class Watcher:
         ended_s = time.perf_counter()
         provenance.after(call, args, kwargs, result)
         if now.lap is not None:
-            now.lap.spent_s += ran_s - began_s + time.perf_counter() - ended_s
+            now.lap.again_s += ran_s - began_s + time.perf_counter() - ended_s
         return result
 
     def _note_quiet(self, now: MicroStep, func: Any, *, writes: bool) -> None:
