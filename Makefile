@@ -27,6 +27,9 @@ endif
 # What is imported is compiled once. Tests start many processes, and torch is installed without (see below).
 unexport PYTHONDONTWRITEBYTECODE
 
+# Each file is one worker's, and files come in the order of tests/conftest.py.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test pytest more slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
 
@@ -47,7 +50,7 @@ test: $(READY)   ## the environment, ruff, mypy and the tests
 	wait $$lint; lint=$$?; cat $(LINTED); exit $$((tests ? tests : lint))
 
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
-	$(PY) -m pytest -v -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -v $(SHARED) $(ARGS)
 
 lint: $(READY)   ## ruff and mypy
 	$(PY) -m ruff check .
@@ -55,10 +58,10 @@ lint: $(READY)   ## ruff and mypy
 	$(PY) -m mypy
 
 more: $(READY)   ## more of the same: cases and long runs of which `make test` has a part
-	$(PY) -m pytest -v -n 2 --dist loadfile -m 'more and not slow' $(ARGS)
+	$(PY) -m pytest -v $(SHARED) -m 'more and not slow' $(ARGS)
 
 slow: $(READY)   ## the tests that `make test` and `make more` leave out because they take long
-	$(PY) -m pytest -v -n 2 --dist loadfile -m slow $(ARGS)
+	$(PY) -m pytest -v $(SHARED) -m slow $(ARGS)
 
 # An environment that borrows the packages of $(PY) by a path file, so that nothing large is installed twice.
 # Naming the borrowed torch keeps pip from taking another. A stamp: other settings, another install.

@@ -51,7 +51,16 @@ def pytest_report_header() -> list[str]:
     return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}"]
 
 
+# Files that take long, or whose tests do: with a whole file for each worker, whoever gets one last ends last.
+LONG = (
+    "matrix/test_matrix.py", "runner/test_training.py", "runner/test_out_of_memory.py", "test_collector.py",
+    "test_suites.py", "test_soak.py", "bench/test_runner.py", "eager/test_recompute.py",
+    "eager/test_loops.py", "test_lean_import.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
     if torch.cuda.is_available():
         return
     for item in items:

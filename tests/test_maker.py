@@ -95,10 +95,9 @@ def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> Non
     engine: Any = SimpleNamespace(
         ladder=SimpleNamespace(reclaims=3),
         device=SimpleNamespace(is_cuda=True),
-        plans=list,
+        routines=SimpleNamespace(plans=list, usual=lambda: None),
         store=SimpleNamespace(plan_arena=lambda size_bytes: None),
         restart_measuring=lambda: None,
-        usual=lambda: None,
     )
     routine = Routine(SimpleNamespace())  # type: ignore[arg-type]
     made._adopt(engine, routine, tape, made.maker._make(tape, before))

@@ -74,6 +74,7 @@ def whole_pool(threads: int, **options: Any) -> ThreadPoolExecutor:
     return pool
 
 
+@pytest.mark.more
 def test_a_short_soak_from_end_to_end(
     unfrozen: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

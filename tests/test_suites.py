@@ -57,9 +57,10 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).requires_grad_()
 
 
+@pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.more)])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operators(name: str) -> None:
-    findings = [try_case(case) for case in some_cases("operators", name, 8)]
+def test_operators(name: str, count: int) -> None:
+    findings = [try_case(case) for case in some_cases("operators", name, count)]
     assert {finding.verdict for finding in findings} == {Verdict.SAME}, findings
     assert any(finding.away for finding in findings) is (name != "add float64")  # which saves nothing
 

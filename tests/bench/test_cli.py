@@ -76,7 +76,10 @@ def test_the_help_of_each_verb_has_an_example_that_can_be_read(verb: str) -> Non
         found.make_context(name, rest, parent=context)
 
 
-@pytest.mark.parametrize(("shell", "mark"), [("bash", "complete -o"), ("zsh", "#compdef torchlms")])
+@pytest.mark.parametrize(
+    ("shell", "mark"),
+    [("bash", "complete -o"), pytest.param("zsh", "#compdef torchlms", marks=pytest.mark.more)],
+)
 def test_completion(shell: str, mark: str, tmp_path: Path) -> None:
     """Shown, and installed into an empty home; then the shell's question gets the verbs."""
     environment = os.environ | {
@@ -105,7 +108,12 @@ def test_completion(shell: str, mark: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["version"], ["bench", *TINY], ["probe", "--device=cpu"], ["bench", *TINY, "--compare=none"]],
+    [
+        ["version"],
+        ["bench", *TINY],
+        ["probe", "--device=cpu"],
+        pytest.param(["bench", *TINY, "--compare=none"], marks=pytest.mark.more),
+    ],
 )
 def test_json_alone_on_standard_output(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(device="cpu", device_bytes=2**34, torch="2.13")

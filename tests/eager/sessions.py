@@ -182,9 +182,14 @@ def train_plainly(network: Network, loop: Loop = plain_step, steps: int = STEPS)
 run_plain = cache(train_plainly)
 
 
-@cache
 def plain_peak(network: Network, loop: Loop = plain_step, steps: int = STEPS) -> int:
     """The highest sum of live storages of a plain run, by a ledger of its own."""
+    return run_counted(network, loop, steps)[1]
+
+
+@cache
+def run_counted(network: Network, loop: Loop, steps: int) -> tuple[Outcome, int]:
+    """A plain run under a dispatch mode that counts what is live, and changes nothing; and its peak."""
     session = new_session(network)
     ledger = Ledger()
     mode = LedgerMode(ledger, torch.device("cpu"))
@@ -192,10 +197,10 @@ def plain_peak(network: Network, loop: Loop = plain_step, steps: int = STEPS) ->
     with mode:
         for step in range(steps):
             loop(session, step)
-    peak_bytes = ledger.peak_bytes
+    left, peak_bytes = outcome(session), ledger.peak_bytes
     del session
     gc.collect()
-    return peak_bytes
+    return left, peak_bytes
 
 
 def ledger_of(lms: torchlms.LMS) -> WholePeak:

@@ -73,8 +73,15 @@ def train(session: Session, steps: range, failures: set[int], place: str, error:
             step_that_may_fail(session, step, False, place, error)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        *((place, ValueError) for place in PLACES),
+        ("backward", KeyboardInterrupt),
+        more("forward", KeyboardInterrupt),
+        more("between", KeyboardInterrupt),
+    ],
+)
 def test_the_loop_goes_on_in_the_same_lms(place: str, error: type, spill_dir: Path) -> None:
     """The first step fails, while it is recorded; so do one that is timed and one that follows its plan."""
     plain, session = new_session(MLP), new_session(MLP)

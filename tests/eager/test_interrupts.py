@@ -69,7 +69,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> int:
     return interrupt.lines
 
 
-@pytest.mark.parametrize("point", [more(point) if point % 2 else point for point in range(POINTS)])
+@pytest.mark.parametrize("point", [more(point) if point % 3 else point for point in range(POINTS)])
 def test_an_interrupt_anywhere(point: int, lines: int, spill_dir: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="on purpose"):
         train(spill_dir, Interrupt(1 + (2 * point + 1) * lines // (2 * POINTS)))

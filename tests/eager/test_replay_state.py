@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sessions import slow_disk
+from sessions import more, slow_disk
 from torch import Tensor, nn
 from traps import STEPS, Trap, assert_same, batch, train, usual
 
@@ -70,13 +70,15 @@ def under(forward: Around, backward: Around, since: int) -> Any:
     return loop
 
 
-@pytest.mark.parametrize("since", [0, STEPS - 2])
 @pytest.mark.parametrize(
-    ("forward", "backward"),
+    ("forward", "backward", "since"),
     [
-        (no_mkldnn, contextlib.nullcontext),
-        (contextlib.nullcontext, no_mkldnn),
-        (contextlib.nullcontext, two_threads),
+        (no_mkldnn, contextlib.nullcontext, 0),
+        (contextlib.nullcontext, no_mkldnn, STEPS - 2),
+        (contextlib.nullcontext, two_threads, STEPS - 2),
+        more(no_mkldnn, contextlib.nullcontext, STEPS - 2),
+        more(contextlib.nullcontext, no_mkldnn, 0),
+        more(contextlib.nullcontext, two_threads, 0),
     ],
 )
 def test_switches_stand_as_they_did(forward: Around, backward: Around, since: int, spill_dir: Path) -> None:

@@ -18,6 +18,7 @@ from sessions import (
     outcome,
     plain_peak,
     plain_step,
+    run_counted,
     run_plain,
     train_plainly,
     watch,
@@ -60,9 +61,11 @@ def trained_under_a_mode(row: Row) -> Outcome:
 def trained_plainly(row: Row) -> tuple[Outcome, int]:
     """What plain PyTorch leaves, which it leaves twice, and its peak."""
     plain = row.around(lambda: train_plainly(row.network, row.loop, STEPS))
-    again = row.around(lambda: train_plainly(row.network, row.loop, STEPS))
+    again, peak_bytes = row.around(lambda: run_counted(row.network, row.loop, STEPS))
+    if row.any_mode:  # to count is one
+        again = row.around(lambda: train_plainly(row.network, row.loop, STEPS))
     assert again.differences(plain) == [], "plain PyTorch does not repeat itself: measure its spread"
-    return plain, row.around(lambda: plain_peak(row.network, row.loop, STEPS))
+    return plain, peak_bytes
 
 
 def trained(row: Row, budget_bytes: int, rules: dict[str, Any], disk_dir: Path) -> Iterator[Watched]:
