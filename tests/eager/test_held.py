@@ -32,7 +32,7 @@ from torchlms.core.held import with_held
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Phase
 from torchlms.core.validate import validate
-from torchlms.eager.slot import find
+from torchlms.eager.slot import Where, find
 from torchlms.memory.disk import SpillFile
 
 HELD = {**SMALL, "held": True}
@@ -377,6 +377,127 @@ def test_evaluation_and_checkpoints_between(spill_dir: Path) -> None:
         session.note(loss)
 
     assert_same_bits(SKIPS, step, spill_dir, share=0.9, rules=HELD)
+
+
+def _sparse(tensor: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(
+        torch.arange(len(tensor))[None], tensor.detach(), tensor.shape, is_coalesced=True
+    )
+
+
+def _jagged(tensor: Tensor) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(tensor.detach().flatten(1), torch.tensor([0, 3, 8]))
+
+
+@pytest.mark.parametrize("wrap", [_sparse, _jagged])
+def test_what_is_inside_of_other_tensors_comes_back(
+    spill_dir: Path, wrap: Callable[[Tensor], Tensor]
+) -> None:
+    """An op on them reads a storage that is not among its arguments."""
+    wrapped: list[Tensor] = []
+    sums: list[float] = []
+
+    def look(waiting: list[Tensor]) -> None:
+        sums.extend(float((item * 2).values().sum()) for item in wrapped[-2:])
+
+    def step(session: Session, number: int) -> None:
+        wrapped.clear()
+        first: Any = session.model.enter[1]  # type: ignore[index]
+        hooks = [
+            layer.register_forward_pre_hook(lambda module, args: wrapped.append(wrap(args[0])))
+            for layer in (first, session.model.enter[2])  # type: ignore[index]
+        ]
+        session.model.look = look  # type: ignore[assignment]
+        plain_step(session, number)
+        for hook in hooks:
+            hook.remove()
+        wrapped.clear()
+
+    plain = run_plain(SKIPS, step)
+    expected = list(sums)
+    for options in ({}, {"plan": False}):
+        sums.clear()
+        watched = run_lms(SKIPS, int(0.5 * plain_peak(SKIPS)), spill_dir, step, rules=HELD, **options)
+        assert watched.outcome.differences(plain) == []
+        assert sums == expected
+
+
+def test_a_storage_that_somebody_holds_is_not_turned_back(spill_dir: Path) -> None:
+    """What was emptied once is not emptied again when somebody got hold of it on its way back."""
+    session = new_session(SKIPS)
+    seen = 0
+    with open_lms(session, int(0.9 * plain_peak(SKIPS)), spill_dir, rules=HELD) as lms:
+        engine = lms._engine
+        assert engine is not None
+
+        def look(waiting: list[Tensor]) -> None:
+            nonlocal seen
+            alias = waiting[0].detach()
+            slot = find(alias.untyped_storage(), engine)
+            assert slot is not None
+            slot.lend()
+            slot.send(engine.store.place(slot.size_bytes))
+            slot.release()
+            assert slot.where is Where.AWAY
+            slot.fetch()
+            storage = alias.untyped_storage()
+            assert not slot.turn_back()
+            assert storage.nbytes() == slot.size_bytes
+            seen += 1
+
+        for step in range(4):
+            looking(look)(session, step)
+    assert seen == 4
+    assert outcome(session).differences(run_plain(SKIPS, steps=4)) == []
+
+
+def test_a_storage_that_the_program_has_resized_is_its_own(spill_dir: Path) -> None:
+    """Some programs empty what they can make again, and fill it before backward."""
+
+    def look(waiting: list[Tensor]) -> None:
+        storage = waiting[2].untyped_storage()
+        copy, size_bytes = storage.clone(), storage.nbytes()
+        storage.resize_(0)
+        del storage
+        torch.ones(1 << 12).sum()
+        storage = waiting[2].untyped_storage()
+        storage.resize_(size_bytes)
+        storage.copy_(copy)
+
+    def step(session: Session, number: int) -> None:
+        session.model.look = look  # type: ignore[assignment]
+        plain_step(session, number)
+
+    plain = run_plain(SKIPS, plain_step)
+    for options in ({}, {"plan": False}):
+        watched = run_lms(SKIPS, int(0.95 * plain_peak(SKIPS)), spill_dir, step, rules=HELD, **options)
+        assert watched.outcome.differences(plain) == []
+
+
+def test_interrupted_while_it_is_emptied(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = new_session(SKIPS)
+    with open_lms(session, int(0.9 * plain_peak(SKIPS)), spill_dir, rules=HELD) as lms:
+        engine = lms._engine
+        assert engine is not None
+
+        def stop(tensor: Tensor) -> None:
+            raise KeyboardInterrupt
+
+        def look(waiting: list[Tensor]) -> None:
+            slot = find(waiting[0].untyped_storage(), engine)
+            assert slot is not None
+            before = waiting[0].clone()
+            slot.lend()
+            slot.send(engine.store.place(slot.size_bytes))
+            with monkeypatch.context() as interrupted:
+                interrupted.setattr(engine, "resized", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    slot.release()
+            assert torch.equal(waiting[0], before)
+
+        for step in range(4):
+            looking(look)(session, step)
+    assert outcome(session).differences(run_plain(SKIPS, steps=4)) == []
 
 
 # -- trouble ---------------------------------------------------------------------------------

@@ -389,6 +389,7 @@ class Engine(SlotOwner):
         """The program is going to run without us."""
         self.end_microstep()
         with private.unwatched():
+            self.bury()
             self.lent.recall()
         self._ooms_aside = self._allocator_ooms()
 

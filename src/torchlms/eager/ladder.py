@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from torchlms.eager.slot import Slot, Where
-from torchlms.eager.tensors import tensors_in
+from torchlms.eager.tensors import all_plain, tensors_in
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, SpillError
 from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
@@ -172,14 +172,13 @@ class Ladder:
             for slot in living:
                 if slot.place is None and (slot.size_bytes >= _SMALL_BYTES) is large and slot.alone():
                     yield slot
-        if operands is not None and self.slots.may_lend():
+        if operands is not None and self.slots.may_lend() and all_plain(*operands):
             needed = {tensor.untyped_storage()._cdata for tensor in tensors_in(*operands)}
             yield from (slot for slot in living if slot.lendable() and slot.storage_id() not in needed)
 
     def _evict(self, slot: Slot) -> int:
         if slot.where is Where.COMING:
-            slot.turn_back()
-            return slot.size_bytes
+            return slot.size_bytes if slot.turn_back() else 0
         if slot.place is None:
             if not slot.alone():
                 if not slot.lendable():

@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from torchlms.eager.slot import Slot, Where, find
-from torchlms.eager.tensors import tensors_in
+from torchlms.eager.tensors import all_plain, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +54,9 @@ class Lent:
         """Have whole again what an op is about to read or write."""
         self._forget_let_go()
         if not self:
+            return
+        if not all_plain(args, kwargs):
+            self.recall()  # which of them the op reads inside of another tensor, nobody tells
             return
         self.operands = args, kwargs
         try:

@@ -124,14 +124,14 @@ class Slot:
         )
 
     def lendable(self) -> bool:
-        """Whether only tensors hold the storage, so that it can be emptied under them. PyTorch forbids to
-        resize one whose memory it has given to numpy or another library."""
+        """Whether only tensors hold the storage, so that it can be emptied under them; not where the program
+        has resized it itself."""
         held = self._held
         return (
             self.where is Where.HELD
             and held is not None
-            and held.untyped_storage().resizable()
-            and not storage_object_held(held)
+            and held.untyped_storage().nbytes() == self.size_bytes
+            and can_be_emptied(held)
         )
 
     def storage_id(self) -> int:
@@ -197,12 +197,13 @@ class Slot:
         self.owner.leaving(self)
         held = self._held
         assert held is not None
-        if self.lent and others_hold(held.untyped_storage(), ours=1):
-            held.untyped_storage().resize_(0)
-            self.owner.resized(held)
-            self.emptied = held
+        lent = self.lent and others_hold(held.untyped_storage(), ours=1)
+        self.emptied = held if lent else None
         self.bytes = None
         self.where = Where.AWAY
+        if lent:  # last: whatever interrupts us, the bytes come back in this storage
+            held.untyped_storage().resize_(0)
+            self.owner.resized(held)
         self.owner.moved(self)
 
     # -- back --------------------------------------------------------------------------------
@@ -247,12 +248,18 @@ class Slot:
         self.owner.moved(self)
         self.owner.back(self)
 
-    def turn_back(self) -> None:
-        """Give the device bytes of a value that is coming back up again: its copy is still in place."""
+    def turn_back(self) -> bool:
+        """Give the device bytes of a value that is coming back up again: its copy is still in place. False
+        where the program has given away more than tensors since they began to come: they stay."""
         assert self.where is Where.COMING
+        assert self._held is not None
+        if self.lent and not can_be_emptied(self._held):
+            self.take()
+            return False
         with contextlib.suppress(SpillError):  # nobody needs these bytes
             self._settle()
         self._give_up_coming()
+        return True
 
     def _give_up_coming(self) -> None:
         self.copy_in = None
@@ -322,6 +329,12 @@ class Slot:
 
 
 hide_from_compiler(Slot.__del__)
+
+
+def can_be_emptied(tensor: torch.Tensor) -> bool:
+    """Whether nothing but tensors is known to hold the storage of ``tensor``. PyTorch forbids to resize one
+    whose memory it has given to numpy or to another process; of DLPack nothing is known."""
+    return tensor.untyped_storage().resizable() and not storage_object_held(tensor)
 
 
 def link(storage: torch.UntypedStorage, slot: Slot) -> None:

@@ -19,6 +19,18 @@ def tensors_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor
     return [tensor for tensor in found if is_plain(tensor)]
 
 
+def all_plain(args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether ``tensors_in`` finds every storage among arguments: none is inside a sparse or nested tensor,
+    or one made of others."""
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, torch.Tensor):
+            if not is_plain(item):
+                return False
+        elif isinstance(item, (list, tuple)) and not all_plain(item, {}):
+            return False
+    return True
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is bytes in a storage: not sparse, nested, fake, nor made of other tensors."""
     if tensor.layout is not torch.strided or tensor.is_nested:

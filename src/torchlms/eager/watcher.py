@@ -108,13 +108,13 @@ class Watcher:
         if engine.orphans:
             engine.bury()
         now.catch_up()
-        if engine.lent:
-            engine.lent.touch(args, kwargs)
-        if now.timer is not None and not self._is_cuda:
-            now.timer.begin()  # no device hides what watching takes
         writes = writes_anything(func)
         if engine.dropped and writes:
             _make_readers_real(func, args, kwargs)
+        if engine.lent:  # after whatever else runs ops: those may have what this one reads leave
+            engine.lent.touch(args, kwargs)
+        if now.timer is not None and not self._is_cuda:
+            now.timer.begin()  # no device hides what watching takes
         provenance, follower = now.provenance, now.follower
         if provenance is None or (now.backward_seen and not writes):
             self._note_quiet(now, func, writes=writes)
