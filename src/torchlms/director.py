@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torchlms.core.machine import Machine
+    from torchlms.core.plan import Decision
     from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
@@ -143,6 +144,12 @@ class Director:
             raise PlanMismatch(
                 f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step "
                 f"has {tape.fingerprint}): another model, batch or shape. Leave plan= out to make a new one"
+            )
+        if not all(_has_stretch(tape, decision) for decision in plan.moves):
+            raise PlanMismatch(
+                "the plan given has values leave at other times than this step lets them: it was made with "
+                f"another rule held (here it is {self.rules.held}). Give the rules that it was made with, or "
+                "leave plan= out to make a new one"
             )
         self._given_fits = True
         self._adopt(engine, routine, tape, plan)
@@ -310,3 +317,13 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
         f"{_off_device(predicted)}, "
         f"step {predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting){widest}"
     )
+
+
+def _has_stretch(tape: Tape, decision: Decision) -> bool:
+    """Whether the value is idle in the stretch that is meant, roughly when it is to be away. Fingerprints
+    tell computations apart, and not which stretches count as idle."""
+    idle = tape.values[decision.value].idle
+    if decision.stretch >= len(idle):
+        return False
+    stretch, last = idle[decision.stretch], max(decision.release_op, decision.reload_op)
+    return decision.release_op < stretch.stop and stretch.start <= last

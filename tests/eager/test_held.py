@@ -27,7 +27,7 @@ from small_networks import NETWORKS, Network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchlms import BudgetTooSmall, SpillError
+from torchlms import BudgetTooSmall, PlanMismatch, SpillError
 from torchlms.core.held import with_held
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Phase
@@ -569,3 +569,16 @@ def test_a_tape_says_what_the_rule_would_bring(spill_dir: Path) -> None:
     with pytest.raises(BudgetTooSmall, match="With rule held it is"):
         plan(tape, machine, budget, Rules(min_bytes=0))
     assert plan(with_held(tape), machine, budget, Rules(min_bytes=0)).moves
+
+
+def test_a_plan_is_for_the_rule_that_it_was_made_with(spill_dir: Path) -> None:
+    budget_bytes = int(0.95 * plain_peak(SKIPS))
+    plans = {
+        held: run_lms(SKIPS, int(share * plain_peak(SKIPS)), spill_dir, rules={**SMALL, "held": held}).plan
+        for held, share in ((False, 0.9), (True, TIGHT))
+    }
+    for held, plan in plans.items():
+        given = run_lms(SKIPS, budget_bytes, spill_dir, rules={**SMALL, "held": held}, plan=plan)
+        assert given.outcome.differences(run_plain(SKIPS)) == []
+    with pytest.raises(PlanMismatch, match="another rule held"):
+        run_lms(SKIPS, budget_bytes, spill_dir, rules=SMALL, plan=plans[True])
