@@ -582,3 +582,29 @@ def test_a_plan_is_for_the_rule_that_it_was_made_with(spill_dir: Path) -> None:
         assert given.outcome.differences(run_plain(SKIPS)) == []
     with pytest.raises(PlanMismatch, match="another rule held"):
         run_lms(SKIPS, budget_bytes, spill_dir, rules=SMALL, plan=plans[True])
+
+
+@pytest.mark.parametrize("options", [{}, {"plan": False}], ids=["planned", "unplanned"])
+def test_lengths_of_packed_sequences_stay(spill_dir: Path, options: dict[str, Any]) -> None:
+    """Recurrent networks in torch's own code hold their address while ops pass by."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter = nn.Linear(8, 16)
+            self.inside = nn.LSTM(16, 16, 2)
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            entered = torch.tanh(self.enter(x))
+            lengths = torch.tensor([200, 150, 120, 90, 60, 30])
+            packed, _ = self.inside(nn.utils.rnn.pack_padded_sequence(entered, lengths))
+            left, _ = nn.utils.rnn.pad_packed_sequence(packed)
+            return self.head((left + entered).mean(0))
+
+    def sequences(generator: torch.Generator, size: int) -> Tensor:
+        return torch.randn(200, size, 8, generator=generator)
+
+    packed = Network("packed", Packed, _momentum, sequences, 6)
+    rules = {**HELD, "min_bytes": 512}
+    assert_same_bits(packed, plain_step, spill_dir, share=0.8, steps=4, rules=rules, **options)

@@ -59,6 +59,7 @@ class _Draft:
     used_in: int | None = None  # the backward pass that asked for it last
     idle: list[Stretch] = field(default_factory=list)
     held: list[Stretch] = field(default_factory=list)
+    lendable: bool = True
     touched: int = -1  # the op that read or wrote it last
     recipe: tuple[int, ...] = ()
     sources: tuple[int, ...] = ()
@@ -197,6 +198,7 @@ class Recorder:
             draft.held.clear()
             draft.recipe = draft.sources = ()
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
+        draft.lendable = not slot.indices
         self._waiting[value] = weakref.ref(slot)
 
     def needed(self, slot: Slot) -> None:
@@ -265,7 +267,7 @@ class Recorder:
         """Until now the program held a saved value, and perhaps did nothing with it for a while."""
         start, now = max(draft.touched + 1, draft.saved_at), len(self._ops)
         first = draft.saved >= 0 and draft.idle_from is None and draft.used_in is None and not draft.idle
-        if first and now - start >= _LEAST_HELD_OPS:
+        if first and draft.lendable and now - start >= _LEAST_HELD_OPS:
             draft.held.append(Stretch(start, now, held_until=now, touched=touched))
 
     def _idle_now(self, slot: Slot, draft: _Draft) -> None:

@@ -63,6 +63,7 @@ class Slot:
         "copy_in",
         "copy_out",
         "emptied",
+        "indices",
         "lent",
         "ordinal",
         "owner",
@@ -86,6 +87,8 @@ class Slot:
         self._held: torch.Tensor | None = tensor.detach()
         self._whole = False  # a view of all bytes is made when somebody asks for one, and few do
         self.size_bytes = int(storage.nbytes())
+        # Lengths and places: torch's own code keeps their address from one op to the next (packed sequences).
+        self.indices = tensor.dtype in (torch.int32, torch.int64)
         self.where = Where.HELD
         self.place: Place | None = None
         self.copy_out: Copy | None = None
@@ -130,6 +133,7 @@ class Slot:
         return (
             self.where is Where.HELD
             and held is not None
+            and not self.indices
             and held.untyped_storage().nbytes() == self.size_bytes
             and can_be_emptied(held)
         )
