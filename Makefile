@@ -42,12 +42,10 @@ demo: $(READY)   ## the main job on this machine: a plain run beside a run under
 	$(PY) -m torchlms demo $(ARGS)
 
 # mypy is one process for a quarter of a minute: it runs beside the first tests, and is heard after the last.
-LINTED := build/lint.txt
 test: $(READY)   ## the environment, ruff, mypy and the tests
-	@mkdir -p $(dir $(LINTED)); \
-	$(MAKE) --no-print-directory lint >$(LINTED) 2>&1 & lint=$$!; \
+	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
 	$(MAKE) --no-print-directory pytest; tests=$$?; \
-	wait $$lint; lint=$$?; cat $(LINTED); exit $$((tests ? tests : lint))
+	wait $$lint; lint=$$?; cat $$said; rm $$said; exit $$((tests ? tests : lint))
 
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
 	$(PY) -m pytest -v $(SHARED) $(ARGS)
