@@ -329,7 +329,7 @@ def test_what_the_program_keeps_does_not_keep_its_history(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A small result kept in a list at each step, as for a log."""
-    # How many calls are known depends on what is dropped, and that on times: those of this machine are no part.
+    # How many calls are known depends on what is dropped, and that on times: not on this machine's.
     times = OpTimer.times
     monkeypatch.setattr(OpTimer, "times", lambda self: [(name, 1e-4) for name, _ in times(self)])
     kept: list[Tensor] = []
