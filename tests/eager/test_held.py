@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from sessions import (
     SMALL,
+    STEPS,
     Session,
     assert_same_bits,
     new_session,
@@ -32,6 +33,8 @@ from torchlms.core.held import with_held
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Phase
 from torchlms.core.validate import validate
+from torchlms.eager.lent import Lent
+from torchlms.eager.orphans import Bereft
 from torchlms.eager.slot import Where, find
 from torchlms.memory.disk import SpillFile
 
@@ -500,6 +503,26 @@ def test_interrupted_while_it_is_emptied(spill_dir: Path, monkeypatch: pytest.Mo
     assert outcome(session).differences(run_plain(SKIPS, steps=4)) == []
 
 
+def test_what_is_older_than_the_step_stays(spill_dir: Path) -> None:
+    """All data on the device, of which a batch is a view: the program may save or show it at any moment."""
+    data = torch.cat([SKIPS.batch(number)[0] for number in range(STEPS)])
+
+    def look(waiting: list[Tensor]) -> None:
+        assert data.untyped_storage().nbytes() == data.numel() * data.itemsize
+
+    def step(session: Session, number: int) -> None:
+        session.model.look = look  # type: ignore[assignment]
+        size, target = SKIPS.batch_size, SKIPS.batch(number)[1]
+        session.optimizer.zero_grad()
+        loss = F.cross_entropy(session.model(data[number * size : (number + 1) * size]), target)
+        loss.backward()
+        session.optimizer.step()
+        session.note(loss)
+
+    assert_same_bits(SKIPS, step, spill_dir, share=0.45, rules=HELD)
+    assert_same_bits(SKIPS, step, spill_dir, share=0.45, rules=HELD, plan=False)
+
+
 # -- trouble ---------------------------------------------------------------------------------
 
 
@@ -529,6 +552,71 @@ def test_a_copy_that_fails_leaves_the_value_where_it_is(
         for step in range(4, 6):
             plain_step(session, step)
     assert outcome(session).differences(run_plain(SKIPS, steps=6)) == []
+
+
+class Ward:
+    """An owner and a place; copies of theirs bring ones."""
+
+    def __init__(self) -> None:
+        self.freed = 0
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def resized(self, tensor: Tensor) -> None:
+        pass
+
+    def start_in(self, place: Any, target: Tensor, after: Any) -> Any:
+        target.fill_(1)
+        return Brought()
+
+    def free(self) -> None:
+        self.freed += 1
+
+
+class Brought:
+    def wait(self) -> None:
+        pass
+
+
+class Lost:
+    def wait(self) -> None:
+        raise SpillError(5, "read error")
+
+
+@pytest.mark.parametrize("back", [None, Lost(), Brought()])
+def test_a_copy_back_that_fails_once_its_slot_is_dead_is_made_again(back: Any) -> None:
+    ward: Any = Ward()
+    tensor = torch.zeros(4096, dtype=torch.uint8)
+    bereft = Bereft(ward, tensor.detach(), 4096, ward, None, back)
+    if back is None:
+        tensor.untyped_storage().resize_(0)
+    assert not bereft.let_go()
+    bereft.fill()
+    assert ward.freed == 1
+    assert int(tensor.sum()) == (0 if isinstance(back, Brought) else 4096)
+
+
+def test_one_that_cannot_come_back_keeps_no_other_away() -> None:
+    ward: Any = Ward()
+    lent = Lent(ward)
+    first, second = (torch.zeros(4096, dtype=torch.uint8) for _ in range(2))
+    for tensor in (first, second):
+        lent.keep(Bereft(ward, tensor.detach(), 4096, ward, None, None))
+        tensor.untyped_storage().resize_(0)
+    right, calls = ward.start_in, []
+
+    def fails_first(*args: Any) -> Any:
+        calls.append(args)
+        return Lost() if len(calls) == 1 else right(*args)
+
+    ward.start_in = fails_first
+    with pytest.raises(SpillError):
+        lent.recall()
+    assert second.sum() == 4096
+    lent.recall()
+    assert first.sum() == 4096
+    assert not lent
 
 
 def test_verified(spill_dir: Path) -> None:

@@ -67,7 +67,7 @@ class House:
     def living(self) -> Iterator[Any]:
         yield from self.slots
 
-    def may_lend(self) -> bool:
+    def may_lend(self, slot: Any) -> bool:
         return False
 
     def place(self, size_bytes: int) -> object:

@@ -45,7 +45,7 @@ def dropped_in(value: Value) -> int:
 
 
 def dropped_while(value: Value) -> Stretch:
-    """The stretch that ``value`` could be dropped in, from the moment when it could."""
+    """The stretch that ``value`` could be dropped in, from the moment when it could; needs ``droppable``."""
     stretch = value.idle[dropped_in(value)]
     return Stretch(stretch.free_from, stretch.stop)
 

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder
-from torchlms.eager.lent import Lent
+from torchlms.eager.lent import Lent, tried
 from torchlms.eager.microstep import MicroStep
 from torchlms.eager.optimizer import OptimizerGuard
 from torchlms.eager.orphans import Bereft, Orphan
@@ -281,10 +280,16 @@ class Engine(SlotOwner):
     def resized(self, tensor: torch.Tensor) -> None:
         self.accounts.add(tensor)
 
-    def may_lend(self) -> bool:
-        """Whether what the program holds may leave in an emergency: not while autograd's own code holds
-        tensors between two ops."""
-        return self.held and not self.now.backward_seen
+    def may_lend(self, slot: Slot) -> bool:
+        """Whether the slot may leave in an emergency although the program holds it: what an op of this
+        forward pass has made. Older tensors are the program's own, to be saved or shown at any moment; and in
+        a backward pass autograd's own code has tensors in its hands between two ops."""
+        if not self.held or self.now.backward_seen:
+            return False
+        if self.now.follower is None:
+            return self.lent.made_in(slot, self.steps)
+        expected = self.now.follower.program.expected.get(slot.ordinal)
+        return expected is not None and expected.made
 
     def adopt(self, orphan: Orphan | Bereft) -> None:
         if not self.dead:
@@ -381,7 +386,7 @@ class Engine(SlotOwner):
             self.dead = True
             failures = list(filter(None, map(_bring_home, self.living())))
             self.bury()
-            failures += filter(None, [_tried(self.lent.recall)])
+            failures += filter(None, [tried(self.lent.recall)])
         if failures:
             raise failures[0]
 
@@ -443,13 +448,4 @@ os.register_at_fork(after_in_child=_drop_in_child)
 
 def _bring_home(slot: Slot) -> Exception | None:
     """Have the slot's bytes on the device for good; the error that this led to."""
-    return _tried(slot.take) or _tried(slot.stay)
-
-
-def _tried(act: Callable[[], Any]) -> Exception | None:
-    """The error that ``act`` led to: there is more to be brought home."""
-    try:
-        act()
-    except Exception as error:
-        return error
-    return None
+    return tried(slot.take) or tried(slot.stay)

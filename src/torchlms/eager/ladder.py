@@ -36,8 +36,8 @@ class Population(Protocol):
 
     def living(self) -> Iterator[Slot]: ...
 
-    def may_lend(self) -> bool:
-        """Whether what the program itself holds may leave now."""
+    def may_lend(self, slot: Slot) -> bool:
+        """Whether the slot may leave now although the program itself holds it."""
 
 
 class Ladder:
@@ -172,9 +172,10 @@ class Ladder:
             for slot in living:
                 if slot.place is None and (slot.size_bytes >= _SMALL_BYTES) is large and slot.alone():
                     yield slot
-        if operands is not None and self.slots.may_lend() and all_plain(*operands):
+        held = [slot for slot in living if self.slots.may_lend(slot)] if operands is not None else []
+        if operands is not None and held and all_plain(*operands):
             needed = {tensor.untyped_storage()._cdata for tensor in tensors_in(*operands)}
-            yield from (slot for slot in living if slot.lendable() and slot.storage_id() not in needed)
+            yield from (slot for slot in held if slot.lendable() and slot.storage()._cdata not in needed)
 
     def _evict(self, slot: Slot) -> int:
         if slot.where is Where.COMING:

@@ -10,18 +10,21 @@ would see nothing: that is why rule ``held`` has to be asked for.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchlms.eager.slot import Slot, Where, find
 from torchlms.eager.tensors import all_plain, tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
     from torchlms.eager.orphans import Bereft
     from torchlms.eager.owner import SlotOwner
+
+_MARK = "_torchlms_made_in"
 
 Operands = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -50,6 +53,17 @@ class Lent:
         """Keep what a slot has left behind, until the program touches it or lets go of it."""
         self._bereft[_name(bereft.emptied)] = bereft
 
+    def note_made(self, result: Any, step: int) -> None:
+        """An op of the forward pass of ``step`` has made ``result``."""
+        for tensor in tensors_in((result,), {}):
+            storage = tensor.untyped_storage()
+            if getattr(storage, _MARK, None) is None:
+                setattr(storage, _MARK, step)
+
+    def made_in(self, slot: Slot, step: int) -> bool:
+        """Whether an op of the forward pass of ``step`` is known to have made what ``slot`` has."""
+        return slot.where is Where.HELD and getattr(slot.storage(), _MARK, None) == step
+
     def touch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have whole again what an op is about to read or write."""
         self._forget_let_go()
@@ -66,12 +80,15 @@ class Lent:
             self.operands = None
 
     def recall(self) -> None:
-        """Have all of them whole again: ops are no longer going to come by."""
+        """Have all of them whole again: no more ops will come by, or one reads nobody knows what.
+
+        Where one cannot be had, the others still are; the error is the first.
+        """
         self._forget_let_go()
-        for slot in self._living():
-            _recall(slot)
-        for name in list(self._bereft):
-            self._fill(name)
+        errors = [tried(partial(_recall, slot)) for slot in self._living()]
+        errors += [tried(partial(self._fill, name)) for name in list(self._bereft)]
+        for error in filter(None, errors):
+            raise error
 
     def _have_whole(self, tensor: torch.Tensor) -> None:
         slot = find(tensor.untyped_storage(), self._owner)
@@ -101,7 +118,7 @@ class Lent:
         for name, bereft in list(self._bereft.items()):
             if bereft.let_go():
                 del self._bereft[name]
-                bereft.place.free()
+                bereft.forgo()
 
 
 def _recall(slot: Slot) -> None:
@@ -109,6 +126,15 @@ def _recall(slot: Slot) -> None:
         slot.stay()  # the op may write to it: what was copied is not the value any more
     else:
         slot.take()
+
+
+def tried(act: Callable[[], object]) -> Exception | None:
+    """The error that ``act`` led to, where there is more to be brought home."""
+    try:
+        act()
+    except Exception as error:
+        return error
+    return None
 
 
 def _name(tensor: torch.Tensor) -> int:

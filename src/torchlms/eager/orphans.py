@@ -47,28 +47,51 @@ class Orphan:
 
 class Bereft:
     """What a slot leaves behind when it dies and the program still holds the storage that was emptied: its
-    bytes stay away until somebody touches them."""
+    bytes stay where they are until somebody touches them."""
 
-    __slots__ = ("copy_out", "emptied", "owner", "place", "size_bytes")
+    __slots__ = ("copy_in", "copy_out", "emptied", "owner", "place", "size_bytes")
 
     def __init__(
-        self, owner: SlotOwner, emptied: torch.Tensor, size_bytes: int, place: Place, copy_out: Copy | None
+        self,
+        owner: SlotOwner,
+        emptied: torch.Tensor,
+        size_bytes: int,
+        place: Place,
+        out: Copy | None,
+        back: Copy | None,
     ) -> None:
         self.owner = owner
         self.emptied = emptied
         self.size_bytes = size_bytes
         self.place = place
-        self.copy_out = copy_out
+        self.copy_out = out
+        self.copy_in = back  # under way when the slot died
 
     def let_go(self) -> bool:
         """Whether nobody wants the bytes any more."""
         return not others_hold(self.emptied.untyped_storage(), ours=1)
 
     def fill(self) -> None:
-        """Fill the storage again."""
-        target = refill(self.owner, self.emptied.untyped_storage(), self.size_bytes)
-        self.owner.start_in(self.place, target, self.copy_out).wait()
+        """Have the bytes in the storage again; a copy that was under way and has failed is made once more."""
+        if not self._came():
+            target = refill(self.owner, self.emptied.untyped_storage(), self.size_bytes)
+            self.owner.start_in(self.place, target, self.copy_out).wait()
         self.place.free()
+
+    def forgo(self) -> None:
+        """Let go of storage and place."""
+        self._came()
+        self.place.free()
+
+    def _came(self) -> bool:
+        """Wait for the copy that was under way; whether there was one, and it has brought the bytes."""
+        copy, self.copy_in = self.copy_in, None
+        try:
+            if copy is not None:
+                copy.wait()
+        except SpillError:
+            return False
+        return copy is not None
 
 
 def refill(owner: SlotOwner, storage: torch.UntypedStorage, size_bytes: int) -> torch.Tensor:

@@ -53,6 +53,7 @@ class Expected:
     size_bytes: int
     saved_at: int
     needed_at: tuple[int, ...]  # where autograd asks for it after an idle stretch
+    made: bool = True  # by an op of this step, and not older
 
     def needed_after(self, used_at: int) -> int:
         """At which op it is needed next, once it was asked for at ``used_at``."""
@@ -99,6 +100,7 @@ class Program:
                 value.size_bytes,
                 value.saved_at,
                 tuple(stretch.stop for stretch in value.idle if not stretch.touched),
+                value.birth >= 0,
             )
             for value in saved
         }

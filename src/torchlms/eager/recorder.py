@@ -198,7 +198,7 @@ class Recorder:
             draft.held.clear()
             draft.recipe = draft.sources = ()
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
-        draft.lendable = not slot.indices
+        draft.lendable = draft.birth >= 0 and not slot.indices
         self._waiting[value] = weakref.ref(slot)
 
     def needed(self, slot: Slot) -> None:

@@ -138,10 +138,10 @@ class Slot:
             and can_be_emptied(held)
         )
 
-    def storage_id(self) -> int:
-        """Which storage the bytes lie in: a name for this moment only; needs device bytes."""
+    def storage(self) -> torch.UntypedStorage:
+        """Where the bytes lie; needs device bytes."""
         assert self._held is not None
-        return int(self._held.untyped_storage()._cdata)
+        return self._held.untyped_storage()
 
     def let_go(self) -> bool:
         """Whether the program has let go of the storage, be it emptied or not."""
@@ -320,12 +320,21 @@ class Slot:
             self.place.free()
             self.place = None
 
+    def _waited_for(self) -> torch.Tensor | None:
+        """A tensor on the storage in which the program, as far as it knows, has the bytes that are away."""
+        mine = self._held if self.where is Where.COMING else self.emptied
+        if mine is None or not self.lent or not others_hold(mine.untyped_storage(), ours=1):
+            return None
+        return mine
+
     def __del__(self) -> None:
         if self.pid != os.getpid():
             return  # a forked child owns neither the device bytes nor the places
+        waiting = self._waited_for()
         self.owner.forget(self)
-        if self.emptied is not None and self.place is not None and not self.let_go():
-            self.owner.adopt(Bereft(self.owner, self.emptied, self.size_bytes, self.place, self.copy_out))
+        if waiting is not None and self.place is not None:
+            out, back = self.copy_out, self.copy_in
+            self.owner.adopt(Bereft(self.owner, waiting, self.size_bytes, self.place, out, back))
         elif self._held is not None and (self.copy_out is not None or self.copy_in is not None):
             self.owner.adopt(Orphan(self._held, self.copy_out, self.copy_in, self.place))
         else:

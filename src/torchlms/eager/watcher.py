@@ -65,7 +65,10 @@ class Watcher:
         if engine.dead:
             return func(*args, **kwargs)
         if not self._guard.inside:
-            return self._watch(func, args, kwargs)
+            result = self._watch(func, args, kwargs)
+            if engine.held and engine.now.follower is None and not engine.now.backward_seen:
+                engine.lent.note_made(result, engine.steps)
+            return result
         try:
             return self._watch(func, args, kwargs)
         except (LMSError, torch.OutOfMemoryError) as error:
