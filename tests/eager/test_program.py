@@ -179,10 +179,10 @@ def test_the_timer_times_ops_in_order() -> None:
         timer.begin()
         time.sleep(pause)
         timer.end(f"op{pause}")
-        time.sleep(0.01)
+        time.sleep(0.2)  # what lies between two ops is of neither
     (first, first_s), (second, second_s) = timer.times()
     assert (first, second) == ("op0.0", "op0.02")
-    assert 0 <= first_s < 0.01
+    assert 0 <= first_s < 0.2
     assert 0.02 <= second_s < 0.2
 
 
