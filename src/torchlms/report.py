@@ -154,13 +154,25 @@ def _moved(tape: Tape, plan: Plan) -> list[str]:
     moves = sorted(plan.moves, key=lambda decision: -tape.values[decision.value].size_bytes)
     if not moves:
         return []
-    lines = [f"{'size':>10}  {'choice':9} {'made by':34} {'in module':28} why"]
-    for decision in moves[:_MOST_ROWS]:
-        value = tape.values[decision.value]
-        lines.append(
-            f"{format_bytes(value.size_bytes):>10}  {decision.choice.value:9} "
-            f"{value.op or value.kind.value:34.34} {value.module:28.28} {decision.reason}"
+    shown = [(move, tape.values[move.value]) for move in moves[:_MOST_ROWS]]
+    rows = [
+        (
+            format_bytes(value.size_bytes),
+            move.choice.value,
+            value.op or value.kind.value,
+            value.module,
+            move.reason,
         )
+        for move, value in shown
+    ]
+    # Names stand in full: they are what patterns of rules have to match.
+    by = max(34, *(len(row[2]) for row in rows))
+    where = max(28, *(len(row[3]) for row in rows))
+    lines = [f"{'size':>10}  {'choice':9} {'made by':{by}} {'in module':{where}} why"]
+    lines += [
+        f"{size:>10}  {choice:9} {op:{by}} {module:{where}} {reason}"
+        for size, choice, op, module, reason in rows
+    ]
     if len(moves) > _MOST_ROWS:
         lines.append(f"... and {len(moves) - _MOST_ROWS} more")
     return lines

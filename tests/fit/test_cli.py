@@ -17,7 +17,7 @@ from tests.fit.batches import step  # noqa: E402
 from torchlms import cli  # noqa: E402
 from torchlms.__main__ import main  # noqa: E402
 from torchlms.core.curve import smallest_budget  # noqa: E402
-from torchlms.core.tape import Tape  # noqa: E402
+from torchlms.core.tape import Kind, Tape  # noqa: E402
 from torchlms.fit.recording import batches_to_record  # noqa: E402
 
 KEYS = {
@@ -74,6 +74,26 @@ def test_it_fits_with_moving(files: list[str]) -> None:
     assert 0 < found["speed"] < 1
     assert found["predicted"]["bytes_out"] > 0
     assert f"with moving, at {found['speed']:.0%} of the speed" in invoke(*arguments)
+
+
+def test_batches_in_another_order_than_their_tapes(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    swapped = [*files[:3], "--batch=4", "--batch=2", files[-1]]
+    assert_refused([*swapped, "--batch-size=8"], "the recording of batch 4 holds fewer bytes than", capsys)
+
+
+def test_a_recording_without_an_optimizer_step_says_so(files: list[str], tmp_path: Path) -> None:
+    """As with gradient accumulation: states are made after what was recorded."""
+    tape = step(2, device="Card")
+    weight = replace(tape.values[0], id=len(tape.values), kind=Kind.PARAMETER, size_bytes=3 * GIB, saved=-1)
+    for name in ("aten.t.default", "aten._foreach_add_.List"):  # a view of it is no update
+        last = replace(tape.ops[-1], name=name, writes=(*tape.ops[-1].writes, weight.id))
+        changed = replace(tape, ops=(*tape.ops[:-1], last), values=(*tape.values, weight))
+        changed.save(tmp_path / "one.json")
+        notes = answer("fit", f"--tape={tmp_path}/one.json", "--batch=2", files[-1], "--budget=9GiB")["notes"]
+        said = [note for note in notes if "no optimizer step was recorded" in note]
+        assert ["Parameters take 3.00 GiB" in note for note in said] == [True] * (name == "aten.t.default")
 
 
 def test_it_does_not_fit_and_what_would(files: list[str]) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torchlms.core.rules import unmatched
+from torchlms.core.tape import Kind
+from torchlms.core.units import bytes_text
 from torchlms.errors import BadOption
 from torchlms.fit.curve import CurvePoint, curve
 from torchlms.fit.largest import Batch, Batches
@@ -13,6 +15,7 @@ from torchlms.fit.outlook import Outlook, look
 from torchlms.fit.times import kept_busy
 
 if TYPE_CHECKING:
+    from torchlms.core.tape import Tape
     from torchlms.fit.question import Evidence, Question
 
 SHARES = (0.95, 0.80, 0.50)  # of the speed in memory, that a batch is asked to keep
@@ -72,6 +75,18 @@ def _largest(evidence: Evidence) -> Largest:
     )
 
 
+def _never_stepped_bytes(tape: Tape) -> int:
+    """Bytes of the parameters, if no op of the step updates one of them; else 0.
+
+    A view of a parameter is written by an op, too; what updates has a name that ends in ``_``.
+    """
+    sizes = {value.id: value.size_bytes for value in tape.values if value.kind is Kind.PARAMETER}
+    updates = (op for op in tape.ops if op.name.removeprefix("aten.").partition(".")[0].endswith("_"))
+    if any(written in sizes for op in updates for written in op.writes):
+        return 0
+    return sum(sizes.values())
+
+
 def _notes(evidence: Evidence) -> tuple[str, ...]:
     """What a reader should know before believing the figures."""
     notes = [
@@ -84,6 +99,14 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
         notes.append(
             f"op times are those of {tape.device}, where the tape was recorded; copies are those of "
             f"{machine.device}"
+        )
+    parameter_bytes = _never_stepped_bytes(tape)
+    if parameter_bytes:
+        notes.append(
+            "no optimizer step was recorded, as where gradients accumulate over several passes: what the "
+            "optimizer keeps, and gradients that wait from the pass before, may be missing from the bytes. "
+            f"Parameters take {bytes_text(parameter_bytes)}, gradients as much again, AdamW's states twice "
+            "as much"
         )
     if scale is None:
         return tuple(notes)

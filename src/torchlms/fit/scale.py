@@ -45,7 +45,13 @@ class Scale:
             raise BadOption(f"both recordings have batch size {small_batch}: a line needs two")
         if small_batch > large_batch:
             small, large, small_batch, large_batch = large, small, large_batch, small_batch
-        return Scale(small, large, small_batch, large_batch, match(small, large))
+        partners = match(small, large)
+        if _bytes_in(large) < _bytes_in(small):
+            raise BadOption(
+                f"the recording of batch {large_batch} holds fewer bytes than that of batch {small_batch}: "
+                "give each --batch in the order of its --tape"
+            )
+        return Scale(small, large, small_batch, large_batch, partners)
 
     def at(self, batch: int) -> Tape:
         """The tape of one step at ``batch`` samples; at either recorded batch, with the recorded bytes."""
@@ -91,6 +97,10 @@ class Scale:
 def extrapolate(small: Tape, large: Tape, small_batch: int, large_batch: int, batch: int) -> Tape:
     """The tape of ``batch``, from those of two other batch sizes; see ``Scale`` for what is assumed."""
     return Scale.of(small, large, small_batch, large_batch).at(batch)
+
+
+def _bytes_in(tape: Tape) -> int:
+    return sum(value.size_bytes for value in tape.values)
 
 
 def _line(at_small: int, at_large: int, run: Fraction) -> int:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 _OFF = 0.07  # of the prediction; less is as good as predicted
 _NOTE, _BAD = "note", "bad"
+_SLOWER = (
+    "A slow data loader, a log and whatever else the loop does count as measured; so does the allocator, "
+    "where it has to close holes."
+)
+_FASTER = "Its ops took longer while they were timed, in the first steps, than they did later."
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,8 @@ _COUNTED = (
     ("starved_convolutions", "Convolutions starved", _BAD, "cuDNN found no room for its workspace and chose "
      "another algorithm for the life of the process: slower, and with other bits. Raise the budget and "
      "start again."),
-    ("replans", "Plans made again", _NOTE, "Holes between tensors forced evictions in planned steps; the "
-     "next plan left more room."),
+    ("replans", "Plans made again for holes", _NOTE, "Holes between tensors forced evictions in planned "
+     "steps; the next plan left more room."),
     ("strayed", "Steps unlike the recorded one", _NOTE, "They were recorded again. If there are many, shapes "
      "or branches change from step to step."),
 )  # fmt: skip
@@ -90,9 +95,8 @@ def _off(run: Run) -> list[Finding]:
                 "Step time against its prediction",
                 f"{off:+.0%}",
                 _NOTE if abs(off) > _OFF else "ok",
-                f"{seconds_text(measured_s)} measured, {seconds_text(predicted.step_s)} predicted. A slow "
-                "data loader, a log and whatever else the loop does count as measured; so does the "
-                "allocator, where it has to close holes.",
+                f"{seconds_text(measured_s)} measured, {seconds_text(predicted.step_s)} predicted. "
+                + (_SLOWER if off > 0 else _FASTER),
             )
         )
     peak_bytes = int(run.stats.get("peak_reserved_bytes") or 0)
