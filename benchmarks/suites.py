@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import importlib
 import json
 import logging
@@ -201,6 +202,7 @@ def _work(asked: argparse.Namespace) -> int:
     suite = SUITES[asked.suite]
     ways = Ways(moving=not asked.recompute, tight=suite.tight or asked.recompute, recompute=asked.recompute)
     groups = chosen(asked.suite, asked.only)
+    gc.freeze()  # each LMS has Python's collector look over all that was imported, more than once
     with asked.worker.open("a", buffering=1) as file:
 
         def tell(**item: Any) -> None:
