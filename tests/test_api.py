@@ -398,10 +398,10 @@ def changed(text: str, **fields: Any) -> str:
     [
         (lambda text: changed(text, torch="1.4.0"), "torch 1.4.0"),
         (lambda text: changed(text, schema="torchlms.plan/999"), "schema 'torchlms.plan/999'"),
-        (lambda text: changed(text, schema="torchlms.tape/1"), "schema"),
+        (lambda text: changed(text, schema="torchlms.tape/1"), "it holds a torchlms.tape/1"),
         (lambda text: changed(text, surprise=1), "surprise"),
         (lambda text: text[: len(text) // 2], "not JSON"),
-        (lambda text: "[]", "schema None"),
+        (lambda text: "[]", "it holds no record of torchlms"),
         (lambda text: None, "cannot read"),
     ],
     ids=["torch", "schema", "tape", "field", "half", "list", "missing"],

@@ -46,7 +46,8 @@ def test_machines_round_trip(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "has schema None"),
+        ("[]", "is not a plan file: it holds no record of torchlms"),
+        ('{"schema": "torchlms.run/1"}', "is not a plan file: it holds a torchlms.run/1"),
         ("{", "is not JSON"),
         ('{"schema": "torchlms.plan/9"}', "has schema 'torchlms.plan/9'"),
         ('{"schema": "torchlms.plan/1"}', "is not a complete plan file"),

@@ -79,6 +79,9 @@ def load_record(cls: type[T], path: str | Path, *, schema: str) -> T:
     except ValueError as error:
         raise PlanMismatch(f"{path} is not JSON, so not a {name} file: {error}") from error
     found = data.get("schema") if isinstance(data, dict) else None
+    if str(found).partition("/")[0] != schema.partition("/")[0]:
+        what = f"a {found}" if found else "no record of torchlms"
+        raise PlanMismatch(f"{path} is not a {name} file: it holds {what}, and not a {schema}")
     if found != schema:
         raise PlanMismatch(
             f"{path} has schema {found!r}, this version reads {schema!r}: "

@@ -20,7 +20,7 @@ from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.arena import Arena
 from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy, afresh
 from torchlms.memory.disk import SpillFile
-from torchlms.memory.limits import format_bytes
+from torchlms.memory.limits import disk_free_bytes, format_bytes
 
 SLAB_BYTES = 1 << 30
 _SPARE = 1.05
@@ -135,11 +135,12 @@ class Store:
                 if self.device.is_cuda
                 else ""
             )
+            free = f"{format_bytes(disk_free_bytes(spill.directory))} free"
             raise HostBudgetTooSmall(
                 f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but {host}disk "
-                f"({format_bytes(self.disk_budget_bytes)} allowed) cannot hold them: raise "
-                f"{'host_budget or ' if host else ''}disk_budget by at least as much, free disk space, or "
-                "use a smaller batch",
+                f"({format_bytes(self.disk_budget_bytes)} allowed, {free}) cannot hold them. More may have "
+                f"to leave later in the step: raise {'host_budget or ' if host else ''}disk_budget, free disk "
+                "space, or use a smaller batch",
                 missing_bytes=size_bytes,
             )
         return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
