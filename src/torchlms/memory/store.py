@@ -139,8 +139,8 @@ class Store:
             raise HostBudgetTooSmall(
                 f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but {host}disk "
                 f"({format_bytes(self.disk_budget_bytes)} allowed, {free}) cannot hold them. More may have "
-                f"to leave later in the step: raise {'host_budget or ' if host else ''}disk_budget, free disk "
-                "space, or use a smaller batch",
+                f"to leave later in the step: raise {'host_budget or ' if host else ''}disk_budget, free "
+                "disk space, or use a smaller batch",
                 missing_bytes=size_bytes,
             )
         return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
