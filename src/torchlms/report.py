@@ -147,7 +147,16 @@ def _kept(tape: Tape, plan: Plan, rules: Rules | None) -> list[str]:
         reasons.setdefault(why, []).append(value.size_bytes)
     found = sorted(reasons.items(), key=lambda entry: -sum(entry[1]))
     parts = [f"{len(sizes)} ({format_bytes(sum(sizes))}): {why}" for why, sizes in found]
-    return ["saved values that stay: " + "; ".join(parts)] if parts else []
+    small = [tape.values[value].size_bytes for value in moved if tape.values[value].size_bytes < least_bytes]
+    could_not = (
+        [
+            f"min_bytes ({format_bytes(least_bytes)}) could not be kept: nothing less makes it fit than that "
+            f"{len(small)} smaller values ({format_bytes(sum(small))}) leave, too"
+        ]
+        if small
+        else []
+    )
+    return [*(["saved values that stay: " + "; ".join(parts)] if parts else []), *could_not]
 
 
 def _moved(tape: Tape, plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ from tapes import GIB, gpu, resnet
 
 from torchlms.core.plan import Budget
 from torchlms.core.planner import plan
+from torchlms.core.rules import Rules
 from torchlms.report import plan_text
 
 
@@ -28,3 +29,13 @@ def test_names_stand_in_full() -> None:
     assert {(row.index(op), row.index(module)) for row in rows} == {
         (head.index("made by"), head.index("in module"))
     }
+
+
+def test_a_least_size_that_cannot_be_kept_is_said() -> None:
+    tape = resnet(8)
+    budget = Budget(tape.values[1].size_bytes * 6, 80 * GIB, 0)
+    size_bytes = max(value.size_bytes for value in tape.values) + 1
+    for least_bytes, said in ((0, False), (size_bytes, True)):
+        rules = Rules(min_bytes=least_bytes, recompute=False)
+        text = plan_text(tape, plan(tape, gpu(), budget, rules), rules=rules)
+        assert ("could not be kept" in text) is said

@@ -444,7 +444,7 @@ def test_steps_are_noted(tmp_path: Path) -> None:
     assert found["averages"]["steps"] == 3
     assert found["averages"]["seconds"] == pytest.approx(sum(seconds) / 3)
     assert float(rows[6]["items_per_s"]) == pytest.approx(1024 / seconds[1])
-    assert "after the first 5 steps: 3 steps, " in found["said"]
+    assert "after the first 5 steps: 3 steps of the optimizer, " in found["said"]
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step#Adam")]
     assert len(steps) == 2

@@ -63,7 +63,7 @@ def averages_text(averages: dict[str, float]) -> str:
     """What a step was like, in a line."""
     rate = f", {averages['items_per_s']:.1f} items/s" if "items_per_s" in averages else ""
     return (
-        f"{averages['steps']:.0f} steps, {averages['seconds'] * 1e3:.1f} ms on average "
+        f"{averages['steps']:.0f} steps of the optimizer, {averages['seconds'] * 1e3:.1f} ms on average "
         f"(median {averages['median_seconds'] * 1e3:.1f} ms){rate}, {averages['reclaims']:.1f} reclaims and "
         f"{format_bytes(int(averages['reclaimed_bytes']))} reclaimed in each"
     )
