@@ -29,6 +29,7 @@ from rows import ROWS, Row, find, tiny
 from tables import targets_lines, text_table, write_tables
 from worker import Job, all_jobs, grow_host, main_jobs, rival_jobs, work
 
+from torchlms.bench import provenance
 from torchlms.memory.limits import parse_bytes
 
 _GROW = "grow-host"
@@ -257,10 +258,14 @@ def _list_rows() -> None:
 
 
 def _list_stale(folder: Path) -> int:
-    stale = {name: why for name, result in load_all(folder).items() if (why := why_stale(name, result))}
+    rows = load_all(folder)
+    stale = {name: why for name, result in rows.items() if (why := why_stale(name, result))}
     for name, made in suites.load(folder / suites.FILE.name).items():
         if why := suites.why_stale(made):
             stale[f"suites, {name}"] = why
+    for path in provenance.stale_results(folder):  # faults, long runs and the sanitizers have no rows
+        if path.stem not in rows and path.name != suites.FILE.name:
+            stale[path.stem] = "the package has changed"
     for name, why in stale.items():
         print(f"{name}: {why}")
     return 1 if stale else 0

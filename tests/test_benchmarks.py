@@ -280,6 +280,13 @@ def test_stale_results_say_what_changed(
     ]
 
 
+def test_what_has_no_rows_may_be_stale_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, code in (("faults-cpu", provenance.code_hash()), ("soak-cuda", "0" * 64)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"schema": "torchlms.soak/2", "code": code}))
+    assert run.main(["--stale", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "soak-cuda: the package has changed\n"
+
+
 def test_code_of_presentation_and_of_rivals() -> None:
     files = provenance.code_files()
     assert {"api.py", "director.py", "statistics.py", "core/planner.py", "bench/workload.py"} <= set(files)
