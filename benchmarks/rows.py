@@ -268,7 +268,7 @@ ROWS: dict[str, Row] = {
             steps=5,
             rivals=(CAPPED, CHECKPOINT),
             targets=ALWAYS,
-            seconds=110,
+            seconds=150,
         ),
         replace(
             _large(
@@ -369,7 +369,7 @@ ROWS: dict[str, Row] = {
             threads=1,
             share=0.6,
             targets=_CPU_TARGETS,
-            seconds=120,
+            seconds=220,
         ),
         Row(
             name="cpu-transformer",
