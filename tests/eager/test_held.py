@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def looking(look: Callable[[list[Tensor]], None]) -> Callable[[Session, int], No
         plain_step(session, number)
 
     return step
+
+
+@contextmanager
+def noting(session: Session, note: Callable[[Tensor], object]) -> Iterator[None]:
+    """``note`` gets each wide tensor before the layer after it reads it."""
+    layers = (*session.model.enter[1:], session.model.squeeze)  # type: ignore[union-attr]
+    hooks = [layer.register_forward_pre_hook(lambda module, args: note(args[0])) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_without_the_rule_they_stay(spill_dir: Path) -> None:
@@ -321,15 +334,9 @@ def test_a_storage_that_somebody_holds_stays(spill_dir: Path) -> None:
         assert all(storage.nbytes() for storage in storages)
 
     def step(session: Session, number: int) -> None:
-        storages.clear()
-        hooks = [
-            layer.register_forward_pre_hook(lambda module, args: storages.append(args[0].untyped_storage()))
-            for layer in (*session.model.enter[1:], session.model.squeeze)  # type: ignore[union-attr]
-        ]
         session.model.look = hold  # type: ignore[assignment]
-        plain_step(session, number)
-        for hook in hooks:
-            hook.remove()
+        with noting(session, lambda tensor: storages.append(tensor.untyped_storage())):
+            plain_step(session, number)
         storages.clear()
 
     plain = run_plain(SKIPS, step)
@@ -342,20 +349,14 @@ def test_what_numpy_shares_stays(spill_dir: Path) -> None:
     arrays: list[Any] = []
 
     def step(session: Session, number: int) -> None:
-        arrays.clear()
-        hooks = [
-            layer.register_forward_pre_hook(lambda module, args: arrays.append(args[0].detach().numpy()))
-            for layer in (*session.model.enter[1:], session.model.squeeze)  # type: ignore[union-attr]
-        ]
         session.model.look = (
             lambda waiting: [  # type: ignore[assignment]
                 session.note(tensor.sum() - float(array.sum()))
                 for tensor, array in zip(waiting[1:], arrays[1:], strict=True)
             ]
         )
-        plain_step(session, number)
-        for hook in hooks:
-            hook.remove()
+        with noting(session, lambda tensor: arrays.append(tensor.detach().numpy())):
+            plain_step(session, number)
         arrays.clear()
 
     plain = run_plain(SKIPS, step)
