@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WARM_LAPS = 2  # under a plan before it is timed
 TIMED_LAPS = 4
 CLOSE = 1.1  # a plan predicted to be slower by more than that is not tried
-FASTER = 0.98  # of the time of the plan before: less is noise
+FASTER = 0.99  # of the time of the plan before: less is noise
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ log = logging.getLogger("torchlms")
 _MOST_CALIBRATIONS = 2
 _AS_PREDICTED = 0.07  # off by less is as good as predicted
 _ROOMIER = 0.05  # of the budget, for a contender
+_UNPINCHED = 0.01  # off by more may be what closing holes costs, where there are any
 _MOVES_ONLY = "moving alone"
 
 
@@ -127,7 +128,8 @@ class Referee:
         """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
         maker, best = self._maker, race.winner()
         predicted_s = lap_s(tape, foretold(tape, maker.machine, best.plan, race.rates).step_s)
-        slower = best.median_s > (1 + _AS_PREDICTED) * predicted_s
+        pinched = best.program is not None and best.program.pinches
+        slower = best.median_s > (1 + (_UNPINCHED if pinched else _AS_PREDICTED)) * predicted_s
         if not race.roomier and maker.machine.link and slower and not best.starved:
             # The allocator has to close holes; a plan that leaves more free lets it be.
             race.roomier = True

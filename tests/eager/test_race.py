@@ -127,6 +127,7 @@ def test_a_disk_that_is_faster_than_was_thought(
         return not any(name in str(func) for name in ("mm", "bernoulli")) and may_replay(func, device_type)
 
     monkeypatch.setattr(provenance, "may_replay", little)
+    monkeypatch.setattr(provenance, "_manners", provenance._manners.__wrapped__)  # what others have asked for
     _, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert "copies taken to be 2.00 times as fast" in said[0]

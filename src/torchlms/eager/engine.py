@@ -306,7 +306,7 @@ class Engine(SlotOwner):
             else:
                 orphan.bury()
 
-    def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
+    def remake(self, slot: Slot, recipe: Recipe) -> torch.Tensor:
         """Make a slot's bytes again. Where that fails they are not dropped any more from the next step on."""
         try:
             return self.replay(recipe)
@@ -318,16 +318,16 @@ class Engine(SlotOwner):
                 "plans from here on let the value be. recompute=False drops nothing at all"
             ) from None
 
-    def replay(self, recipe: Recipe) -> torch.UntypedStorage:
-        """Run a recipe."""
+    def replay(self, recipe: Recipe) -> torch.Tensor:
+        """Run a recipe: a tensor in what it makes."""
         lap = self.now.lap
         if lap is None:
             return replay(recipe, self.watcher.run_again)
         began_s, values_s, again_s = time.perf_counter(), lap.values_s, lap.again_s
-        storage = replay(recipe, self.watcher.run_again)
+        made = replay(recipe, self.watcher.run_again)
         # What it took to bring its sources back, or to make them again, is part of it.
         lap.values_s, lap.again_s = values_s, again_s + time.perf_counter() - began_s
-        return storage
+        return made
 
     def leaving(self, slot: Slot) -> None:
         if self.now.recorder is not None:

@@ -36,22 +36,29 @@ class Lent:
         self._owner = owner
         self._slots: dict[int, weakref.ref[Slot]] = {}
         self._bereft: dict[int, Bereft] = {}  # by the storage, which each of them keeps alive
+        self.any = False  # asked for at each op, which is why it is no method
         self.operands: Operands | None = None  # of the op that something comes back for just now
         self.late = 0  # times that an op touched what was still away
 
     def __bool__(self) -> bool:
-        return bool(self._slots or self._bereft)
+        return self.any
+
+    def _count(self) -> None:
+        self.any = bool(self._slots or self._bereft)
 
     def add(self, slot: Slot) -> None:
         self._slots[id(slot)] = weakref.ref(slot)
+        self._count()
 
     def discard(self, slot: Slot) -> None:
         slot.lent = False
         self._slots.pop(id(slot), None)
+        self._count()
 
     def keep(self, bereft: Bereft) -> None:
         """Keep what a slot has left behind, until the program touches it or lets go of it."""
         self._bereft[_name(bereft.emptied)] = bereft
+        self._count()
 
     def note_made(self, result: Any, step: int) -> None:
         """An op of the forward pass of ``step`` has made ``result``."""
@@ -102,6 +109,7 @@ class Lent:
     def _fill(self, name: int) -> None:
         self._bereft[name].fill()  # where that raises, the next op that touches it tries again
         del self._bereft[name]
+        self._count()
 
     def _living(self) -> Iterator[Slot]:
         for reference in list(self._slots.values()):
@@ -118,6 +126,7 @@ class Lent:
         for name, bereft in list(self._bereft.items()):
             if bereft.let_go():
                 del self._bereft[name]
+                self._count()
                 bereft.forgo()
 
 

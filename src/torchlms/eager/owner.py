@@ -26,8 +26,8 @@ class SlotOwner:
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         raise NotImplementedError
 
-    def remake(self, slot: Slot, recipe: Recipe) -> torch.UntypedStorage:
-        """Make the slot's bytes again."""
+    def remake(self, slot: Slot, recipe: Recipe) -> torch.Tensor:
+        """Make the slot's bytes again: a tensor in the storage that has them."""
         raise NotImplementedError
 
     def leaving(self, slot: Slot) -> None:

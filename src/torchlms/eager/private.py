@@ -87,14 +87,19 @@ def _nothing() -> None:
 functorch_interpreter: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", _nothing)
 
 
-@contextlib.contextmanager
-def outside_vmap() -> Iterator[None]:
+def outside_vmap() -> contextlib.AbstractContextManager[None]:
     """A context in which the vmap by which autograd batches gradients is not on, which refuses random ops.
     Nothing where torch lacks the way out."""
     enter = getattr(torch._C, "_vmapmode_increment_nesting", _nothing)
     leave = getattr(torch._C, "_vmapmode_decrement_nesting", _nothing)
     levels = (enter() or 1) - 1  # the one way to learn how many are on
-    for _ in range(levels + 1):
+    leave()
+    return _left(levels, enter, leave) if levels else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _left(levels: int, enter: Callable[[], Any], leave: Callable[[], Any]) -> Iterator[None]:
+    for _ in range(levels):
         leave()
     try:
         yield
@@ -201,6 +206,7 @@ def expandable_segments() -> bool:
 Switch = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it stands, and what turns it
 
 
+@functools.cache
 @functools.cache
 def backend_switches(device_type: str) -> tuple[list[Switch], list[Switch]]:
     """The switches by which a program chooses kernels on such a device, those that this torch has: some that

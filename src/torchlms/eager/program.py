@@ -110,11 +110,14 @@ class Program:
         # Which values have to be held when an op reads them, because a recipe needs them and autograd does
         # not save them, or only later.
         self.holding: dict[int, set[int]] = {}
+        self.involved: set[int] = set()  # ordinals of what some recipe makes or reads
         for value in saved:
             for decision in decisions.get(value.id, ()):
                 actions += _actions(value, decision)
                 if decision.choice is Choice.RECOMPUTE:
                     self.told.update(value.recipe)
+                    self.involved.update(tape.values[source].saved for source in value.sources)
+                    self.involved.add(value.saved)
                     self._hold_sources(value, decision.release_op)
         self.roomy_at_end = _peak_at_end(tape) <= _ROOMY * plan.budget.device_bytes
         self.drops = any(action.deed is Deed.DROP for action in actions)

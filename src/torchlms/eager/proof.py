@@ -39,7 +39,7 @@ class Prover:
         ]
         self.tried = True
         try:
-            again = engine.replay(recipe)
+            again = engine.replay(recipe).untyped_storage()
             return self._same_bytes(slot.take(), again)
         except (LMSError, torch.OutOfMemoryError) as error:
             log.debug("a recipe could not be tried: %s", error)

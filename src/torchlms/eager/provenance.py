@@ -18,10 +18,11 @@ bytes is taken.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,7 +32,7 @@ from torchlms.eager.per_op import PerOp
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.saved import memoryless_alias
 from torchlms.eager.tensors import is_plain
-from torchlms.eager.traits import generator_of
+from torchlms.eager.traits import generator_of, seeded
 from torchlms.eager.writes import without_statistics, writes_anything, written_tensors
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
 
 _MARK = "_torchlms_cell"
+_LASTING = (Kind.PARAMETER, Kind.BUFFER)
 _MOST_CALLS = 32  # a longer recipe is not worth following
 
 
@@ -50,6 +52,7 @@ class Cell:
     place: int = 0  # among the results of the call that made it
     first_version: int = 0  # before the first write
     made: bool = False  # the history begins with the call that made it
+    lasts: bool = False  # a parameter's or a buffer's
     history: list[Call] = field(default_factory=list)
     slot: weakref.ref[Slot] | None = None
     saved_version: int = -1  # of the tensor that autograd saved last
@@ -98,6 +101,28 @@ class _Foreign(Exception):
     """An argument that cannot be told of."""
 
 
+class _Manner(NamedTuple):
+    """What an op is like, as far as telling of it is concerned."""
+
+    followed: bool  # a recipe may run it again
+    blank: bool  # what it makes has no bytes of its own yet
+    seeded: bool  # draws random numbers
+    writes: bool  # may write some of its arguments
+
+
+@functools.cache
+def _manners(device_type: str) -> PerOp[_Manner]:
+    def manner(func: Any) -> _Manner:
+        blank = _is_blank(func)
+        return _Manner(blank or may_replay(func, device_type), blank, seeded(func), writes_anything(func))
+
+    return PerOp(manner)
+
+
+# What is no tensor, and holds none.
+_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout))
+
+
 class Provenance:
     """Watches the ops of one lap, outside backward passes."""
 
@@ -112,6 +137,7 @@ class Provenance:
     ) -> None:
         self._lap = lap
         self._device = device
+        self._manner = _manners(device.type)
         self._kinds = kinds
         self._hold = hold
         self._hollow = hollow
@@ -126,18 +152,19 @@ class Provenance:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int, *, forward: bool = True
     ) -> Call:
         """What is about to be called, with its arguments as they are now."""
-        blank = _is_blank(func)
-        if not forward or not (blank or may_replay(func, self._device.type)):
+        manner = self._manner(func)
+        if not forward or not manner.followed:
             return Call(func, (), {}, op, False)
         found: list[Ref] = []
         try:
-            refs = self._refs(without_statistics(func, args), found)
+            told = without_statistics(func, args) if manner.writes else args
+            refs = tuple([self._refs(item, found) for item in told])
             named = self._refs(kwargs, found) if kwargs else {}
         except _Foreign:
             return Call(func, (), {}, op, False)
-        generator = generator_of(func, (), kwargs, self._device)
+        generator = generator_of(func, (), kwargs, self._device) if manner.seeded else None
         drawn = (generator, generator.get_state()) if generator is not None else None
-        return Call(func, refs, named, op, True, drawn, self._backends.state(), blank, tuple(found))
+        return Call(func, refs, named, op, True, drawn, self._backends.state(), manner.blank, tuple(found))
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep what a recipe will ask for and nobody else may."""
@@ -165,14 +192,14 @@ class Provenance:
             # What is known already is a view, or was written.
             if tensor is not None and self._ours(tensor) and not self._known(tensor):
                 mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
-        if not writes_anything(call.func):
+        if not self._manner(call.func).writes:
             return
         written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._ours(tensor)]
         for tensor in {tensor.untyped_storage()._cdata: tensor for tensor in written}.values():
+            cell = self._cell(tensor)
             # What lasts must not hold, through its cell, a call that holds it.
-            lasts = self._lasts(tensor.untyped_storage())
-            told = Call(call.func, (), {}, call.op, False) if lasts else call
-            self._cell(tensor).history.append(told)
+            told = Call(call.func, (), {}, call.op, False) if cell.lasts else call
+            cell.history.append(told)
 
     def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int) -> None:
         """A call that no recipe runs again has ended: what it wrote is no longer what is told of it."""
@@ -190,6 +217,8 @@ class Provenance:
 
     def _refs(self, item: Any, found: list[Ref]) -> Any:
         """``item`` with a reference in place of each tensor, which also goes to ``found``."""
+        if type(item) in _SIMPLE:
+            return item
         if isinstance(item, torch.Tensor):
             if self._ours(item):
                 ref = self._ref(item)
@@ -205,13 +234,12 @@ class Provenance:
         return item
 
     def _ours(self, tensor: torch.Tensor) -> bool:
-        if tensor.device != self._device or not is_plain(tensor) or tensor.is_inference():
+        if tensor.device != self._device or not is_plain(tensor):
             return False
-        return not (tensor.is_conj() or tensor.is_neg())
+        return not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg())
 
     def _ref(self, tensor: torch.Tensor) -> Ref:
-        cell, storage = self._cell(tensor), tensor.untyped_storage()
-        lasts = self._lasts(storage)
+        cell = self._cell(tensor)
         return Ref(
             cell,
             len(cell.history),
@@ -220,8 +248,8 @@ class Provenance:
             tensor.stride(),
             int(tensor.storage_offset()),
             tensor._version,
-            tensor if lasts else None,
-            storage if lasts else None,
+            tensor if cell.lasts else None,
+            tensor.untyped_storage() if cell.lasts else None,
         )
 
     def _cell(self, tensor: torch.Tensor) -> Cell:
@@ -239,20 +267,18 @@ class Provenance:
 
     def _new_cell(self, tensor: torch.Tensor, place: int, history: list[Call]) -> Cell:
         value = self.value_of(tensor) if self.value_of is not None else -1
-        size_bytes = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
         self._histories.append(history)
         return Cell(
             self._lap,
             place,
             first_version=tensor._version,
             made=bool(history),
+            lasts=self._kinds(storage) in _LASTING,
             history=history,
             value=value,
-            size_bytes=size_bytes,
+            size_bytes=storage.nbytes(),
         )
-
-    def _lasts(self, storage: torch.UntypedStorage) -> bool:
-        return self._kinds(storage) in (Kind.PARAMETER, Kind.BUFFER)
 
     def _known(self, tensor: torch.Tensor) -> bool:
         cell: Cell | None = getattr(tensor.untyped_storage(), _MARK, None)

@@ -24,14 +24,19 @@ if TYPE_CHECKING:
     Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def replay(recipe: Recipe, run: Run) -> torch.UntypedStorage:
-    """The storage again, bit for bit; ``run`` runs one op.
+def replay(recipe: Recipe, run: Run) -> torch.Tensor:
+    """A tensor in a storage with the same bytes again; ``run`` runs one op.
 
     Raises ReplayFailed if a source has been written since, which a write that torch does not count
     can bring about and nothing else.
     """
-    with torch.no_grad(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
-        return _Replay(recipe, run).storage(recipe.cell, recipe.writes)
+    with _no_grad(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
+        return _Replay(recipe, run).tensor(recipe.cell, recipe.writes)
+
+
+def _no_grad() -> contextlib.AbstractContextManager[None]:
+    """No gradients, which in most backward passes is how things stand."""
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 def _generator_at(generator: torch.Generator, state: torch.Tensor) -> torch.Generator:
@@ -72,28 +77,28 @@ class _Replay:
         self._backends = Backends(recipe.device_type)
         self._stand = self._backends.state()  # which nothing turns while we run
         self._results: dict[int, list[torch.Tensor | None]] = {}
-        self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+        self._tensors: dict[tuple[int, int], torch.Tensor] = {}
 
-    def storage(self, cell: Cell, writes: int) -> torch.UntypedStorage:
-        """What lay in ``cell`` after ``writes`` writes."""
-        known = self._storages.get((id(cell), writes))
+    def tensor(self, cell: Cell, writes: int) -> torch.Tensor:
+        """Some tensor in what lay in ``cell`` after ``writes`` writes."""
+        known = self._tensors.get((id(cell), writes))
         if known is not None:
             return known
         first, *rest = cell.history[:writes]
-        storage = self._made(first, cell)
+        made = self._made(first, cell)
         for call in rest:
-            self._call(call, {id(cell): storage})
-        self._storages[id(cell), writes] = storage
-        return storage
+            self._call(call, {id(cell): made.untyped_storage()})
+        self._tensors[id(cell), writes] = made
+        return made
 
-    def _made(self, call: Call, cell: Cell) -> torch.UntypedStorage:
+    def _made(self, call: Call, cell: Cell) -> torch.Tensor:
         results = self._results.get(id(call))
         place = cell.place
         if results is None or results[place] is None:
             results = self._results[id(call)] = self._call(call, {})
-        made, results[place] = results[place], None  # whoever comes next gets it from ``_storages``
+        made, results[place] = results[place], None  # whoever comes next gets it from ``_tensors``
         assert made is not None
-        return made.untyped_storage()
+        return made
 
     def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
         args = tuple([self._item(item, here) for item in call.args])
@@ -123,7 +128,7 @@ class _Replay:
         elif id(ref.cell) in self._recipe.slots:
             storage = self._slot(ref).take()
         else:
-            storage = self.storage(ref.cell, ref.writes)
+            storage = self.tensor(ref.cell, ref.writes).untyped_storage()
         empty = torch.empty(0, dtype=ref.dtype, device=storage.device)
         return empty.set_(storage, ref.offset, ref.shape, ref.strides)  # type: ignore[call-overload]
 

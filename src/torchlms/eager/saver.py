@@ -41,7 +41,11 @@ class Saver:
         guard = self._engine.guard
         if guard.looks_away:
             guard.look_again()  # a step of the optimizer was given up
-        if type(tensor) not in _OWN_DISPATCH_FREE:
+        kind = type(tensor)
+        if kind is torch.nn.Parameter and tensor.is_leaf:  # half of all: no more is done than is needed
+            self._note_kept(tensor)
+            return Kept(tensor)
+        if kind not in _OWN_DISPATCH_FREE:
             return Kept(tensor.detach())  # whose detach may be its own, and must see its own dispatch
         with private.unwatched():
             if self._engine.dead:
@@ -110,7 +114,7 @@ class Saver:
         now.by_ordinal[now.ordinal] = weakref.ref(slot)
         now.ordinal += 1
         self._engine.enrolled(slot)
-        if now.provenance is not None:
+        if now.provenance is not None and self._told_of(slot):
             now.provenance.saved(tensor, slot, alias)
         if now.recorder is not None:
             now.recorder.saved(slot)
@@ -118,6 +122,11 @@ class Saver:
             self._check_against(now.follower.program, slot)
         if now.lap is not None:
             now.lap.note_use()
+
+    def _told_of(self, slot: Slot) -> bool:
+        """Whether a recipe may ask for the slot, or make it: while recording any may, later the tape says."""
+        follower = self._engine.now.follower
+        return follower is None or slot.ordinal in follower.program.involved
 
     def _check_against(self, program: Program, slot: Slot) -> None:
         now, expected = self._engine.now, program.expected.get(slot.ordinal)

@@ -232,7 +232,6 @@ class Slot:
 
     def drop(self, recipe: Recipe) -> None:
         """Let the device bytes go: ``recipe`` makes them again."""
-        assert self.bytes is not None
         self.owner.leaving(self)
         self.recipe = recipe
         recipe.read_by(self)
@@ -242,10 +241,11 @@ class Slot:
 
     def _remake(self) -> None:
         assert self.recipe is not None
-        storage = self.owner.remake(self, self.recipe)
+        made = self.owner.remake(self, self.recipe)
+        storage = made.untyped_storage()
         if storage.nbytes() != self.size_bytes:
             raise ReplayFailed(f"{storage.nbytes()} bytes came back for a tensor of {self.size_bytes}")
-        self.bytes = whole(storage)
+        self._held, self._whole = made, False
         self.where = Where.HELD
         self.recipe = None
         link(storage, self)

@@ -60,7 +60,7 @@ class Watcher:
         now = engine.now
         clock = now.clock
         quiet = clock < now.quiet_until and now.quiet[clock] is func
-        if quiet and not (engine.orphans or engine.lent or self._guard.inside):
+        if quiet and not (engine.orphans or engine.lent.any or self._guard.inside):
             return self._run_quietly(now, func, args, kwargs)
         if engine.dead:
             return func(*args, **kwargs)
@@ -80,7 +80,7 @@ class Watcher:
         if self._engine.dead:
             return func(*args, **kwargs)
         began_s = time.perf_counter()
-        if self._engine.lent:
+        if self._engine.lent.any:
             self._engine.lent.touch(args, kwargs)
         self._make_room(func, args, kwargs)
         result = self._attempt(func, args, kwargs)
@@ -114,7 +114,7 @@ class Watcher:
         writes = writes_anything(func)
         if engine.dropped and writes:
             _make_readers_real(func, args, kwargs)
-        if engine.lent:  # after whatever else runs ops: those may have what this one reads leave
+        if engine.lent.any:  # after whatever else runs ops: those may have what this one reads leave
             engine.lent.touch(args, kwargs)
         if now.timer is not None and not self._is_cuda:
             now.timer.begin()  # no device hides what watching takes
