@@ -206,6 +206,8 @@ def _note(result: dict[str, Any], entry: dict[str, Any]) -> str:
         return "stepped aside"
     if entry["way"] == "lms" and result["figures"].get("of_best"):
         return f"{result['figures']['of_best']:.3f} of the best ({entry['best_s'] * 1e3:.1f} ms)"
+    if result["figures"].get(f"{entry['way']}_fits") is False:
+        return f"does not fit in {(_entry(result, 'lms') or {}).get('budget_bytes', 0) / _GIB:.1f} GiB"
     if entry["way"] != "lms" and entry.get("peak_host_bytes"):
         return f"{entry['peak_host_bytes'] / _GIB:.1f} GiB pinned"
     return ""
@@ -250,7 +252,7 @@ def _target_rows(results: Results) -> Iterable[list[str]]:
     for result in results.values():
         for index, check in enumerate(result["targets"]):
             value, met = check["value"], check["met"]
-            found = _found(value)
+            found = "it does not fit" if met and value is None else _found(value)
             target = "yes" if isinstance(value, bool) or check["target"] == ">= 1" else check["target"]
             first = _link(result) if index == 0 else ""
             yield [
@@ -401,7 +403,8 @@ def _rival(result: dict[str, Any], way: str) -> str:
     entry = next((entry for entry in result["entries"] if entry["way"] == way), None)
     if entry is not None and "error" in entry:
         return "out of memory" if "out of memory" in entry["error"].lower() else "fails"
-    return _rate(entry)
+    unfit = result["figures"].get(f"{way}_fits") is False
+    return f"{_rate(entry)}, too large ({_peak(result, entry)})" if unfit else _rate(entry)
 
 
 def _ratio(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 # Added where the headroom that a plan leaves proves too little: a share of the budget.
 _MORE_HEADROOM = 0.015
+_HOST_FOR_MORE = 1.05  # of the host memory of the plan before, for one with more room
 _WORTH_TRYING = 0.97  # of the step time with more headroom
+# As fast as copies are taken to be while the times of the ops are rough, and mostly too long: what then
+# seems to be hidden moves, and pins host memory that no later plan wants.
+_ROUGH_COPIES = 0.25
 
 
 class Maker:
@@ -40,10 +45,11 @@ class Maker:
 
         Raises BudgetTooSmall or HostBudgetTooSmall where there is no such plan.
         """
+        machine = scaled(self.machine, _ROUGH_COPIES) if rough and self.machine.link else self.machine
         try:
-            plan = self._make(tape, self.headroom_bytes, quick=rough)
+            plan = self._make(tape, self.headroom_bytes, machine=machine, quick=rough)
         except BudgetTooSmall:
-            return self._make(tape, 0, quick=rough)
+            return self._make(tape, 0, machine=machine, quick=rough)
         return plan if rough or self.rules.recompute else self._lean_or(plan, tape)
 
     def again(self, tape: Tape) -> Plan | None:
@@ -67,14 +73,20 @@ class Maker:
         more_headroom: float = 0.0,
     ) -> Plan | None:
         """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or, without
-        ``drops``, one that only moves. None where there is no such plan."""
+        ``drops``, one that only moves. With more room it rather drops more than take more host memory than
+        ``like``. None where there is no such plan."""
         machine = scaled(self.machine, rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
+        budget = self.budget
+        if like is not None and more_headroom and self.rules.recompute:
+            most_bytes = int(_HOST_FOR_MORE * like.predicted.arena_bytes)
+            budget = replace(budget, host_bytes=min(budget.host_bytes, most_bytes))
         try:
             return self._make(
                 stretched(tape, rates.ops),
                 spare_bytes,
                 machine=machine,
+                budget=budget,
                 drops=drops,
                 like=like,
                 pace=rates.pace,
@@ -100,16 +112,16 @@ class Maker:
         spare_bytes: int,
         *,
         machine: Machine | None = None,
+        budget: Budget | None = None,
         drops: bool = True,
         quick: bool = False,
         like: Plan | None = None,
         pace: Pace | None = None,
     ) -> Plan:
         machine = machine if machine is not None else self.machine
+        budget = budget if budget is not None else self.budget
         elbow = ELBOW if machine.link else NO_ELBOW
         room: dict[str, Any] = {"headroom_bytes": spare_bytes, "elbow": elbow}
         if self.rules.recompute and drops:
-            return joint.plan(
-                tape, machine, self.budget, self.rules, quick=quick, like=like, pace=pace, **room
-            )
-        return planner.plan(tape, machine, self.budget, self.rules, **room)
+            return joint.plan(tape, machine, budget, self.rules, quick=quick, like=like, pace=pace, **room)
+        return planner.plan(tape, machine, budget, self.rules, **room)
