@@ -82,7 +82,7 @@ class Maker:
             most_bytes = int(_HOST_FOR_MORE * like.predicted.arena_bytes)
             budget = replace(budget, host_bytes=min(budget.host_bytes, most_bytes))
         try:
-            return self._make(
+            made = self._make(
                 stretched(tape, rates.ops),
                 spare_bytes,
                 machine=machine,
@@ -93,6 +93,7 @@ class Maker:
             )
         except LMSError:
             return None
+        return replace(made, budget=self.budget)
 
     def _lean_or(self, plan: Plan, tape: Tape) -> Plan:
         """A plan with less headroom, if that might be clearly faster: evictions will tell (``again``)."""

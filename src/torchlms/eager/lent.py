@@ -43,22 +43,22 @@ class Lent:
     def __bool__(self) -> bool:
         return self.any
 
-    def _count(self) -> None:
+    def _look(self) -> None:
         self.any = bool(self._slots or self._bereft)
 
     def add(self, slot: Slot) -> None:
         self._slots[id(slot)] = weakref.ref(slot)
-        self._count()
+        self._look()
 
     def discard(self, slot: Slot) -> None:
         slot.lent = False
         self._slots.pop(id(slot), None)
-        self._count()
+        self._look()
 
     def keep(self, bereft: Bereft) -> None:
         """Keep what a slot has left behind, until the program touches it or lets go of it."""
         self._bereft[_name(bereft.emptied)] = bereft
-        self._count()
+        self._look()
 
     def note_made(self, result: Any, step: int) -> None:
         """An op of the forward pass of ``step`` has made ``result``."""
@@ -109,7 +109,7 @@ class Lent:
     def _fill(self, name: int) -> None:
         self._bereft[name].fill()  # where that raises, the next op that touches it tries again
         del self._bereft[name]
-        self._count()
+        self._look()
 
     def _living(self) -> Iterator[Slot]:
         for reference in list(self._slots.values()):
@@ -126,7 +126,7 @@ class Lent:
         for name, bereft in list(self._bereft.items()):
             if bereft.let_go():
                 del self._bereft[name]
-                self._count()
+                self._look()
                 bereft.forgo()
 
 
