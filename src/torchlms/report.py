@@ -21,12 +21,15 @@ def report_text(
     plan: Plan | None,
     bound_s: float | None = None,
     rules: Rules | None = None,
+    *,
+    over: bool = False,
 ) -> str:
     """A few lines on how it went, then the largest values that moved and the reason for each.
 
-    ``bound_s`` is a step time that no plan can beat, ``rules`` those that the plan had to keep to.
+    ``bound_s`` is a step time that no plan can beat, ``rules`` those that the plan had to keep to; ``over``:
+    the program has ended, and the state is the one in which it did.
     """
-    lines = [_state_line(stats)]
+    lines = [_state_line(stats, over=over)]
     if plan is not None and tape is not None:
         lines += _comparison(stats)
         lines += _limit(stats, bound_s)
@@ -68,7 +71,7 @@ def choice_totals(tape: Tape | None, plan: Plan | None) -> dict[str, dict[str, i
     return totals
 
 
-def _state_line(stats: dict[str, Any]) -> str:
+def _state_line(stats: dict[str, Any], *, over: bool) -> str:
     explained = {
         "off": "not on",
         "record": "recording: the plan is not made yet",
@@ -76,9 +79,11 @@ def _state_line(stats: dict[str, Any]) -> str:
         "improvise": "on, without a plan: values leave as memory runs out",
         "aside": "everything fits: LMS stepped aside",
     }
-    word = "has ended" if stats["state"] == "off" and stats["steps"] else f"is {explained[stats['state']]}"
-    line = f"LMS {word}; {stats['steps']} steps"
-    if stats["steps"]:
+    steps = stats["steps"]
+    word = f"{'was' if over else 'is'} {explained[stats['state']]}"
+    line = f"LMS {'has ended' if stats['state'] == 'off' and steps else word}; {steps} steps"
+    if steps:  # an optimizer that accumulates steps more seldom
+        line += " of forward and backward"
         line += f", {stats['record_steps']} of them recorded; budget {format_bytes(stats['budget_bytes'])}"
     return line
 

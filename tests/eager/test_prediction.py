@@ -103,7 +103,9 @@ def test_bytes_are_those_of_planned_steps_only(spill_dir: Path) -> None:
 def test_the_report(spill_dir: Path) -> None:
     watched = run_lms(MLP, BUDGET, spill_dir)
     lines = watched.report.splitlines()
-    assert lines[0].startswith("LMS is on, following a plan; 6 steps, 1 of them recorded; budget 781.2 KiB")
+    assert lines[0].startswith(
+        "LMS is on, following a plan; 6 steps of forward and backward, 1 of them recorded; budget 781.2 KiB"
+    )
     assert lines[1].split() == ["predicted", "measured"]
     peak = next(line for line in lines if line.startswith("peak allocated"))
     predicted, measured = watched.stats["predicted"], watched.stats["peak_device_bytes"]

@@ -113,7 +113,7 @@ def test_model_and_optimizer_are_found(tmp_path: Path) -> None:
     kinds = [value.kind for value in tape.values]
     assert kinds.count(Kind.PARAMETER) == 24
     assert Kind.STATE in kinds
-    assert "LMS is on, following a plan; 6 steps" in found["said"]
+    assert "LMS was on, following a plan; 6 steps" in found["said"]
     assert "made by" in found["said"]
     assert "recording step 1 on cpu, budget 3.0 MiB" in found["said"]
 

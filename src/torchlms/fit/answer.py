@@ -113,7 +113,7 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
     if not kept_busy(scale):
         notes.append(
             f"the step hardly grew from batch {scale.small_batch} to {scale.large_batch}: the device was not "
-            "kept busy, and times of larger batches are guesses. Record larger ones (--record)"
+            "kept busy, and times of larger batches are guesses. Record larger ones"
         )
     if evidence.batch_size > 4 * scale.large_batch:
         notes.append(

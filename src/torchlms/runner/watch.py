@@ -85,7 +85,7 @@ class Watch:
             log.info("after the first %d steps: %s", request.skip, averages_text(averages))
         if request.report:
             known = (lms.tape, lms.plan, None, lms.rules) if lms is not None else (None, None)
-            print(report_text(stats, *known), file=sys.stderr)
+            print(report_text(stats, *known, over=True), file=sys.stderr)
         if request.json_path is not None:
             _write(request.json_path, "figures", lambda: self._put(stats))
         if request.save_plan is not None:
