@@ -454,3 +454,27 @@ def test_a_source_that_is_saved_only_after_the_drop(spill_dir: Path) -> None:
         return losses, lms
 
     assert run(spill_dir)[0] == run(None)[0]
+
+
+def test_what_a_session_left_on_a_model_of_its_own_means_nothing_to_the_next(spill_dir: Path) -> None:
+    """A teacher in the forward pass of the first session is trained in the second."""
+
+    def recipes(model: Trap, teacher: Trap | None = None) -> int:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with torchlms.LMS(model, optimizer, budget=1_500_000, disk_dir=spill_dir, rules=DROPPING) as lms:
+            for step in range(2):
+                x, y = batch(step)
+                loss = F.cross_entropy(model(x), y)
+                if teacher is not None:
+                    with torch.no_grad():
+                        wanted = teacher(x)
+                    loss = loss + F.mse_loss(model(x), wanted)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            assert lms.tape is not None
+            return sum(bool(value.recipe) for value in lms.tape.values)
+
+    student, teacher, fresh = (Trap(lambda model, x: F.relu(F.silu(x) * model.scale)) for _ in range(3))
+    recipes(student, teacher)
+    assert recipes(teacher) == recipes(fresh) > 0

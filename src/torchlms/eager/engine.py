@@ -171,7 +171,6 @@ class Engine(SlotOwner):
         if not self.recompute or not (recording or (drops and routine.verdict is Verdict.FOLLOW)):
             return None
         return Provenance(
-            self.steps,
             device=self.device.torch_device,
             kinds=self.kinds,
             hold=self.saver.hold,

@@ -9,6 +9,7 @@ would see nothing: that is why rule ``held`` has to be asked for.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torchlms.eager.owner import SlotOwner
 
 _MARK = "_torchlms_made_in"
+_NUMBERS = itertools.count()  # of sessions: what one leaves on a storage means nothing to the next
 
 Operands = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -36,40 +38,40 @@ class Lent:
         self._owner = owner
         self._slots: dict[int, weakref.ref[Slot]] = {}
         self._bereft: dict[int, Bereft] = {}  # by the storage, which each of them keeps alive
-        self.any = False  # asked for at each op, which is why it is no method
+        # Whether there may be any: asked for at each op, and so no method. It is taken back only by whoever
+        # runs ops, for a slot may die in any thread.
+        self.any = False
+        self._number = next(_NUMBERS)
         self.operands: Operands | None = None  # of the op that something comes back for just now
         self.late = 0  # times that an op touched what was still away
 
     def __bool__(self) -> bool:
-        return self.any
-
-    def _look(self) -> None:
-        self.any = bool(self._slots or self._bereft)
+        return bool(self._slots or self._bereft)
 
     def add(self, slot: Slot) -> None:
         self._slots[id(slot)] = weakref.ref(slot)
-        self._look()
+        self.any = True
 
     def discard(self, slot: Slot) -> None:
         slot.lent = False
         self._slots.pop(id(slot), None)
-        self._look()
 
     def keep(self, bereft: Bereft) -> None:
         """Keep what a slot has left behind, until the program touches it or lets go of it."""
         self._bereft[_name(bereft.emptied)] = bereft
-        self._look()
+        self.any = True
 
     def note_made(self, result: Any, step: int) -> None:
         """An op of the forward pass of ``step`` has made ``result``."""
         for tensor in tensors_in((result,), {}):
             storage = tensor.untyped_storage()
-            if getattr(storage, _MARK, None) is None:
-                setattr(storage, _MARK, step)
+            made_by = getattr(storage, _MARK, None)
+            if made_by is None or made_by[0] != self._number:
+                setattr(storage, _MARK, (self._number, step))
 
     def made_in(self, slot: Slot, step: int) -> bool:
         """Whether an op of the forward pass of ``step`` is known to have made what ``slot`` has."""
-        return slot.where is Where.HELD and getattr(slot.storage(), _MARK, None) == step
+        return slot.where is Where.HELD and getattr(slot.storage(), _MARK, None) == (self._number, step)
 
     def touch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have whole again what an op is about to read or write."""
@@ -109,7 +111,6 @@ class Lent:
     def _fill(self, name: int) -> None:
         self._bereft[name].fill()  # where that raises, the next op that touches it tries again
         del self._bereft[name]
-        self._look()
 
     def _living(self) -> Iterator[Slot]:
         for reference in list(self._slots.values()):
@@ -126,8 +127,10 @@ class Lent:
         for name, bereft in list(self._bereft.items()):
             if bereft.let_go():
                 del self._bereft[name]
-                self._look()
                 bereft.forgo()
+        self.any = False  # before one looks: what is lent meanwhile says so again
+        if self:
+            self.any = True
 
 
 def _recall(slot: Slot) -> None:

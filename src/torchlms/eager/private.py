@@ -207,7 +207,6 @@ Switch = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it stands, and wh
 
 
 @functools.cache
-@functools.cache
 def backend_switches(device_type: str) -> tuple[list[Switch], list[Switch]]:
     """The switches by which a program chooses kernels on such a device, those that this torch has: some that
     take microseconds to read, and some that take next to nothing and change with whatever changes TF32.

@@ -19,6 +19,7 @@ bytes is taken.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
 
 _MARK = "_torchlms_cell"
+_LAPS = itertools.count(1)  # of all sessions: what one leaves on a storage means nothing to the next
 _LASTING = (Kind.PARAMETER, Kind.BUFFER)
 _MOST_CALLS = 32  # a longer recipe is not worth following
 
@@ -128,14 +130,13 @@ class Provenance:
 
     def __init__(
         self,
-        lap: int,
         *,
         device: torch.device,
         kinds: Callable[[torch.UntypedStorage], Kind | None],
         hold: Callable[[torch.Tensor], Slot | None],
         hollow: Callable[[torch.dtype], torch.Tensor],
     ) -> None:
-        self._lap = lap
+        self._lap = next(_LAPS)
         self._device = device
         self._manner = _manners(device.type)
         self._kinds = kinds
