@@ -28,6 +28,7 @@ class Contender:
     laps_s: list[float] = field(default_factory=list)
     program: Program | None = None
     starved_laps: int = 0  # in which the device mostly waited for the program
+    remapped_laps: int = 0  # in which the allocator remapped memory
     values_s: list[float] = field(default_factory=list)  # by the program in each lap on values that leave
     again_s: list[float] = field(default_factory=list)  # and on making some of them again
 
@@ -39,6 +40,11 @@ class Contender:
     def starved(self) -> bool:
         """Whether in most laps the device waited for the program."""
         return 2 * self.starved_laps > len(self.laps_s)
+
+    @property
+    def remapped(self) -> bool:
+        """Whether it did so in most laps."""
+        return 2 * self.remapped_laps > len(self.laps_s)
 
     @property
     def spent_s(self) -> tuple[float, float] | None:

@@ -14,6 +14,7 @@ from torchlms.race import CLOSE, Contender, Race
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torchlms.core.calibrate import Rates
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
     from torchlms.eager.routine import Routine
@@ -68,6 +69,7 @@ class Referee:
         race.running.starved_laps += lap.starved
         race.running.values_s.append(lap.values_s)
         race.running.again_s.append(lap.again_s)
+        race.running.remapped_laps += bool(program.pinches) and not program.calm
         if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
 
@@ -138,7 +140,7 @@ class Referee:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare", race.rates)
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
-            race.rates = explanation(tape, maker.machine, best.plan, best.median_s, spent_s=best.spent_s)
+            race.rates = self._explanation(tape, best)
             # A program that is too slow for its device needs other drops, and not some more of the same.
             like = best.plan if race.rates.pace is None else None
             made = maker.other(tape, race.rates, like=like)
@@ -151,13 +153,24 @@ class Referee:
             return None
         return Contender(made, _MOVES_ONLY, race.rates)
 
+    def _explanation(self, tape: Tape, contender: Contender) -> Rates:
+        """What explains the times of its laps."""
+        return explanation(
+            tape,
+            self._maker.machine,
+            contender.plan,
+            contender.median_s,
+            spent_s=contender.spent_s,
+            remaps=contender.remapped,
+        )
+
     def _correct(self, tape: Tape, winner: Contender) -> None:
         """Have the winner's plan predict what its steps have shown, from here on."""
         plan = winner.plan
         if not winner.done or not _off(tape, winner):
             return
         between_s = plan.predicted.step_s - lap_s(tape, plan.predicted.step_s)
-        rates = explanation(tape, self._maker.machine, plan, winner.median_s, spent_s=winner.spent_s)
+        rates = self._explanation(tape, winner)
         log.info(
             "steps take %.1f ms and not %.1f ms as was predicted: %s from here on",
             (winner.median_s + between_s) * 1e3,

@@ -57,6 +57,19 @@ def test_what_copies_do_not_explain_is_said_of_ops(factor: float) -> None:
     assert predicted.peak_device_bytes == plan.predicted.peak_device_bytes
 
 
+def test_what_remapping_takes_is_said_of_that_and_not_of_copies() -> None:
+    tape, machine = blocks(10), gpu(link=4e9)
+    plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
+    measured_s = 1.2 * plan.predicted.step_s
+    found = explanation(tape, machine, plan, lap_s(tape, measured_s), spent_s=(2e-3, 0.0), remaps=True)
+    assert found == Rates(remaps_s=pytest.approx(measured_s - plan.predicted.step_s))
+    predicted = foretold(tape, machine, plan, found)
+    assert predicted.step_s == pytest.approx(measured_s)
+    assert predicted.stall_s == pytest.approx(plan.predicted.stall_s + found.remaps_s)
+    quick_s = 0.9 * plan.predicted.step_s
+    assert explanation(tape, machine, plan, lap_s(tape, quick_s), remaps=True).remaps_s == 0.0
+
+
 def test_a_device_that_waited_for_the_program_says_nothing_of_copies() -> None:
     tape, machine = blocks(10), gpu(link=4e9)
     plan = planner.plan(tape, machine, Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0), RULES)
@@ -114,6 +127,8 @@ def test_heat_is_how_much_longer_the_same_ops_take() -> None:
     assert heat(tape, hot) == pytest.approx(1.25)
     assert heat(tape, hot[:-3]) == 1.0
     assert heat(tape, [("another", 1.0), *hot[1:]]) == 1.0
+    waited = [(hot[0][0], 1e3), *hot[1:]]  # for the allocator, inside of one op
+    assert heat(tape, waited) == pytest.approx(1.25)
     assert heat(tape, [(name, 100 * time_s) for name, time_s in hot]) == MOST
     later = [
         (name, time_s if op.phase is not Phase.BETWEEN else 9.0)
@@ -135,5 +150,6 @@ def test_rates_in_words() -> None:
         "the program taken to need 250.0 ms, 300 us for each value that leaves and 50 us for each op that "
         "runs again"
     )
+    assert str(Rates(remaps_s=0.028)) == "remapping memory taken to need 28.0 ms"
     assert str(Rates(copies=0.5)) == "copies taken to be 0.50 times as fast"
     assert str(Rates(ops=1.25)) == "ops taken to be 1.25 times as long"

@@ -1,9 +1,10 @@
 """Calibrate: what would explain the time that a step has really taken.
 
 First what the ops take in a device that has run for a while (``heat``): one that was timed after a pause
-keeps a higher clock for some steps than it can keep for long. Where the device kept catching up with the
-program, it is the program, in Python, that takes so long. Else the copies: a link is shared with others.
-Where no speed of the copies explains it, the ops.
+keeps a higher clock for some steps than it can keep for long. Where the allocator remaps memory in each
+step, for a large result that finds no hole, the device waits for that. Where the device kept catching up
+with the program, it is the program, in Python, that takes so long. Else the copies: a link is shared with
+others. Where no speed of the copies explains it, the ops.
 """
 
 from __future__ import annotations
@@ -32,18 +33,20 @@ _HALVINGS = 12
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Corrections: ops take ``ops`` times as long as was measured, copies are ``copies`` times as fast, and
-    the program has a ``pace`` at which it calls them."""
+    """Corrections: ops take ``ops`` times as long as was measured, copies are ``copies`` times as fast, the
+    program has a ``pace`` at which it calls them, and remapping takes ``remaps_s`` of each step."""
 
     ops: float = 1.0
     copies: float = 1.0
     pace: Pace | None = None
+    remaps_s: float = 0.0
 
     def __str__(self) -> str:
         ops = f"ops taken to be {self.ops:.2f} times as long" if self.ops != 1.0 else ""
         copies = f"copies taken to be {self.copies:.2f} times as fast" if self.copies != 1.0 else ""
         program = str(self.pace) if self.pace is not None else ""
-        return " and ".join(filter(None, (ops, copies, program))) or "all as it was measured"
+        remaps = f"remapping memory taken to need {self.remaps_s * 1e3:.1f} ms" if self.remaps_s else ""
+        return " and ".join(filter(None, (ops, copies, program, remaps))) or "all as it was measured"
 
 
 AS_MEASURED = Rates()
@@ -80,20 +83,33 @@ def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURE
     changed = with_drops(stretched(tape, rates.ops), drops)
     timeline = Simulator(changed, scaled(machine, rates.copies)).run(moves)
     predicted = replace(
-        plan.predicted, step_s=timeline.step_s, compute_s=timeline.compute_s, stall_s=timeline.stall_s
+        plan.predicted,
+        step_s=timeline.step_s + rates.remaps_s,
+        compute_s=timeline.compute_s,
+        stall_s=timeline.stall_s + rates.remaps_s,
     )
     return paced(predicted, tape, rates.pace, Load.of(tape, plan.moves))
 
 
 def heat(tape: Tape, times: Sequence[tuple[str, float]]) -> float:
-    """How many times as long the ops of forward and backward took in ``times`` (names and seconds) as on
-    ``tape``; 1 if they are not the same ops."""
+    """How many times as long as on ``tape`` the ops of forward and backward took in ``times`` (names and
+    seconds), half of them by time more and half less: some may have waited for memory. 1 if they are not the
+    same ops."""
     expected = [op for op in tape.ops if op.phase is not Phase.BETWEEN]
     found = times[: len(expected)]
-    expected_s, found_s = sum(op.time_s for op in expected), sum(seconds for _, seconds in found)
-    if [op.name for op in expected] != [name for name, _ in found] or not expected_s or not found_s:
+    if [op.name for op in expected] != [name for name, _ in found]:
         return 1.0
-    return min(max(found_s / expected_s, LEAST), MOST)
+    ratios = sorted(
+        (seconds / op.time_s, op.time_s)
+        for op, (_, seconds) in zip(expected, found, strict=True)
+        if op.time_s
+    )
+    left_s = sum(op_s for _, op_s in ratios) / 2
+    for ratio, op_s in ratios:
+        left_s -= op_s
+        if left_s <= 0:
+            return min(max(ratio, LEAST), MOST)
+    return 1.0
 
 
 def explanation(
@@ -103,10 +119,11 @@ def explanation(
     measured_lap_s: float,
     *,
     spent_s: tuple[float, float] | None = None,
+    remaps: bool = False,
 ) -> Rates:
     """The rates with which the simulator comes nearest to the time measured for a lap under ``plan``.
-    ``spent_s``: what the program took for values that leave, and for ops that make some of them again, if
-    the device kept waiting for that."""
+    ``remaps``: the allocator remapped in each lap. ``spent_s``: what the program took for values that leave,
+    and for ops that make some of them again, if the device kept waiting for that."""
 
     def predicted_s(rates: Rates) -> float:
         return lap_s(tape, foretold(tape, machine, plan, rates).step_s)
@@ -115,6 +132,8 @@ def explanation(
     as_measured_s = lap_s(tape, as_measured.step_s)
     if abs(measured_lap_s / as_measured_s - 1) < _ALIKE:
         return AS_MEASURED
+    if remaps and measured_lap_s > as_measured_s:
+        return Rates(remaps_s=measured_lap_s - as_measured_s)
     if spent_s is not None and measured_lap_s > as_measured_s:
         return Rates(pace=_pace(measured_lap_s, spent_s, Load.of(tape, plan.moves)))
     unhindered_s = lap_s(tape, as_measured.compute_s)
