@@ -32,7 +32,7 @@ from traps import STEPS, Trap, assert_same, batch, replayed_names, train, usual
 import torchlms
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Value
-from torchlms.eager.provenance import Call, Cell
+from torchlms.eager.history import Call, Cell
 from torchlms.eager.slot import Slot
 from torchlms.eager.timer import OpTimer
 

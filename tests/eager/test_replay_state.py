@@ -17,8 +17,8 @@ from traps import STEPS, Trap, assert_same, batch, train, usual
 
 import torchlms
 from torchlms.eager.backends import Backends
+from torchlms.eager.history import Call
 from torchlms.eager.private import backend_switches
-from torchlms.eager.provenance import Call
 from torchlms.eager.timer import OpTimer
 from torchlms.eager.writes import without_statistics, written_tensors
 

@@ -29,7 +29,8 @@ from torchlms.eager.orphans import Bereft, Orphan
 from torchlms.eager.owner import SlotOwner
 from torchlms.eager.program import Program
 from torchlms.eager.proof import Prover
-from torchlms.eager.provenance import Provenance, Recipe
+from torchlms.eager.provenance import Provenance
+from torchlms.eager.recipe import Recipe
 from torchlms.eager.recorder import Recorder
 from torchlms.eager.replay import replay
 from torchlms.eager.routine import Routine, Signature, Verdict

@@ -14,7 +14,8 @@ from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, SpillError
 
 if TYPE_CHECKING:
     from torchlms.eager.holes import Holes
-    from torchlms.eager.provenance import Provenance, Recipe
+    from torchlms.eager.provenance import Provenance
+    from torchlms.eager.recipe import Recipe
     from torchlms.memory.store import Place, Store
 
 NEVER = 1 << 62  # no action is due before this op

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from torchlms.eager.orphans import Bereft, Orphan
-    from torchlms.eager.provenance import Recipe
+    from torchlms.eager.recipe import Recipe
     from torchlms.eager.slot import Slot
     from torchlms.memory.device import Copy
     from torchlms.memory.store import Place

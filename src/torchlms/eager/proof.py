@@ -13,7 +13,7 @@ from torchlms.errors import LMSError
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
-    from torchlms.eager.provenance import Recipe
+    from torchlms.eager.recipe import Recipe
     from torchlms.eager.slot import Slot
 
 log = logging.getLogger("torchlms")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchlms.eager.backends import Backends
+from torchlms.eager.history import Call, Cell, Ref, results_of
 from torchlms.eager.private import below_autograd, outside_vmap
-from torchlms.eager.provenance import Call, Cell, Recipe, Ref, results_of
+from torchlms.eager.recipe import Recipe
 from torchlms.eager.traits import takes_generator
 from torchlms.errors import ReplayFailed
 

@@ -29,15 +29,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchlms.eager.history import mark
 from torchlms.eager.orphans import Bereft, Orphan, refill
 from torchlms.eager.private import hide_from_compiler, others_hold, storage_object_held
-from torchlms.eager.provenance import mark
 from torchlms.eager.tensors import whole
 from torchlms.errors import ReplayFailed, SpillError
 
 if TYPE_CHECKING:
+    from torchlms.eager.history import Cell
     from torchlms.eager.owner import SlotOwner
-    from torchlms.eager.provenance import Cell, Recipe
+    from torchlms.eager.recipe import Recipe
     from torchlms.memory.device import Copy
     from torchlms.memory.store import Place
 

@@ -10,8 +10,8 @@ import torch
 
 from torchlms.core.tape import Phase
 from torchlms.eager import private
+from torchlms.eager.history import readers_of
 from torchlms.eager.ladder import asked_bytes, starved_engine
-from torchlms.eager.provenance import readers_of
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import tensors_in
 from torchlms.eager.traits import careful_ops, makes_cpu_tensors, name_of, rewind_of, writes_list

@@ -1,0 +1,107 @@
+"""History: the calls that wrote each storage, and what they read.
+
+[Note: Cells and calls]
+A storage has a cell: the history of the calls that wrote it, first the one that made it, then those
+that changed it in place. A call remembers its arguments, with each tensor replaced by where it lay:
+in which cell, after how many writes, and as which view. Cells hold no device memory. A storage holds
+its cell, a cell its calls, a call the cells it read: what nobody can ask for any more goes by itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlms.eager.tensors import is_plain
+from torchlms.eager.writes import written_tensors
+
+if TYPE_CHECKING:
+    from torchlms.eager.backends import State
+    from torchlms.eager.slot import Slot
+
+_MARK = "_torchlms_cell"
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """One storage's history in one lap of the program."""
+
+    lap: int
+    place: int = 0  # among the results of the call that made it
+    first_version: int = 0  # before the first write
+    made: bool = False  # the history begins with the call that made it
+    lasts: bool = False  # a parameter's or a buffer's
+    history: list[Call] = field(default_factory=list)
+    slot: weakref.ref[Slot] | None = None
+    saved_version: int = -1  # of the tensor that autograd saved last
+    counter: torch.Tensor | None = None  # shares that tensor's version, and holds none of its memory
+    value: int = -1  # the tape's id while recording, if the storage could be held
+    size_bytes: int = 0
+    readers: list[weakref.ref[Slot]] | None = None  # dropped, and made from this
+
+    def accounts_for(self, writes: int, version: int) -> bool:
+        """Whether the first ``writes`` calls are all that has happened until ``version``. A write from
+        another thread or a compiled region is told of by the version alone."""
+        return version - self.first_version == writes - 1
+
+
+@dataclass(slots=True, eq=False)  # not frozen, which takes as long again to make
+class Ref:
+    """A tensor argument: the view ``shape, strides, offset`` of a cell after ``writes`` writes."""
+
+    cell: Cell
+    writes: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    version: int
+    lasting: torch.Tensor | None = None  # a parameter or buffer: here to stay
+    storage: torch.UntypedStorage | None = None  # where it lay, should the program give it another one
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One op that ran."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    op: int  # its place on the tape
+    replayable: bool
+    drawn: tuple[torch.Generator, torch.Tensor] | None = None  # from which generator, in which state
+    backends: State = ()  # how the switches stood that choose its kernel
+    blank: bool = False  # what it makes has no bytes of its own yet
+    refs: tuple[Ref, ...] = ()  # all that are among the arguments
+
+
+def mark(storage: torch.UntypedStorage, cell: Cell) -> None:
+    """The bytes that ``cell`` tells of now lie in ``storage``."""
+    setattr(storage, _MARK, cell)
+
+
+def marked(storage: torch.UntypedStorage) -> Cell | None:
+    """The cell of ``storage``, be it of this lap or of an earlier one."""
+    cell: Cell | None = getattr(storage, _MARK, None)
+    return cell
+
+
+def results_of(result: Any) -> list[torch.Tensor | None]:
+    """What an op returned, flat; None for what is no tensor."""
+    if isinstance(result, (list, tuple)):
+        return [found for part in result for found in results_of(part)]
+    return [result if isinstance(result, torch.Tensor) else None]
+
+
+def readers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Slot]:
+    """The dropped slots whose recipe reads something that ``func`` is about to write."""
+    found: list[Slot] = []
+    for tensor in written_tensors(func, args, kwargs):
+        if is_plain(tensor):
+            cell = marked(tensor.untyped_storage())
+            if cell is not None and cell.readers:
+                found += [slot for reader in cell.readers if (slot := reader()) is not None]
+    return found
