@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 from tapes import GIB, MIB, Network, chain, cpu, gpu
+from test_drops import blocks
 
+from torchlms.core.calibrate import stretched
+from torchlms.core.curve import peak_bytes
 from torchlms.core.headroom import headroom_bytes, lean_bytes
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget
@@ -109,3 +112,21 @@ def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> Non
     assert made.maker.headroom_bytes == after
     assert routine.program is not None
     assert routine.program.plan.predicted.peak_device_bytes <= BUDGET.device_bytes - after
+
+
+def test_a_rough_plan_pins_little_host_memory() -> None:
+    """Its ops seem to take long, so that every copy seems to be hidden; the plan that follows knows better."""
+    tape = stretched(blocks(16), 20.0)
+    peak = peak_bytes(tape)
+    budget = Budget(int(0.55 * peak), 64 * GIB, 0)
+    made = maker(budget=budget, recompute=True)
+    rough, lavish = made.first(tape, rough=True), made.first(tape, rough=False)
+    assert rough.predicted.arena_bytes <= 0.2 * (peak - budget.device_bytes)
+    assert lavish.predicted.arena_bytes > 2 * rough.predicted.arena_bytes
+    assert rough.budget == budget
+
+
+def test_a_rough_plan_pins_what_it_must() -> None:
+    tape = chain(80, time_s=20e-3)
+    made = maker(recompute=True)
+    assert made.first(tape, rough=True).predicted.arena_bytes > peak_bytes(tape) - BUDGET.device_bytes
