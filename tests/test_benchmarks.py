@@ -216,7 +216,7 @@ def test_convolutions_are_compared_with_those_before() -> None:
     assert figures["starved_convolutions"] == 0
     assert figures["starved_on_purpose"]["forward_slowdown"] == pytest.approx(3)
     assert figures["starved_on_purpose"]["bits_differ"] == ["output"]
-    note = tables.short_table({"conv-health": result})
+    note = tables.long_tables({"conv-health": result})
     assert "batch 200 and 400, after 20 planned steps" in note
     assert "3.0 times as long and gives other bits" in note
     bad = made("conv-health", before, {**good[0], "convolutions": [conv(4.0, "x")]})
@@ -375,7 +375,7 @@ def test_a_ladder_says_how_soon_it_is_back_at_speed() -> None:
     assert ladder.steps_to_speed([0.2] * 5, 0.1) == 5
     results = {"ladder-resnet50-b230": result}
     assert tables.targets_lines(results) == ["all targets met"]
-    assert "Back at planned speed 2 steps after" in tables.short_table(results)
+    assert "Back at planned speed 2 steps after" in tables.long_tables(results)
     assert "the same bits as plain in all of them" in tables.long_tables(results)
 
 

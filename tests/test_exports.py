@@ -25,6 +25,7 @@ NAMES = [
     "StepTorn",
     "VerifyFailed",
     "__version__",
+    "current",
     "disable",
     "enable",
     "reclaim",

@@ -115,7 +115,7 @@ def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> Non
 
 
 def test_a_rough_plan_pins_little_host_memory() -> None:
-    """Its ops seem to take long, so that every copy seems to be hidden; the plan that follows knows better."""
+    """Its ops seem to take long, so that every copy seems hidden; the plan that follows knows better."""
     tape = stretched(blocks(16), 20.0)
     peak = peak_bytes(tape)
     budget = Budget(int(0.55 * peak), 64 * GIB, 0)

@@ -23,7 +23,7 @@ from torchlms.errors import (
 )
 
 if TYPE_CHECKING:
-    from torchlms.api import LMS, disable, enable, reclaim, stats
+    from torchlms.api import LMS, current, disable, enable, reclaim, stats
     from torchlms.core.rules import Rules
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "StepTorn",
     "VerifyFailed",
     "__version__",
+    "current",
     "disable",
     "enable",
     "reclaim",
@@ -51,7 +52,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs torch, when first asked for: a script that we run imports torch in its own time."""
-    if name not in ("LMS", "Rules", "api", "disable", "enable", "reclaim", "stats"):
+    if name not in ("LMS", "Rules", "api", "current", "disable", "enable", "reclaim", "stats"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = import_module("torchlms.core.rules" if name == "Rules" else "torchlms.api")
     found = place if name == "api" else getattr(place, name)

@@ -128,3 +128,9 @@ def test_the_site_can_be_built(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} >= {"run", "limits", "report"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_package_are_there(page: Path) -> None:
+    named = set(re.findall(r"\btorchlms\.([A-Za-z_]+)\b(?!\.)(?=[(`])", page.read_text()))
+    assert not [name for name in sorted(named) if not hasattr(torchlms, name)]

@@ -160,6 +160,15 @@ def test_a_tape_of_a_cpu_on_a_card_is_pointed_out(files: list[str], tmp_path: Pa
     assert "op times are those of cpu" in invoke(*files, "--batch-size=4", "--budget=1GiB")
 
 
+def test_what_watching_small_ops_takes_is_said_on_a_cpu(files: list[str], tmp_path: Path) -> None:
+    for batch in (2, 4):
+        tape = step(batch, device="cpu")
+        ops = tuple(replace(op, time_s=30e-6) for op in tape.ops)
+        replace(tape, ops=ops).save(tmp_path / f"tape-{batch}.json")
+    said = "ops take 30 us each on average. To watch one takes LMS some 20 us"
+    assert said in " ".join(invoke(*files, "--batch-size=4", "--budget=1GiB").split())
+
+
 def test_figures_far_away_carry_a_note(files: list[str]) -> None:
     notes = answer(*files, "--batch-size=17", "--budget=1GiB")["notes"]
     assert any("far from what was recorded" in note for note in notes)

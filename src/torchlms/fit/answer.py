@@ -14,6 +14,9 @@ from torchlms.fit.largest import Batch, Batches
 from torchlms.fit.outlook import Outlook, look
 from torchlms.fit.times import kept_busy
 
+_WATCHED_S = 20e-6  # about what it takes Python to watch one op
+_NOTICED = 0.1  # of the step
+
 if TYPE_CHECKING:
     from torchlms.core.tape import Tape
     from torchlms.fit.question import Evidence, Question
@@ -99,6 +102,13 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
         notes.append(
             f"op times are those of {tape.device}, where the tape was recorded; copies are those of "
             f"{machine.device}"
+        )
+    watched_s, ops_s = len(tape.ops) * _WATCHED_S, sum(op.time_s for op in tape.ops)
+    if tape.device == "cpu" and watched_s > _NOTICED * ops_s:  # a device hides it, unless it waits itself
+        notes.append(
+            f"its {len(tape.ops)} ops take {ops_s / len(tape.ops) * 1e6:.0f} us each on average. To watch "
+            f"one takes LMS some {_WATCHED_S * 1e6:.0f} us, {watched_s:.2g} s a step, which so short "
+            "ops do not hide: that is not in the speeds"
         )
     parameter_bytes = _never_stepped_bytes(tape)
     if parameter_bytes:
