@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torchlms.core.curve import peak_bytes
 from torchlms.core.plan import Choice
 from torchlms.core.rules import Rules, stayers
 from torchlms.memory.limits import format_bytes
@@ -32,6 +33,7 @@ def report_text(
     lines = [_state_line(stats, over=over)]
     if plan is not None and tape is not None:
         lines += _comparison(stats)
+        lines.append(f"with nothing moved a step like this would need {format_bytes(peak_bytes(tape))}")
         lines += _limit(stats, bound_s)
         lines += _choices(stats)
         lines += _kept(tape, plan, rules)
@@ -102,15 +104,21 @@ def _comparison(stats: dict[str, Any]) -> list[str]:
             format_bytes(stats["peak_reserved_bytes"]),
         ),
         ("step", f"{predicted['step_s'] * 1e3:.1f} ms", f"{stats['measured_step_s'] * 1e3:.1f} ms"),
-        ("host arena", format_bytes(predicted["arena_bytes"]), format_bytes(stats["pinned_bytes"])),
     ]
+    if predicted["arena_bytes"] or stats["pinned_bytes"]:
+        pinned = (format_bytes(predicted["arena_bytes"]), format_bytes(stats["pinned_bytes"]))
+        rows.append(("host memory", *pinned))
     lines = [f"{'':16} {'predicted':>12} {'measured':>12}"]
     lines += [f"{name:16} {before:>12} {after:>12}" for name, before, after in rows]
-    lines.append(
-        f"out {format_bytes(stats['bytes_out_per_step'])} and in {format_bytes(stats['bytes_in_per_step'])} "
-        f"per step; made room at once {stats['reclaims']} times, retried {stats['retries']} ops, "
-        f"{stats['late_fetches']} values came late, {stats['starved_convolutions']} convolutions starved"
+    out, back = format_bytes(stats["bytes_out_per_step"]), format_bytes(stats["bytes_in_per_step"])
+    trouble = (
+        (stats["reclaims"], "times memory had run out and values left at once"),
+        (stats["retries"], "ops were run again for that"),
+        (stats["late_fetches"], "values came late"),
+        (stats["starved_convolutions"], "convolutions had to do without their workspace"),
     )
+    said = ", ".join(f"{count} {what}" for count, what in trouble if count)
+    lines.append(f"out {out} and in {back} per step{f'; {said}' if said else ''}")
     return lines
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from torchlms.runner.request import Request
 
+_HELP = ["-h", "--help"]
+
 app = typer.Typer(
     name="torchlms",
     help="Train networks that need more memory than the device has, on stock PyTorch.",
@@ -19,6 +21,7 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": _HELP},
 )
 
 
@@ -54,7 +57,7 @@ def add(verb: Callable[..., None], example: str, *, arguments_end_options: bool 
     app.command(
         short_help=(verb.__doc__ or "").strip(),
         epilog=f"Example: torchlms {example}",
-        context_settings={"allow_interspersed_args": not arguments_end_options},
+        context_settings={"allow_interspersed_args": not arguments_end_options, "help_option_names": _HELP},
     )(verb)
 
 

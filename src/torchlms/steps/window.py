@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+log = logging.getLogger("torchlms")
 
 
 class ProfileWindow:
@@ -49,6 +52,12 @@ class ProfileWindow:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
+        if self._number < self._first:
+            log.warning(
+                "no step was profiled: the loop ended after %d steps, before step %d",
+                self._number,
+                self._first,
+            )
         self._write()
 
     def _begin(self) -> None:
