@@ -101,7 +101,7 @@ def test_a_window_that_is_never_reached(tmp_path: Path, caplog: pytest.LogCaptur
     with ProfileWindow(tmp_path / "trace.json", first=9, last=9) as window:
         window.step()
     assert not (tmp_path / "trace.json").exists()
-    assert "no step was profiled: the loop ended before step 9, after 1 steps" in caplog.text
+    assert "no step was profiled: the loop ended after 1 steps, before step 9" in caplog.text
     with pytest.raises(ValueError, match="first comes first"):
         ProfileWindow(tmp_path / "trace.json", first=3, last=2)
 
