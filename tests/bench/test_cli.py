@@ -131,6 +131,8 @@ def test_version(asked: str) -> None:
 
 
 def test_list_names_the_networks() -> None:
+    told = json.loads(invoke("bench", "--list", "--json=-").stdout)
+    assert "mnist" in [network["name"] for network in told]
     output = invoke("bench", "--list").output
     assert "resnet50" in output
     assert "cifar10_full" in output

@@ -105,7 +105,7 @@ def test_a_script_that_reads_its_text_from_a_pipe(tmp_path: Path) -> None:
 
 def test_model_and_optimizer_are_found(tmp_path: Path) -> None:
     found = figures(tmp_path, write(tmp_path, USUAL), "--save-tape=tape.json", "--report")
-    assert (found["state"], found["record_steps"]) == ("guard", 1)
+    assert (found["state"], found["record_steps"], found["ended_by"]) == ("guard", 1, None)
     assert found["bytes_out_per_step"] > 0
     assert found["peak_device_bytes"] <= 3 << 20
     tape = Tape.load(tmp_path / "tape.json")
@@ -301,8 +301,9 @@ def test_the_same_traceback_and_status(body: str, tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
-    ours = forked_under_lms("--budget=500KiB", write(tmp_path, USUAL), cwd=tmp_path)
+    ours = forked_under_lms("--budget=500KiB", "--json=f.json", write(tmp_path, USUAL), cwd=tmp_path)
     assert ours.status == 1
+    assert json.loads((tmp_path / "f.json").read_text())["ended_by"] == "BudgetTooSmall"
     assert "torchlms.errors.BudgetTooSmall: aten." in ours.err
     assert "train.py" in ours.err
     assert "torchlms/eager" not in ours.err

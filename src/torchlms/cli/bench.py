@@ -85,7 +85,7 @@ def bench(
     if stale is not None:
         raise typer.Exit(_list_stale(stale))
     if list_models:
-        _list_networks()
+        _list_networks(json_path)
         return
     from torchlms.api import stats
     from torchlms.bench import command as bench_command
@@ -167,11 +167,15 @@ def _list_stale(folder: Path) -> int:
     return 1 if stale else 0
 
 
-def _list_networks() -> None:
+def _list_networks(json_path: Path | None) -> None:
     from torchlms.bench.networks import NETWORKS
+    from torchlms.outlet import outlet
 
+    columns = ("name", "batch", "size", "what")
     rows = [
         [net.name, str(net.default_batch_size), str(net.default_image_size or "-"), net.description]
         for net in NETWORKS.values()
     ]
-    write_table(("name", "batch", "size", "what"), rows)
+    with outlet(json_path) as put:
+        put([dict(zip(columns, row, strict=True)) for row in rows])
+        write_table(columns, rows)

@@ -41,7 +41,7 @@ def run(request: Request) -> int:
         main.execute()
     except BaseException as error:
         if os.getpid() == process:
-            watch.end()
+            watch.end(error)
         if not isinstance(error, SystemExit):
             sys.excepthook = _as_alone(sys.excepthook, request, watch.advice)
         raise

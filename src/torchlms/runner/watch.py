@@ -47,8 +47,8 @@ class Watch:
             self._finder = Finder(self._request.lms_options(), self._request.device)
             self._notes = StepNotes(self._request, self._finder)
 
-    def end(self) -> None:
-        """Take LMS off, and say and write what was asked for; never raises."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Take LMS off, and say and write what was asked for; never raises. ``error`` ended the script."""
         finder = self._finder
         if finder is None:
             log.warning("the script never imported torch: there was nothing to do")
@@ -69,16 +69,17 @@ class Watch:
                 "process's main thread%s",
                 f" on {self._request.device}" if self._request.device else "",
             )
-        self._hand_over(finder.lms, state)
+        ended_by = None if error is None else type(error).__name__
+        self._hand_over(finder.lms, {"state": state, "ended_by": ended_by})
 
-    def _hand_over(self, lms: LMS | None, state: str) -> None:
-        """What was asked for; ``state`` is what it was when the script ended."""
+    def _hand_over(self, lms: LMS | None, ending: dict[str, Any]) -> None:
+        """What was asked for; ``ending`` is how it stood when the script ended, and what ended it."""
         from torchlms.report import report_text
         from torchlms.runner.notes import averages_text
 
         request = self._request
         counted: dict[str, Any] = {"steps": 0} if lms is None else lms.stats()
-        stats = counted | {"state": state}
+        stats = counted | ending
         averages = self._notes.averages() if self._notes is not None else {}
         if averages:
             stats["averages"] = averages
@@ -98,7 +99,9 @@ class Watch:
             from torchlms.report_page import save_run
 
             path, shown = request.save_run, lms if lms is not None and lms.tape is not None else None
-            _write(path, "tape", None if shown is None else lambda: save_run(shown, path, state=state))
+            _write(
+                path, "tape", None if shown is None else lambda: save_run(shown, path, state=ending["state"])
+            )
 
     def advice(self, error: BaseException) -> str:
         """What to do after ``error``, if it tells of memory running out; else nothing."""
