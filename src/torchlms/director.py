@@ -33,7 +33,7 @@ log = logging.getLogger("torchlms")
 _MOST_REPLANS = 4
 _HOST_SHARE = 0.9  # of what is left, where host memory is refused
 _MOST_HOST_REFUSALS = 3
-_GROWN = 0.002  # of the budget: less is noise
+_GROWN = 0.002  # of the peak: less is noise
 _MOST_GROWTHS = 4
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
@@ -223,22 +223,37 @@ class Director:
     # -- watching ----------------------------------------------------------------------------
 
     def _has_grown(self, engine: Engine, routine: Routine) -> bool:
-        """Plan again if more is on the device before the step than when it was recorded: gradients that
-        accumulate, an optimizer's states, what the program made since. True if that was done.
+        """Whether it was planned again because more is on the device before the step than was recorded:
+        gradients that accumulate, an optimizer's states, what the program made since. Where the plan has room
+        for that it stays, and only foretells more.
 
         What is seen once does not count: a step that failed may leave its graph for a while.
         """
         program = routine.program
         if program is None or self.given is not None or routine.growths >= _MOST_GROWTHS:
             return False
-        tape = program.tape
-        more_bytes = engine.device.allocated_bytes() - before_bytes(tape)
-        peak = program.plan.predicted.peak_device_bytes + more_bytes
-        spare_bytes = self.budget.device_bytes - self.maker.headroom_bytes
-        if more_bytes <= _GROWN * self.budget.device_bytes or peak <= spare_bytes:
+        more_bytes = engine.device.allocated_bytes() - before_bytes(program.tape)
+        if more_bytes <= _GROWN * program.plan.predicted.peak_device_bytes:
             return False
         more_bytes, routine.grown_bytes = min(more_bytes, routine.grown_bytes), more_bytes
-        return bool(more_bytes) and self._plan_for_more(engine, routine, tape, more_bytes)
+        if not more_bytes:
+            return False
+        peak = program.plan.predicted.peak_device_bytes + more_bytes
+        if peak > self.budget.device_bytes - self.maker.headroom_bytes:
+            return self._plan_for_more(engine, routine, program.tape, more_bytes)
+        self._take_in(routine, program, more_bytes)
+        return False
+
+    def _take_in(self, routine: Routine, program: Program, more_bytes: int) -> None:
+        """Foretell ``more_bytes`` more from here on."""
+        assert routine.tape is not None
+        routine.grown_bytes = 0
+        routine.tape = replace(routine.tape, resident_bytes=routine.tape.resident_bytes + more_bytes)
+        race = race_of(routine)
+        if race is not None:
+            race.grow(program, more_bytes)
+        else:
+            program.grow(more_bytes)
 
     def _plan_for_more(self, engine: Engine, routine: Routine, tape: Tape, more_bytes: int) -> bool:
         """Plan for a step before which ``more_bytes`` more are there; False, and the plan stays, if there is

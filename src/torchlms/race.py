@@ -78,6 +78,17 @@ class Race:
         """Whether a plan that does the same has run already."""
         return any(plan.decisions == contender.plan.decisions for contender in self.contenders)
 
+    def grow(self, program: Program, more_bytes: int) -> None:
+        """Have ``program``, which runs, and those that ran before it take in that a step begins with more."""
+        plan = program.plan
+        for contender in self.contenders:
+            if contender.program is not None and contender.program is not program:
+                contender.program.grow(more_bytes)
+                contender.plan = contender.program.plan
+        program.grow(more_bytes)
+        if self.running.plan is plan:
+            self.running.plan = program.plan
+
     def winner(self) -> Contender:
         """The first contender, unless a later one was faster by more than noise."""
         best = self.contenders[0]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from sessions import (
     Loop,
     more,
@@ -20,6 +21,8 @@ from sessions import (
 from small_networks import NETWORKS
 from test_loops import ANYWHERE, evaluate_between
 
+import torchlms
+from torchlms.core.curve import before_bytes
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Kind, Phase, Tape
 
@@ -204,3 +207,24 @@ def test_the_fingerprint_names_the_computation(spill_dir: Path) -> None:
     ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def test_what_a_step_begins_with_later_is_foretold(spill_dir: Path) -> None:
+    """An optimizer that steps after two passes makes its states when the first pass has been recorded."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(64, 64)
+    with torchlms.LMS(model, optimizer, budget="64MiB", disk_dir=spill_dir) as lms:
+        for step in range(12):
+            model(x).square().mean().backward()
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        stats = lms.stats()
+        assert lms.tape is not None
+        states = sum(2 * parameter.nbytes for parameter in model.parameters())
+        assert before_bytes(lms.tape) >= states
+        assert stats["replans"] == 0
+    predicted_bytes = stats["predicted"]["peak_device_bytes"]
+    assert stats["peak_device_bytes"] <= predicted_bytes <= 1.01 * stats["peak_device_bytes"]

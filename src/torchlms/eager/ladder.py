@@ -279,8 +279,9 @@ def _so_far(smallest_bytes: int) -> str:
     """What to do, as far as can be told in the middle of a step."""
     return (
         "As far as this step got, the smallest budget that works is at least "
-        f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes): raise budget, or use a smaller "
-        "batch"
+        f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes), and more where more comes later "
+        "in it, as an optimizer's states do in the first one: raise budget beyond that, or use a smaller "
+        "batch. `torchlms plan` says exactly how much it takes, from the tape of a step that had room"
     )
 
 

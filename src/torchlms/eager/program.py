@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -138,6 +138,14 @@ class Program:
             held = late.intersection(self.tape.ops[op].reads)
             if held:
                 self.holding.setdefault(op, set()).update(held)
+
+    def grow(self, more_bytes: int) -> None:
+        """Before the step more is there than when it was recorded, and the plan has room for it."""
+        predicted = self.plan.predicted
+        peak_bytes = predicted.peak_device_bytes + more_bytes
+        self.tape = replace(self.tape, resident_bytes=self.tape.resident_bytes + more_bytes)
+        self.plan = replace(self.plan, predicted=replace(predicted, peak_device_bytes=peak_bytes))
+        self.roomy_at_end = _peak_at_end(self.tape) <= _ROOMY * self.plan.budget.device_bytes
 
     def leaves_out(self, op: int, name: str) -> bool:
         """Whether op ``op`` is the one that the tape has there, and no recipe runs it again."""

@@ -111,7 +111,7 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
             "ops do not hide: that is not in the speeds"
         )
     parameter_bytes = _never_stepped_bytes(tape)
-    if parameter_bytes:
+    if parameter_bytes > tape.resident_bytes:  # else what came later has been taken in
         notes.append(
             "no optimizer step was recorded, as where gradients accumulate over several passes: what the "
             "optimizer keeps, and gradients that wait from the pass before, may be missing from the bytes. "
