@@ -43,7 +43,8 @@ def test_of_a_loop(tmp_path: Path) -> None:
             model.zero_grad()
         save_run(lms, tmp_path / "on.json")
     # As `torchlms run` does at the end of a script.
-    Watch(Request("train.py", save_run=tmp_path / "run.json"))._hand_over(lms, {"state": "guard", "ended_by": None})
+    ending = {"state": "guard", "ended_by": None}
+    Watch(Request("train.py", save_run=tmp_path / "run.json"))._hand_over(lms, ending)
     found = Run.load(tmp_path / "run.json")
     assert found.plan is not None
     assert found.plan.fingerprint == found.tape.fingerprint
