@@ -219,7 +219,7 @@ class _Manner(NamedTuple):
 @functools.cache
 def _manners(device_type: str) -> PerOp[_Manner]:
     def manner(func: Any) -> _Manner:
-        blank = _is_blank(func)
+        blank = func in _BLANK
         return _Manner(blank or may_replay(func, device_type), blank, seeded(func), writes_anything(func))
 
     return PerOp(manner)
@@ -228,7 +228,6 @@ def _manners(device_type: str) -> PerOp[_Manner]:
 # What is no tensor, and holds none.
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout))
 
-
 # What these make holds whatever lay there before.
 _BLANK = frozenset(
     overload
@@ -236,4 +235,3 @@ _BLANK = frozenset(
     for packet in (getattr(torch.ops.aten, name),)
     for overload in (getattr(packet, name) for name in packet.overloads())
 )
-_is_blank = PerOp(_BLANK.__contains__)
