@@ -36,7 +36,7 @@ MISPLANNED = "lms-misplanned"  # a plan that was made for twice the memory, unti
 SHRUNK = "lms-shrunk"  # half of the memory is taken away while training runs
 WAYS = ("none", "lms", UNPLANNED, MISPLANNED, SHRUNK)
 
-_AT_SPEED = 1.10  # of the planned step time
+_AT_SPEED = 1.10  # of the step time that the plan foretells
 _IN_A_ROW = 3  # steps, to be at it and not there by chance
 _COUNTED = ("reclaims", "full_reclaims", "reclaimed_bytes", "retries", "record_steps", "replans")
 
@@ -181,7 +181,8 @@ def ladder_figures(done: dict[str, dict[str, Any]], *, cuda: bool, identity_step
         for way in (MISPLANNED, SHRUNK):
             if way in done:
                 name = f"{way.removeprefix('lms-')}_steps_to_speed"
-                found[name] = steps_to_speed(done[way]["each_step_s"], planned["step_s"]["median"])
+                found[name] = steps_to_speed(done[way]["each_step_s"], done[way]["predicted"]["step_s"])
+                found[f"{way.removeprefix('lms-')}_of_planned"] = planned["step_s"]["median"] / _at_last_s(done[way])
     return found
 
 
@@ -190,8 +191,13 @@ def _peak(way: str, *, cuda: bool) -> str:
     return f"{'peak' if way == SHRUNK else 'whole_run'}_{'reserved' if cuda else 'device'}_bytes"
 
 
+def _at_last_s(entry: dict[str, Any]) -> float:
+    """A step's time once it has found its plan."""
+    return statistics.median(entry["each_step_s"][-_IN_A_ROW:])
+
+
 def steps_to_speed(seconds: list[float], planned_s: float) -> int:
-    """How many steps come before the first of some that all take as long as planned ones, or nearly so."""
+    """How many steps come before the first of some that all take as long as planned, or nearly so."""
     quick = [second <= _AT_SPEED * planned_s for second in seconds]
     for first in range(len(quick) - _IN_A_ROW + 1):
         if all(quick[first : first + _IN_A_ROW]):
@@ -223,5 +229,6 @@ def note(result: dict[str, Any]) -> str:
         f"({milliseconds['lms']:.0f} ms planned, {milliseconds['none']:.0f} ms plain without a cap). "
         f"Back at planned speed {figures['misplanned_steps_to_speed']} steps after a plan for twice the "
         f"memory may be made anew, and {figures['shrunk_steps_to_speed']} steps after half of the memory was "
-        f"taken away while training runs; {bits}."
+        f"taken away while training runs, then at {figures['shrunk_of_planned']:.2f} of the speed under a "
+        f"plan that was there from the start; {bits}."
     )

@@ -35,6 +35,7 @@ _HOST_SHARE = 0.9  # of what is left, where host memory is refused
 _MOST_HOST_REFUSALS = 3
 _GROWN = 0.002  # of the peak: less is noise
 _MOST_GROWTHS = 4
+_NOW_AND_THEN = 10  # steps between two that had to evict: more are no reason for another plan
 _SETTLING_STEPS = 4  # in which the allocator's pools find their sizes, and the pinches are learned
 
 
@@ -68,7 +69,7 @@ class Director:
 
     def rebudget(self, budget: Budget) -> None:
         """Plans from here on are for ``budget``; the one that was given is not."""
-        self.maker.budget = budget
+        self.maker.rebudget(budget)
         self.given = None
 
     @property
@@ -129,10 +130,13 @@ class Director:
         routine.tape = retimed(routine.tape, routine.timings, usual)
         routine.settled = True
         self._settled()
-        if self.given is None:
-            if peak_bytes(routine.tape) > self.budget.device_bytes:
-                log.info("planning a step of %d ops; for long ones this takes seconds", len(routine.tape.ops))
-            self._plan(engine, routine, routine.tape)
+        if self.given is not None:
+            assert routine.program is not None
+            self._follow(engine, routine, routine.program)
+            return
+        if peak_bytes(routine.tape) > self.budget.device_bytes:
+            log.info("planning a step of %d ops; for long ones this takes seconds", len(routine.tape.ops))
+        self._plan(engine, routine, routine.tape)
 
     def _take_given(self, engine: Engine, routine: Routine, plan: Plan) -> None:
         assert routine.tape is not None
@@ -162,9 +166,8 @@ class Director:
         tape, plan = program.tape, program.plan
         routine.steps = 0
         routine.program = program
-        fits = not plan.moves
-        known = routine.settled or self.given is not None
-        routine.verdict = Verdict.FITS if fits and known and engine.device.is_cuda else Verdict.FOLLOW
+        aside = not plan.moves and routine.settled and engine.device.is_cuda
+        routine.verdict = Verdict.FITS if aside else Verdict.FOLLOW
         routine.rise_bytes = rise_bytes(tape)
         if not self._have_arena(engine):
             self._plan(engine, routine, tape)
@@ -177,7 +180,8 @@ class Director:
         elif routine.verdict is Verdict.FITS or routine.settled:
             log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
         else:
-            log.info("a first plan is made; timing each op under it for %d steps", TIMINGS)
+            made = "made" if self.given is None else "given"
+            log.info("a first plan is %s; timing each op under it for %d steps", made, TIMINGS)
 
     def _have_arena(self, engine: Engine) -> bool:
         """Take the host memory that the plans ask for; False if another plan is to be made, for less of it.
@@ -278,10 +282,14 @@ class Director:
         return True
 
     def _watch(self, engine: Engine, routine: Routine) -> None:
-        """Plan with more headroom when steps that should run undisturbed have to evict."""
+        """Plan with more headroom when steps that should run undisturbed have to evict again and again.
+        Now and then is cheaper than the seconds that another plan takes until it runs well."""
         reclaims, before = engine.ladder.reclaims, self._reclaims_seen
         self._reclaims_seen = reclaims
         if reclaims == before or routine.steps < _SETTLING_STEPS or not self.machine.link:
+            return
+        last, routine.evicted_in = routine.evicted_in, routine.laps
+        if last is None or routine.evicted_in - last > _NOW_AND_THEN:
             return
         if routine.replans >= _MOST_REPLANS or self.given is not None or routine.program is None:
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import scaled, stretched
 from torchlms.core.curve import peak_bytes
-from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes
+from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes, page_bytes
 from torchlms.errors import BudgetTooSmall, LMSError
 
 if TYPE_CHECKING:
@@ -40,7 +40,18 @@ class Maker:
         self.headroom_bytes = self._usual_bytes = headroom_bytes(
             machine, budget.device_bytes, rules.headroom_bytes
         )
+        self._mapped_bytes = page_bytes(budget.device_bytes)
         self._lean_tried = False
+
+    def rebudget(self, budget: Budget) -> None:
+        """Plans from here on are for ``budget``. The allocator keeps its pages: in less memory than they
+        were made for they are large, and no plan is tried that leaves few of them free."""
+        if budget.device_bytes < self.budget.device_bytes:
+            self._lean_tried = True
+            self.headroom_bytes = self._usual_bytes = headroom_bytes(
+                self.machine, budget.device_bytes, self.rules.headroom_bytes, mapped_bytes=self._mapped_bytes
+            )
+        self.budget = budget
 
     def first(self, tape: Tape, *, rough: bool) -> Plan:
         """A plan with headroom, or without where there is none to have. ``rough``: the tape's times are, and

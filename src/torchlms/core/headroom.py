@@ -47,12 +47,16 @@ def page_bytes(budget_bytes: int) -> int:
     return wanted_bytes // _GRAIN_BYTES * _GRAIN_BYTES
 
 
-def headroom_bytes(machine: Machine, budget_bytes: int, asked_bytes: int | None = None) -> int:
+def headroom_bytes(
+    machine: Machine, budget_bytes: int, asked_bytes: int | None = None, *, mapped_bytes: int = 0
+) -> int:
     """What was asked for, else that with which most steps run undisturbed. A ledger, which is the budget of
-    a CPU, has no holes."""
+    a CPU, has no holes. ``mapped_bytes`` is the size of the allocator's pages, if they are not those for
+    this budget."""
     if asked_bytes is not None or not machine.link:
         return asked_bytes or 0
-    pages_bytes = min(_SPARE_PAGES * page_bytes(budget_bytes), int(_SPARE_FOR_PAGES * budget_bytes))
+    mapped_bytes = mapped_bytes or page_bytes(budget_bytes)
+    pages_bytes = min(_SPARE_PAGES * mapped_bytes, int(_SPARE_FOR_PAGES * budget_bytes))
     return lean_bytes(machine, budget_bytes) + pages_bytes
 
 

@@ -65,6 +65,7 @@ class Routine:
     in_a_row: int = 0  # of these, the last ones without one between that did
     unfinished: int = 0  # recordings without a backward pass
     replans: int = 0
+    evicted_in: int | None = None  # the last of its laps that had to evict
     growths: int = 0  # times that it was planned again because more was there before it
     grown_bytes: int = 0  # more than recorded, seen before one of them
     steps: int = 0  # micro-steps that followed the present program
