@@ -10,8 +10,10 @@ is exact: a schedule never puts an op above the limit if letting all of its move
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -161,26 +163,43 @@ class _Forward:
 
     def run(self) -> None:
         """Every op, and before it everything that happens at its moment, in the simulator's order."""
-        clocks_s = []
         host, disk = self._pending
-        for op, op_s in enumerate(self._op_s):
-            if op in self._starts:
-                self._issue(op)
-            self._away_bytes -= self._returning[op]
-            while host and self._ended(host[0], op):
-                self._let_go(host.popleft(), op)
-            while disk and self._ended(disk[0], op):
-                self._let_go(disk.popleft(), op)
-            for index in self._last_calls.get(op, ()):
-                self._let_go(index, op, wait=True)
-            while self._excess[op] + self._flight_room * self._leaving_bytes > self._away_bytes:
-                if not any(self._pending):
-                    assert self._excess[op] <= self._away_bytes, "the moves do not cover the excess"
-                    break
-                self._let_go(self._first_to_end().popleft(), op, wait=True)
-            clocks_s.append(self._clock_s)
-            self._clock_s += op_s
-        self.moments_s = np.array(clocks_s + [self._clock_s])
+        begins = sorted({*self._starts, *self._last_calls})
+        count, op = len(self._op_s), 0
+        while op < count:
+            if host or disk or op in self._starts or op in self._last_calls:
+                self._run_op(op, host, disk)
+                op += 1
+            else:
+                begin = bisect_left(begins, op)
+                op = self._pass_by(op, begins[begin] if begin < len(begins) else count)
+        self.moments_s[count] = self._clock_s
+
+    def _run_op(self, op: int, host: deque[int], disk: deque[int]) -> None:
+        if op in self._starts:
+            self._issue(op)
+        self._away_bytes -= self._returning[op]
+        while host and self._ended(host[0], op):
+            self._let_go(host.popleft(), op)
+        while disk and self._ended(disk[0], op):
+            self._let_go(disk.popleft(), op)
+        for index in self._last_calls.get(op, ()):
+            self._let_go(index, op, wait=True)
+        while self._excess[op] + self._flight_room * self._leaving_bytes > self._away_bytes:
+            if not any(self._pending):
+                assert self._excess[op] <= self._away_bytes, "the moves do not cover the excess"
+                break
+            self._let_go(self._first_to_end().popleft(), op, wait=True)
+        self.moments_s[op] = self._clock_s
+        self._clock_s += self._op_s[op]
+
+    def _pass_by(self, first: int, stop: int) -> int:
+        """All ops before ``stop``, where nothing is on its way and nothing begins."""
+        self._away_bytes -= sum(self._returning[first:stop])
+        clocks_s = list(accumulate(self._op_s[first:stop], initial=self._clock_s))
+        self.moments_s[first:stop] = clocks_s[:-1]
+        self._clock_s = clocks_s[-1]
+        return stop
 
     def _issue(self, op: int) -> None:
         for index in self._starts[op]:
