@@ -27,7 +27,7 @@ _WORTH_TRYING = 0.97  # of the step time with more headroom
 # As fast as copies are taken to be while the times of the ops are rough, and mostly too long: what then
 # seems to be hidden moves, and pins host memory that no later plan wants.
 _ROUGH_COPIES = 0.25
-_MODEST = (0.2, 0.4)  # of what is too much, for host memory: as much as such plans may take, if that will do
+_MODEST = (0.1, 0.2, 0.4)  # of what is too much, for host memory: as much as such plans may take, if that will do
 
 
 class Maker:

@@ -378,6 +378,50 @@ def test_norms_of_a_residual_stream_are_made_from_sums_that_autograd_did_not_sav
     assert lms.stats()["peak_device_bytes"] <= budget_bytes
 
 
+class Shifted(nn.Module):
+    """Blocks of a wide layer and a row, made in the step itself, that is added to all of its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(256, 256) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x) + 2 * block.bias)
+        return x
+
+
+def test_what_is_tiny_is_held_and_not_made_again(spill_dir: Path) -> None:
+    def train() -> list[str]:
+        losses = []
+        for step in range(STEPS):
+            x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(step))
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()).hex())
+        return losses
+
+    def fresh() -> tuple[Shifted, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        made = Shifted()
+        return made, torch.optim.SGD(made.parameters(), lr=0.1)
+
+    model, optimizer = fresh()
+    plain = train()
+    model, optimizer = fresh()
+    with torchlms.LMS(model, optimizer, budget=9 << 20, disk_dir=spill_dir, rules=DROPPING) as lms:
+        assert train() == plain
+    dropped = [value for value in dropped_values(lms) if value.op.startswith("aten.tanh")]
+    assert dropped
+    tape = lms.tape
+    assert tape is not None
+    for value in dropped:
+        assert not any("mul" in tape.ops[op].name for op in value.recipe)
+        assert any(tape.values[source].size_bytes == 1024 for source in value.sources)
+
+
 def test_what_is_held_for_a_recipe_goes_when_the_step_is_over(spill_dir: Path) -> None:
     def held() -> int:
         gc.collect()

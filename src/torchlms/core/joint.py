@@ -25,7 +25,7 @@ from torchlms.core.drops import (
     with_drops,
 )
 from torchlms.core.headroom import NO_ELBOW, Elbow
-from torchlms.core.pace import Load, paced
+from torchlms.core.pace import Load, Pace, paced
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torchlms.core.machine import Machine
-    from torchlms.core.pace import Pace
     from torchlms.core.plan import Budget
     from torchlms.core.tape import Tape, Value
 
@@ -50,7 +49,9 @@ SETS = 95  # that are tried at the most, on a short tape
 HALF_WORK = 2_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
 SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
-NOTICED_S = 2e-5  # of what a value that leaves takes the program, counted where it may well have that time
+# Of what each value that leaves, and each op that runs again, takes the program: counted also where it may
+# well have that time.
+NOTICED = Pace(0.0, 2e-5, 2e-5)
 THINNER = (0.75, 0.5, 0.25)  # of the values dropped, the smallest are left out
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
@@ -88,8 +89,7 @@ def plan(
             elbow=elbow,
             effort=effort,
         )
-        load = Load(len(made.moves) + len(drops), sum(len(value.recipe) for value in drops))
-        return replace(made, predicted=paced(made.predicted, tape, pace, load))
+        return replace(made, predicted=paced(made.predicted, tape, pace, _load(made, drops)))
 
     trials = _Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops))
     trials.of((), 1.0)
@@ -172,8 +172,8 @@ class _Trials:
 
     @staticmethod
     def _cost_s(made: Plan, drops: Sequence[Value]) -> float:
-        """The predicted step; of two that take as long, the one in which fewer values leave is better."""
-        return made.predicted.step_s + NOTICED_S * (len(made.moves) + len(drops))
+        """The predicted step; of two that take as long, the one with less for the program to do is better."""
+        return made.predicted.step_s + NOTICED.lap_s(_load(made, drops))
 
     @property
     def free_of_stalls(self) -> bool:
@@ -197,6 +197,10 @@ class _Trials:
             assert self._refusal is not None
             raise self._refusal
         return self.best, made
+
+
+def _load(moves: Plan, drops: Sequence[Value]) -> Load:
+    return Load(len(moves.moves) + len(drops), sum(len(value.recipe) for value in drops))
 
 
 def _key(drops: Sequence[Value]) -> frozenset[int]:
@@ -263,8 +267,8 @@ def _left_for_moves(rules: Rules, drops: Sequence[Value]) -> Rules:
 
 
 def _ranked(tape: Tape, rules: Rules, pace: Pace | None) -> list[Value]:
-    """What may be dropped together, the fewest seconds for a byte gained first, those of the program that
-    the device waits for included."""
+    """What may be dropped together, the fewest seconds for a byte gained first, those of the program
+    included."""
     reasons = leavers(rules, tape)
     free = [
         value
@@ -275,7 +279,7 @@ def _ranked(tape: Tape, rules: Rules, pace: Pace | None) -> list[Value]:
     worth = [value for value in free if gains[value.id] > 0]
 
     def cost_s(value: Value) -> float:
-        return replay_s(tape, value) + (pace.drop_s(value) if pace is not None else 0.0)
+        return replay_s(tape, value) + (pace or NOTICED).drop_s(value)
 
     return sorted(worth, key=lambda value: cost_s(value) / gains[value.id])
 

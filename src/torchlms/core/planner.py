@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["lower_bound", "plan"]
 
+_SMALL = 1 / 2048  # of the limit: moving such a value takes the program as long as moving a large one
+
 
 def plan(
     tape: Tape,
@@ -146,9 +148,13 @@ def _room_for_new(tape: Tape, elbow: Elbow) -> Bytes:
 def _worth_moving(
     baseline: Bytes, candidates: Sequence[Move], rules: Rules, limit_bytes: int
 ) -> Sequence[Move]:
-    """The candidates of at least ``min_bytes``; all of them if those alone cannot make it fit."""
-    large = [move for move in candidates if move.forced or move.size_bytes >= rules.min_bytes]
-    return large if _floor(baseline, large).max(initial=0) <= limit_bytes else candidates
+    """The candidates that are not small for this budget, else those of at least ``min_bytes``; all of them
+    if those alone cannot make it fit."""
+    for least_bytes in (max(rules.min_bytes, int(_SMALL * limit_bytes)), rules.min_bytes):
+        large = [move for move in candidates if move.forced or move.size_bytes >= least_bytes]
+        if _floor(baseline, large).max(initial=0) <= limit_bytes:
+            return large
+    return candidates
 
 
 def _room(machine: Machine, budget: Budget) -> Room:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
 
 _MOST_CALLS = 32  # a longer recipe is not worth following
+_TINY = 1 / 1024  # of what is made: held sooner than made again, which takes the program longer
 
 
 @dataclass(slots=True, eq=False)
@@ -74,12 +75,13 @@ class Recipe:
         return self._follow_or_ask(ref, target)
 
     def _follow_or_ask(self, ref: Ref, target: Slot | None) -> bool:
-        """Follow ``ref`` further back, or ask for it: whichever holds fewer bytes, and nothing dear is
-        done again where holding would gain something."""
+        """Follow ``ref`` further back, or ask for it: whichever holds fewer bytes. Nothing dear is done again
+        where holding would gain something, and nothing at all for what is tiny beside what is made."""
         cell = ref.cell
         can_ask = cell.value >= 0 and cell.slot is None and ref.writes == len(cell.history)
         before, dear, asked_bytes = self._lengths(), self.dear, self.asked_bytes
-        known = cell.accounts_for(ref.writes, ref.version)
+        tiny = can_ask and cell.size_bytes <= _TINY * self.cell.size_bytes
+        known = not tiny and cell.accounts_for(ref.writes, ref.version)
         if known and id(cell) not in self._cut and self.follow(cell, ref.writes, target=target):
             held_bytes = self.asked_bytes - asked_bytes
             asking_pays = cell.size_bytes < self.cell.size_bytes and self.dear > dear
