@@ -182,7 +182,9 @@ def ladder_figures(done: dict[str, dict[str, Any]], *, cuda: bool, identity_step
             if way in done:
                 name = f"{way.removeprefix('lms-')}_steps_to_speed"
                 found[name] = steps_to_speed(done[way]["each_step_s"], done[way]["predicted"]["step_s"])
-                found[f"{way.removeprefix('lms-')}_of_planned"] = planned["step_s"]["median"] / _at_last_s(done[way])
+                found[f"{way.removeprefix('lms-')}_of_planned"] = planned["step_s"]["median"] / _at_last_s(
+                    done[way]
+                )
     return found
 
 

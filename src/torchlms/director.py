@@ -186,10 +186,17 @@ class Director:
     def _have_arena(self, engine: Engine) -> bool:
         """Take the host memory that the plans ask for; False if another plan is to be made, for less of it.
 
-        What was free when LMS was entered may be somebody else's by now. Where that happens again and again
-        the plan stays: its values leave for pageable memory, or for the disk, as ``Store.place`` finds room.
+        A plan for rough times has none where values may be dropped: it mostly moves more than any later plan
+        does, and for those few steps that goes to pageable memory. What was free when LMS was entered may be
+        somebody else's by now. Where that happens again and again the plan stays: its values leave for
+        pageable memory, too, or for the disk, as ``Store.place`` finds room.
         """
-        arena_bytes = max((known.predicted.arena_bytes for known in engine.routines.plans()), default=0)
+        sure = self.given is not None or not self.rules.recompute
+        lasting = [known for known in engine.routines if known.settled or sure]
+        arena_bytes = max(
+            (known.program.plan.predicted.arena_bytes for known in lasting if known.program is not None),
+            default=0,
+        )
         try:
             engine.store.plan_arena(arena_bytes)
         except HostBudgetTooSmall as refusal:

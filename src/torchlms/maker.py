@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import scaled, stretched
-from torchlms.core.curve import peak_bytes
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes, page_bytes
 from torchlms.errors import BudgetTooSmall, LMSError
 
@@ -24,10 +22,9 @@ if TYPE_CHECKING:
 _MORE_HEADROOM = 0.015
 _HOST_FOR_MORE = 1.05  # of the host memory of the plan before, for one with more room
 _WORTH_TRYING = 0.97  # of the step time with more headroom
-# As fast as copies are taken to be while the times of the ops are rough, and mostly too long: what then
-# seems to be hidden moves, and pins host memory that no later plan wants.
+# As fast as copies are taken to be while the times of the ops are rough: those go to memory that is not
+# pinned, and the ops seem to take longer than they do, as if they hid more.
 _ROUGH_COPIES = 0.25
-_MODEST = (0.1, 0.2, 0.4)  # of what is too much, for host memory: as much as such plans may take, if that will do
 
 
 class Maker:
@@ -59,28 +56,12 @@ class Maker:
 
         Raises BudgetTooSmall or HostBudgetTooSmall where there is no such plan.
         """
-        if rough and self.machine.link:
-            return self._rough(tape)
+        machine = scaled(self.machine, _ROUGH_COPIES) if rough and self.machine.link else self.machine
         try:
-            plan = self._make(tape, self.headroom_bytes, quick=rough)
+            plan = self._make(tape, self.headroom_bytes, machine=machine, quick=rough)
         except BudgetTooSmall:
-            return self._make(tape, 0, quick=rough)
+            return self._make(tape, 0, machine=machine, quick=rough)
         return plan if rough or self.rules.recompute else self._lean_or(plan, tape)
-
-    def _rough(self, tape: Tape) -> Plan:
-        """A plan that pins little host memory, as far as there is one."""
-        machine = scaled(self.machine, _ROUGH_COPIES)
-        over_bytes = max(0, peak_bytes(tape) - self.budget.device_bytes)
-        for share in _MODEST if self.rules.recompute else ():
-            host_bytes = min(int(share * over_bytes), self.budget.host_bytes)
-            modest = replace(self.budget, host_bytes=host_bytes, disk_bytes=0)
-            with contextlib.suppress(LMSError):
-                made = self._make(tape, self.headroom_bytes, machine=machine, budget=modest, quick=True)
-                return replace(made, budget=self.budget)
-        try:
-            return self._make(tape, self.headroom_bytes, machine=machine, quick=True)
-        except BudgetTooSmall:
-            return self._make(tape, 0, machine=machine, quick=True)
 
     def again(self, tape: Tape) -> Plan | None:
         """A plan with more headroom than the last ones; None, and all stays, where there is none."""
