@@ -123,6 +123,7 @@ class Referee:
         winner.program.plan = winner.plan
         winner.program.tape = stretched(tape, winner.rates.ops)
         if winner is not ran_last:
+            winner.program.learn_anew()
             self._follow(engine, routine, winner.program)
         self._settled()
 

@@ -191,6 +191,12 @@ class Program:
             for action in (Action(op, Deed.TUCK, _NO_SLOT), Action(op + 1, Deed.UNTUCK, _NO_SLOT))
         )
 
+    def learn_anew(self) -> None:
+        """Other plans ran meanwhile: memory lies otherwise now, and the allocator may remap elsewhere."""
+        self.lessons = _LESSONS if self.actions else 0
+        self.scattered = True
+        self.calm = False
+
     def _add(self, actions: Iterable[Action]) -> None:
         self.actions = sorted([*self.actions, *actions], key=self._order)
 
