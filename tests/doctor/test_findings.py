@@ -213,6 +213,11 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         finding = host.disk(tmp_path, kind, free_bytes)
         assert finding.state is State.ATTENTION
         assert "--disk-dir" in finding.next_step
+    missing = tmp_path / "not" / "yet"
+    (found,) = [
+        item for item in host.host_findings(missing, device_bytes=0, measured=None) if item.topic == "disk"
+    ]
+    assert found.found.endswith(f"in which LMS would make {missing}")
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "no permission" in host.disk(tmp_path, "ext4", 100 * GIB).found
 

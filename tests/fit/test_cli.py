@@ -252,6 +252,11 @@ def test_a_tape_of_another_schema(
     assert_refused(files, f"{tmp_path}/tape-4.json has schema 'torchlms.tape/0'", capsys)
 
 
+def test_a_tape_of_no_known_batch(files: list[str]) -> None:
+    said = " ".join(invoke("fit", files[1], files[-1], "--budget=1GiB").split())
+    assert "from a recording of a batch that --batch may name" in said
+
+
 def test_what_one_tape_cannot_say(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     one = ["fit", files[1], files[-1]]
     assert_refused(

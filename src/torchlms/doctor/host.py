@@ -49,9 +49,11 @@ def locked_memory(limit_bytes: int, *, cuda: bool) -> Finding:
     )
 
 
-def disk(folder: Path, kind: str, free_bytes: int) -> Finding:
-    """Where values go that host memory cannot hold."""
+def disk(folder: Path, kind: str, free_bytes: int, *, missing: Path | None = None) -> Finding:
+    """Where values go that host memory cannot hold: ``folder``, or what will be made in it."""
     said = f"{folder} ({kind or 'unknown filesystem'}), {format_bytes(free_bytes)} free"
+    if missing is not None:
+        said += f", in which LMS would make {missing}"
     elsewhere = "name a folder on a local disk with --disk-dir"
     if not os.access(folder, os.W_OK):
         return attention("disk", f"{said}: no permission to write", elsewhere)
@@ -101,9 +103,10 @@ def host_findings(folder: Path, *, device_bytes: int, measured: Measurements | N
     free_bytes = int(psutil.virtual_memory().available)
     yield host_memory(limits.host_available_bytes(), free_bytes, device_bytes)
     yield locked_memory(limits.memlock_limit_bytes(), cuda=device_bytes > 0)
-    there = folder.absolute()
+    wanted = there = folder.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
-    yield disk(there, filesystem_type(there), limits.disk_free_bytes(there))
+    missing = wanted if there != wanted else None
+    yield disk(there, filesystem_type(there), limits.disk_free_bytes(there), missing=missing)
     yield from rates(measured)
     yield cache(cache_directory())

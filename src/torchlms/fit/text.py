@@ -57,8 +57,10 @@ def _why_not(answer: Answer) -> str:
 def basis(answer: Answer) -> str:
     """What the answer rests on."""
     evidence = answer.evidence
-    recorded = " and ".join(str(item.batch_size or "?") for item in evidence.recordings)
     how = "extrapolated from" if evidence.extrapolated else "from"
+    if not all(item.batch_size for item in evidence.recordings):
+        return f"predicted, {how} a recording of a batch that --batch may name, on {evidence.tape.device}"
+    recorded = " and ".join(str(item.batch_size) for item in evidence.recordings)
     batches = "batches" if len(evidence.recordings) > 1 else "batch"
     return f"predicted, {how} recordings of {batches} {recorded} on {evidence.tape.device}"
 
