@@ -370,7 +370,8 @@ def test_a_ladder_says_how_soon_it_is_back_at_speed() -> None:
     result = ladder_sample()
     figures = result["figures"]
     assert figures["finished"] is figures["same_bits"] is figures["within_budget"] is True
-    assert figures["misplanned_steps_to_speed"] == figures["shrunk_steps_to_speed"] == 2
+    assert figures["misplanned_steps_to_speed"] == figures["shrunk_steps_to_settle"] == 2
+    assert figures["shrunk_of_planned"] == pytest.approx(1, rel=0.02)
     assert ladder.steps_to_speed([0.1, 0.3, 0.1, 0.1, 0.1], 0.1) == 2
     assert ladder.steps_to_speed([0.2] * 5, 0.1) == 5
     results = {"ladder-resnet50-b230": result}

@@ -14,7 +14,7 @@ from torchlms.core.plan import Budget
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.director import Director
-from torchlms.eager.routine import Routine
+from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.errors import BudgetTooSmall
 from torchlms.maker import Maker
 
@@ -102,16 +102,26 @@ def test_headroom_that_was_asked_for(asked_bytes: int) -> None:
 def test_less_memory_than_its_pages_were_made_for_takes_more_headroom() -> None:
     """And no plan with little of it is tried: holes as large as the old pages would force evictions."""
     tape = few_large()
-    small = Budget(3 * GIB, 64 * GIB, 0)
-    usual_bytes = maker(budget=small).headroom_bytes
-    made = maker(budget=Budget(12 * GIB, 64 * GIB, 0))
+    large, small = Budget(12 * GIB, 64 * GIB, 0), Budget(3 * GIB, 64 * GIB, 0)
+    made = maker(budget=large)
+    at_first_bytes = made.headroom_bytes
     made.rebudget(small)
     assert made.budget == small
-    assert made.headroom_bytes > usual_bytes
+    assert made.headroom_bytes > maker(budget=small).headroom_bytes
     wary = made.first(tape, rough=False)
     assert wary.predicted.peak_device_bytes <= small.device_bytes - made.headroom_bytes
-    made.rebudget(Budget(6 * GIB, 64 * GIB, 0))  # more again: what is learned of holes stays
-    assert made.headroom_bytes > usual_bytes
+    made.rebudget(large)
+    assert made.headroom_bytes == at_first_bytes
+
+
+def test_headroom_that_was_learned_is_kept_with_another_budget() -> None:
+    made = maker(budget=Budget(12 * GIB, 64 * GIB, 0))
+    usual_bytes = made.headroom_bytes
+    assert made.again(chain(80, time_s=20e-3)) is not None
+    learned_bytes = made.headroom_bytes - usual_bytes
+    assert learned_bytes > 0
+    made.rebudget(Budget(int(11.9 * GIB), 64 * GIB, 0))
+    assert made.headroom_bytes > usual_bytes + 0.9 * learned_bytes
 
 
 def test_a_ledger_needs_no_headroom() -> None:
@@ -136,6 +146,10 @@ def test_evictions_in_planned_steps_ask_for_more(before: int, after: int) -> Non
         engine.ladder.reclaims += 1
         made._watch(engine, routine)
         assert made.maker.headroom_bytes == expected
+    routine.steps, routine.laps = 9, 35  # the plan is another one, and has had to evict once
+    engine.ladder.reclaims += 1
+    made._watch(engine, routine)
+    assert made.maker.headroom_bytes == after
     assert routine.program is not None
     assert routine.program.plan.predicted.peak_device_bytes <= BUDGET.device_bytes - after
 
@@ -152,3 +166,36 @@ def test_a_rough_plan_that_may_drop_pins_no_host_memory(settled: bool, recompute
     made._adopt(engine_of(routine, asked), routine, chain(80, time_s=20e-3), plan)
     assert asked == [0 if recompute and not settled else plan.predicted.arena_bytes]
     assert plan.predicted.arena_bytes
+
+
+def test_a_given_plan_with_which_nothing_moves_is_timed_first() -> None:
+    """Else a later set_budget() would have to plan for the times of watching."""
+    tape = chain(4)
+    given = maker().first(tape, rough=False)
+    assert not given.moves
+    made = Director(machine=gpu(), budget=BUDGET, rules=Rules(), given=given, model="synthetic")
+    routine = Routine(SimpleNamespace())  # type: ignore[arg-type]
+    engine = engine_of(routine, [])
+    routine.recorded(tape)
+    made.prepare(engine, routine)
+    assert routine.verdict is Verdict.FOLLOW
+    routine.timings.extend([[(op.name, op.time_s) for op in tape.ops]] * TIMINGS)
+    made.prepare(engine, routine)
+    assert routine.settled
+    assert routine.verdict is Verdict.FITS
+
+
+def test_another_kind_of_step_than_that_of_the_given_plan_is_planned_for_its_times() -> None:
+    given = maker().first(chain(4), rough=False)
+    made = Director(machine=gpu(), budget=BUDGET, rules=Rules(), given=given, model="synthetic")
+    made._given_fits = True
+    tape = chain(80, time_s=20e-3)
+    routine = Routine(SimpleNamespace())  # type: ignore[arg-type]
+    engine = engine_of(routine, [])
+    routine.recorded(tape)
+    made.prepare(engine, routine)
+    rough = routine.program
+    routine.timings.extend([[(op.name, op.time_s) for op in tape.ops]] * TIMINGS)
+    made.prepare(engine, routine)
+    assert routine.settled
+    assert routine.program is not rough

@@ -130,7 +130,7 @@ class Director:
         routine.tape = retimed(routine.tape, routine.timings, usual)
         routine.settled = True
         self._settled()
-        if self.given is not None:
+        if self._follows_given(routine):
             assert routine.program is not None
             self._follow(engine, routine, routine.program)
             return
@@ -158,6 +158,11 @@ class Director:
         self._given_fits = True
         self._adopt(engine, routine, tape, plan)
 
+    def _follows_given(self, routine: Routine) -> bool:
+        """Whether its plan is the one that was given, and not made here for another kind of step."""
+        given, program = self.given, routine.program
+        return given is not None and program is not None and program.plan.fingerprint == given.fingerprint
+
     def _adopt(self, engine: Engine, routine: Routine, tape: Tape, plan: Plan) -> None:
         self._follow(engine, routine, Program(tape, plan, routine.trust))
 
@@ -165,6 +170,7 @@ class Director:
         """Have the routine follow ``program``, perhaps one that it followed before."""
         tape, plan = program.tape, program.plan
         routine.steps = 0
+        routine.evicted_in = None
         routine.program = program
         aside = not plan.moves and routine.settled and engine.device.is_cuda
         routine.verdict = Verdict.FITS if aside else Verdict.FOLLOW
@@ -180,7 +186,7 @@ class Director:
         elif routine.verdict is Verdict.FITS or routine.settled:
             log.info("%s", planned_line(tape, plan, aside=routine.verdict is Verdict.FITS))
         else:
-            made = "made" if self.given is None else "given"
+            made = "given" if self._follows_given(routine) else "made"
             log.info("a first plan is %s; timing each op under it for %d steps", made, TIMINGS)
 
     def _have_arena(self, engine: Engine) -> bool:
@@ -191,8 +197,11 @@ class Director:
         somebody else's by now. Where that happens again and again the plan stays: its values leave for
         pageable memory, too, or for the disk, as ``Store.place`` finds room.
         """
-        sure = self.given is not None or not self.rules.recompute
-        lasting = [known for known in engine.routines if known.settled or sure]
+        lasting = [
+            known
+            for known in engine.routines
+            if known.settled or not self.rules.recompute or self._follows_given(known)
+        ]
         arena_bytes = max(
             (known.program.plan.predicted.arena_bytes for known in lasting if known.program is not None),
             default=0,

@@ -37,17 +37,21 @@ class Maker:
         self.headroom_bytes = self._usual_bytes = headroom_bytes(
             machine, budget.device_bytes, rules.headroom_bytes
         )
+        self._entered_bytes = budget.device_bytes
         self._mapped_bytes = page_bytes(budget.device_bytes)
         self._lean_tried = False
 
     def rebudget(self, budget: Budget) -> None:
-        """Plans from here on are for ``budget``. The allocator keeps its pages: in less memory than they
-        were made for they are large, and no plan is tried that leaves few of them free."""
-        if budget.device_bytes < self.budget.device_bytes:
-            self._lean_tried = True
-            self.headroom_bytes = self._usual_bytes = headroom_bytes(
+        """Plans from here on are for ``budget``, and leave as much more free as was learned to be needed. The
+        allocator keeps its pages: in less memory than they were made for they are large, and no plan is
+        tried that leaves few of them free."""
+        if budget.device_bytes != self.budget.device_bytes:
+            learned_bytes = max(0, self.headroom_bytes - self._usual_bytes)
+            self._usual_bytes = headroom_bytes(
                 self.machine, budget.device_bytes, self.rules.headroom_bytes, mapped_bytes=self._mapped_bytes
             )
+            self.headroom_bytes = self._usual_bytes + learned_bytes
+            self._lean_tried |= budget.device_bytes < self._entered_bytes
         self.budget = budget
 
     def first(self, tape: Tape, *, rough: bool) -> Plan:

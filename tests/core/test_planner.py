@@ -14,9 +14,10 @@ import pytest
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tapes import GIB, MIB, chain, cpu, gpu, resnet, transformer, unet
+from tapes import GIB, MIB, Network, chain, cpu, gpu, resnet, transformer, unet
 
 from torchlms.core import joint
+from torchlms.core.curve import peak_bytes
 from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.plan import Budget, Choice, Plan
 from torchlms.core.planner import lower_bound, plan
@@ -259,6 +260,37 @@ def test_small_values_stay_unless_they_must_go() -> None:
     assert min(sizes) >= 128 * MIB
     made = plan(tape, gpu(), _budget(tape, 0.0), rules)
     assert min(tape.values[move.value].size_bytes for move in made.moves) < 128 * MIB
+
+
+def mostly_small() -> Tape:
+    """Most of what can leave is small for a budget of 74 GiB, beneath a few larger values."""
+    network = Network()
+    last = network.layer("data", 4 * MIB, 1e-3)
+    for count, size_bytes in ((40, 30 * MIB), (12, 64 * MIB), (4, 4 * MIB)):
+        for _ in range(count):
+            last = network.layer("aten.linear", size_bytes, 3e-3, last)
+    return network.tape(resident_bytes=74 * GIB)
+
+
+@pytest.mark.parametrize("over_bytes", [500 * MIB, 600 * MIB])
+def test_small_values_leave_where_large_ones_alone_would_stall(over_bytes: int) -> None:
+    tape = mostly_small()
+    budget = Budget(peak_bytes(tape) - over_bytes, 200 * GIB, 0)
+    made = plan(tape, gpu(link=12e9), budget)
+    assert min(tape.values[move.value].size_bytes for move in made.moves) < budget.device_bytes / 2048
+    assert made.predicted.step_s < 1.002 * made.predicted.compute_s
+
+
+def test_small_values_leave_where_host_memory_holds_no_large_one() -> None:
+    tape = mostly_small()
+    made = plan(tape, gpu(), Budget(peak_bytes(tape) - 20 * MIB, 40 * MIB, 0))
+    assert [tape.values[move.value].size_bytes for move in made.moves] == [30 * MIB]
+
+
+def test_few_large_values_leave_rather_than_many_small_ones() -> None:
+    tape = mostly_small()
+    made = plan(tape, gpu(), Budget(peak_bytes(tape) - 500 * MIB, 200 * GIB, 0))
+    assert {tape.values[move.value].size_bytes for move in made.moves} == {64 * MIB}
 
 
 def test_no_host_memory_and_no_disk() -> None:

@@ -2,8 +2,9 @@
 
 What to drop is decided first and what to move second, over and over: for each of several sets of drops
 the planner of moves plans the tape as it would be with them, and the simulator's word on the whole step
-decides. First come the cheapest so many, then sets that differ from the best one by a group of values.
-Dropping nothing is one of the sets, so that the result is never predicted to be slower than moving alone.
+decides, together with what the plan asks of the program. First come the cheapest so many, then sets that
+differ from the best one by a group of values. Dropping nothing is one of the sets, so that the result is
+never predicted to be slower than moving alone by more than its values ask of the program.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torchlms.core.drops import (
     with_drops,
 )
 from torchlms.core.headroom import NO_ELBOW, Elbow
-from torchlms.core.pace import Load, Pace, paced
+from torchlms.core.pace import NOTICED, Load, paced
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torchlms.core.machine import Machine
+    from torchlms.core.pace import Pace
     from torchlms.core.plan import Budget
     from torchlms.core.tape import Tape, Value
 
@@ -49,9 +51,6 @@ SETS = 95  # that are tried at the most, on a short tape
 HALF_WORK = 2_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
 SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
-# Of what each value that leaves, and each op that runs again, takes the program: counted also where it may
-# well have that time.
-NOTICED = Pace(0.0, 2e-5, 2e-5)
 THINNER = (0.75, 0.5, 0.25)  # of the values dropped, the smallest are left out
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
@@ -68,7 +67,8 @@ def plan(
     like: Plan | None = None,
     pace: Pace | None = None,
 ) -> Plan:
-    """The plan with the shortest predicted step over all that were tried; ``quick`` tries fewer, and so
+    """The plan with the shortest predicted step, and the least for the program to do beside it, over all that
+    were tried; ``quick`` tries fewer, and so
     does a search that begins with what another plan of this tape (``like``) drops. ``pace`` is that of the
     program, where it is known and matters.
 
@@ -172,7 +172,7 @@ class _Trials:
 
     @staticmethod
     def _cost_s(made: Plan, drops: Sequence[Value]) -> float:
-        """The predicted step; of two that take as long, the one with less for the program to do is better."""
+        """The predicted step, and some of what the values that leave ask of the program."""
         return made.predicted.step_s + NOTICED.lap_s(_load(made, drops))
 
     @property

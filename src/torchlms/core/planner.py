@@ -12,6 +12,7 @@ The search is deterministic: its effort is counted in work, not in seconds.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchlms.core.bound import lower_bound
 from torchlms.core.curve import smallest_budget, wraps
 from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.held import with_held
+from torchlms.core.pace import NOTICED, Load
 from torchlms.core.plan import Budget, Decision, Plan
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course, Move, Slot
@@ -27,7 +29,7 @@ from torchlms.core.search import decision_of, search
 from torchlms.core.simulate import Simulator, prediction
 from torchlms.core.tiers import Places, Room
 from torchlms.core.units import bytes_text, seconds_text
-from torchlms.errors import BudgetTooSmall
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["lower_bound", "plan"]
 
-_SMALL = 1 / 2048  # of the limit: moving such a value takes the program as long as moving a large one
+_SMALL = 1 / 2048  # of the budget: moving such a value takes the program as long as moving a large one
+_STALLS = 1e-3  # of the compute time, for which it may be worth its while
 
 
 def plan(
@@ -61,6 +64,51 @@ def plan(
     HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
+
+    def of(least_bytes: int) -> Plan:
+        return _plan(
+            tape,
+            machine,
+            budget,
+            rules,
+            least_bytes,
+            headroom_bytes=headroom_bytes,
+            elbow=elbow,
+            effort=effort,
+        )
+
+    least_bytes = max(rules.min_bytes, int(_SMALL * budget.device_bytes))
+    any_small = any(rules.min_bytes <= value.size_bytes < least_bytes for value in tape.values if value.idle)
+    if not any_small:
+        best = of(rules.min_bytes)
+    else:
+        try:
+            best = of(least_bytes)
+        except HostBudgetTooSmall:
+            best = of(rules.min_bytes)  # fewer bytes may do where smaller values leave
+        else:
+            if effort >= 1 and best.predicted.stall_s > _STALLS * best.predicted.compute_s:
+                best = min(best, of(rules.min_bytes), key=_cost_s)
+    return replace(best, plan_s=time.perf_counter() - started_s)
+
+
+def _cost_s(plan: Plan) -> float:
+    """The predicted step, and some of what its moves ask of the program."""
+    return plan.predicted.step_s + NOTICED.lap_s(Load(len(plan.moves)))
+
+
+def _plan(
+    tape: Tape,
+    machine: Machine,
+    budget: Budget,
+    rules: Rules,
+    least_bytes: int,
+    *,
+    headroom_bytes: int,
+    elbow: Elbow,
+    effort: float,
+) -> Plan:
+    """The plan that moves values of at least ``least_bytes``, and smaller ones only where it must."""
     simulator = Simulator(tape, machine)
     headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
     limit_bytes = budget.device_bytes - headroom_bytes
@@ -78,7 +126,7 @@ def plan(
         within_ops=rules.within_ops,
         waits_out=rules.waits_out,
     )
-    worthy = _worth_moving(needed, candidates, rules, limit_bytes)
+    worthy = _worth_moving(needed, candidates, (least_bytes, rules.min_bytes), limit_bytes)
     found = search(simulator, course, worthy, _room(machine, budget), effort=effort)
     decisions = tuple(_decision(slot, found.places) for slot in found.slots)
     timeline = simulator.run(decisions)
@@ -92,7 +140,6 @@ def plan(
             timeline, arena_bytes=found.places.arena_bytes, spill_bytes=found.places.spill_bytes
         ),
         smallest_bytes=int(floor.max(initial=0)) + headroom_bytes,
-        plan_s=time.perf_counter() - started_s,
         model=tape.model,
     )
 
@@ -146,12 +193,11 @@ def _room_for_new(tape: Tape, elbow: Elbow) -> Bytes:
 
 
 def _worth_moving(
-    baseline: Bytes, candidates: Sequence[Move], rules: Rules, limit_bytes: int
+    baseline: Bytes, candidates: Sequence[Move], least_bytes: Sequence[int], limit_bytes: int
 ) -> Sequence[Move]:
-    """The candidates that are not small for this budget, else those of at least ``min_bytes``; all of them
-    if those alone cannot make it fit."""
-    for least_bytes in (max(rules.min_bytes, int(_SMALL * limit_bytes)), rules.min_bytes):
-        large = [move for move in candidates if move.forced or move.size_bytes >= least_bytes]
+    """The candidates of at least the first size, or the next, that could make it fit; else all of them."""
+    for size_bytes in least_bytes:
+        large = [move for move in candidates if move.forced or move.size_bytes >= size_bytes]
         if _floor(baseline, large).max(initial=0) <= limit_bytes:
             return large
     return candidates

@@ -147,7 +147,7 @@ class Routine:
         """Plan anew from the tape that there is, under what has changed."""
         if self.tape is not None:
             self.verdict = Verdict.RECORD
-            self.steps = 0
+            self.steps = self.replans = 0
             self.notes = None
 
     def doubt(self) -> None:

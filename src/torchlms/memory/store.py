@@ -96,6 +96,7 @@ class Store:
         takes time. An old one in which something still lives is kept until that has left. Where host
         memory refuses (HostBudgetTooSmall) there is none, and what was to go there finds other places."""
         if self.planned is not None and size_bytes <= self.planned.capacity_bytes <= _SPARE * size_bytes:
+            self.close_empty_slabs()
             return
         if self.planned is not None:
             self.retired.append(self.planned)
