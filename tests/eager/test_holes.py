@@ -203,15 +203,20 @@ def test_learning_ends_when_steps_are_calm_and_comes_back_when_they_are_not(line
     assert watcher.learning
 
 
-def test_a_plan_that_is_followed_again_learns_where_memory_lies_now(line: Line) -> None:
-    """Nothing helped before; since then other plans ran, and other holes are there."""
-    made = program()
-    watcher = Holes(cuda_device(), Slots())
+def remap_in_vain(made: Program, watcher: Holes, line: Line) -> None:
+    """Steps in each of which the allocator remaps at the same op, until nothing more is tried."""
     for _ in range(40):
         watcher.begin_step(made)
         line.remaps += 1
         watcher.note(2)
         watcher.end_step()
+
+
+def test_a_plan_that_is_followed_again_learns_where_memory_lies_now(line: Line) -> None:
+    """Nothing helped before; since then other plans ran, and other holes are there."""
+    made = program()
+    watcher = Holes(cuda_device(), Slots())
+    remap_in_vain(made, watcher, line)
     made.learn_anew()
     watcher.begin_step(made)
     assert watcher.learning
@@ -224,11 +229,7 @@ def test_a_plan_that_is_followed_again_learns_where_memory_lies_now(line: Line) 
 def test_learning_ends_where_nothing_helps(line: Line) -> None:
     made = program()
     watcher = Holes(cuda_device(), Slots())
-    for _ in range(40):
-        watcher.begin_step(made)
-        line.remaps += 1
-        watcher.note(2)
-        watcher.end_step()
+    remap_in_vain(made, watcher, line)
     assert made.lessons == 0
     assert not made.scattered
 
