@@ -49,9 +49,11 @@ class Code:
         code = self.lms if entry.get("lms") else self.rivals
         return {**entry, "date": provenance.now(), "code": code, "driver": self.driver}
 
-    def made(self, entry: dict[str, Any]) -> bool:
-        code = self.lms if entry.get("lms") else self.rivals
-        return bool(entry.get("code") == code and entry.get("driver") == self.driver)
+    def made(self, entry: dict[str, Any], result: dict[str, Any]) -> bool:
+        """Whether this code made the entry of ``result``."""
+        code = entry.get("code", "")
+        same = provenance.still_made_by(result, code) if entry.get("lms") else code == self.rivals
+        return bool(same and entry.get("driver") == self.driver)
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -68,7 +70,7 @@ def load_current(row: Row, path: Path) -> dict[str, Any] | None:
     result = load(path)
     if result is not None:
         code = Code.now(row)
-        result["entries"] = [entry for entry in result["entries"] if code.made(entry)]
+        result["entries"] = [entry for entry in result["entries"] if code.made(entry, result)]
     return result
 
 
@@ -131,7 +133,7 @@ def merged(
         "targets": checks(row, found),
         "entries": sorted(everything, key=lambda one: _order(row, one["way"])),
         "code": provenance.code_hash(),
-        "code_files": {name: text[:12] for name, text in provenance.code_files().items()},
+        "code_files": provenance.short(provenance.code_files()),
     }
 
 
@@ -265,11 +267,11 @@ def why_stale(name: str, result: dict[str, Any]) -> str:
     if result.get("definition") != row.definition():
         return "the row's definition has changed"
     code = Code.now(row)
-    old = [entry["way"] for entry in result["entries"] if not code.made(entry)]
+    old = [entry["way"] for entry in result["entries"] if not code.made(entry, result)]
     if not old:
         return ""
-    now = {file: text[:12] for file, text in provenance.code_files().items()}
-    then = result.get("code_files", {})
+    now = provenance.short(provenance.code_files())
+    then = {file: text for file, text in result.get("code_files", {}).items() if provenance.counts(file)}
     changed = sorted(file for file in {*now, *then} if now.get(file) != then.get(file))
     if any(entry.get("driver") != code.driver for entry in result["entries"]):
         changed.append("benchmarks/")

@@ -81,7 +81,9 @@ def tools() -> Iterator[Tool]:
     yield Tool("torch.cuda._sanitizer", environment={"TORCH_CUDA_SANITIZER": "1"})
     memcheck = shutil.which("compute-sanitizer")
     if memcheck is not None:
-        yield Tool("memcheck", (memcheck, "--report-api-errors", "no", "--error-exitcode", "86"))
+        # For the Python part of backtraces it keeps frames, and those their tensors: nothing could leave.
+        quiet = ("--report-api-errors", "no", "--show-backtrace", "no")
+        yield Tool("memcheck", (memcheck, *quiet, "--error-exitcode", "86"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -280,6 +280,17 @@ def test_stale_results_say_what_changed(
     ]
 
 
+def test_a_result_outlives_a_source_that_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = sample()
+    code = result["code"]
+    monkeypatch.setattr(provenance, "_NOT_MEASURED", {*provenance._NOT_MEASURED, "eager/engine.py"})
+    assert provenance.code_hash() != code
+    assert provenance.still_made_by(result, code)
+    assert not provenance.still_made_by(result, "0" * 64), "the listing is not that entry's"
+    result["code_files"]["api.py"] = "0" * 12
+    assert not provenance.still_made_by(result, code)
+
+
 def test_what_has_no_rows_may_be_stale_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, code in (("faults-cpu", provenance.code_hash()), ("soak-cuda", "0" * 64)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"schema": "torchlms.soak/2", "code": code}))

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from sessions import SMALL, Session, new_session, open_lms, outcome, plain_step, run_plain
 from small_networks import NETWORKS
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlms
 from torchlms.eager import slot as slot_module
 from torchlms.eager.slot import Slot
-from torchlms.eager.verifier import CANARY, checksum
+from torchlms.eager.verifier import CANARY, Sums
 from torchlms.memory.store import Store
 
 MLP = NETWORKS["mlp"]
@@ -26,6 +27,10 @@ STEPS = 8
 
 
 # -- the sum -------------------------------------------------------------------------------------
+
+
+def checksum(whole: Tensor) -> int:
+    return Sums(torch.device("cpu")).checksum(whole)
 
 
 def slow_checksum(data: bytes) -> int:
@@ -55,6 +60,32 @@ def test_the_sum_sees_one_bit_and_an_exchange(size_bytes: int) -> None:
         exchanged = torch.cat([data[8:16], data[:8], data[16:]])
         assert checksum(exchanged) != before
     assert checksum(data) == before
+
+
+class Making(TorchDispatchMode):
+    """Ops that return memory that was not there before."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.made = known, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage()._cdata not in self.known:
+            self.made.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("words", [5, 1 << 16, (1 << 17) + 3])
+def test_a_sum_takes_no_memory_of_its_own(words: int) -> None:
+    data = torch.randint(0, 256, (8 * words + 3,), dtype=torch.uint8)
+    sums = Sums(data.device)
+    held = [data, *(item for item in vars(sums).values() if isinstance(item, Tensor))]
+    with Making({tensor.untyped_storage()._cdata for tensor in held}) as making:
+        found = sums.checksum(data)
+    assert making.made == []
+    assert found == slow_checksum(data.numpy().tobytes())
+    assert sums.checksum(data) == found
 
 
 # -- verify= -------------------------------------------------------------------------------------

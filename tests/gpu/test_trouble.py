@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch._ops import OpOverload
 
 import torchlms
-from tests.gpu.networks import CASES, GIB, MIB, clean, make, plain, same, state, train
+from tests.gpu.networks import CASES, GIB, MIB, Case, clean, make, plain, same, state, train
+from torchlms.eager.verifier import Sums
 from torchlms.memory import arena
 from torchlms.memory.store import Store
 
@@ -143,6 +144,39 @@ def test_every_value_that_comes_back_is_checked() -> None:
         assert train(model, optimizer, CASE, 6) == losses
         assert lms.stats()["verified_values"] > 0
     assert same(end, state(model))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_checks_while_memory_is_short(case: Case) -> None:
+    """Without a plan values leave when an allocation has failed: there is no room for anything then."""
+    losses, end = plain(case, 3)
+    model, optimizer = make(case)
+    options: dict[str, Any] = {"rules": MOVES, "plan": False, "verify": True}
+    with torchlms.LMS(model, optimizer, budget=case.budget_bytes, **options) as lms:
+        assert train(model, optimizer, case, 3) == losses
+        stats = lms.stats()
+    assert same(end, state(model))
+    assert stats["verified_values"] > 0
+    assert stats["starved_convolutions"] == 0
+
+
+def test_a_sum_on_a_full_device() -> None:
+    data = torch.randint(0, 256, (3 * MIB + 5,), dtype=torch.uint8)
+    there, sums = data.cuda(), Sums(torch.device("cuda", torch.cuda.current_device()))
+    clean()
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    torch.cuda.set_per_process_memory_fraction(64 * MIB / torch.cuda.get_device_properties(0).total_memory)
+    filling, size_bytes = [], 16 * MIB
+    try:
+        while size_bytes >= 512:
+            try:
+                filling.append(torch.empty(size_bytes, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size_bytes //= 2
+        assert sums.checksum(there) == Sums(torch.device("cpu")).checksum(data)
+        assert Sums(torch.device("cpu")).checksum(there) == Sums(torch.device("cpu")).checksum(data)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def test_a_byte_that_changes_on_the_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
