@@ -47,7 +47,7 @@ CASES = {
         "language_model.py",
         "--steps 2 --batch-size 64 --length 128 --width 128 --layers 8 --accumulate 1", "260MiB", 400,
     ),
-    "images": Case("images.py", "--workers 0 --images 128 --batch-size 64 --size 128", "400MiB", 200),
+    "images": Case("images.py", "--workers 0 --images 64 --batch-size 32 --size 128", "230MiB", 100),
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ CASES = {
     "name",
     [
         "a small language model",
-        pytest.param("language_model", marks=pytest.mark.more),
+        pytest.param("language_model", marks=pytest.mark.slow),
         pytest.param("images", marks=pytest.mark.more),
     ],
 )
