@@ -49,11 +49,9 @@ class Code:
         code = self.lms if entry.get("lms") else self.rivals
         return {**entry, "date": provenance.now(), "code": code, "driver": self.driver}
 
-    def made(self, entry: dict[str, Any], result: dict[str, Any]) -> bool:
-        """Whether this code made the entry of ``result``."""
-        code = entry.get("code", "")
-        same = provenance.still_made_by(result, code) if entry.get("lms") else code == self.rivals
-        return bool(same and entry.get("driver") == self.driver)
+    def made(self, entry: dict[str, Any]) -> bool:
+        code = self.lms if entry.get("lms") else self.rivals
+        return bool(entry.get("code") == code and entry.get("driver") == self.driver)
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -70,7 +68,7 @@ def load_current(row: Row, path: Path) -> dict[str, Any] | None:
     result = load(path)
     if result is not None:
         code = Code.now(row)
-        result["entries"] = [entry for entry in result["entries"] if code.made(entry, result)]
+        result["entries"] = [entry for entry in result["entries"] if code.made(entry)]
     return result
 
 
@@ -105,12 +103,14 @@ def merged(
 ) -> dict[str, Any]:
     """The row's result with this entry, which replaces one of the same way.
 
-    The others stay if the row's definition, the device and torch are the same.
+    The others stay if the row's definition, the device and torch are the same; what was measured of the
+    machine, if the latter two are.
     """
     definition = row.definition()
     kept: list[dict[str, Any]] = []
-    alike = old is not None and all(old.get(name) == facts.get(name) for name in _FACTS)
-    if old is not None and alike and old.get("definition") == definition:
+    if old is not None and any(old.get(name) != facts.get(name) for name in _FACTS):
+        old = None
+    if old is not None and old.get("definition") == definition:
         kept = [other for other in old["entries"] if other["way"] != entry["way"]]
     everything = [*kept, entry]
     machine = entry.get("machine") or (old or {}).get("machine")
@@ -133,7 +133,7 @@ def merged(
         "targets": checks(row, found),
         "entries": sorted(everything, key=lambda one: _order(row, one["way"])),
         "code": provenance.code_hash(),
-        "code_files": provenance.short(provenance.code_files()),
+        "code_files": {name: text[:12] for name, text in provenance.code_files().items()},
     }
 
 
@@ -267,11 +267,11 @@ def why_stale(name: str, result: dict[str, Any]) -> str:
     if result.get("definition") != row.definition():
         return "the row's definition has changed"
     code = Code.now(row)
-    old = [entry["way"] for entry in result["entries"] if not code.made(entry, result)]
+    old = [entry["way"] for entry in result["entries"] if not code.made(entry)]
     if not old:
         return ""
-    now = provenance.short(provenance.code_files())
-    then = {file: text for file, text in result.get("code_files", {}).items() if provenance.counts(file)}
+    now = {file: text[:12] for file, text in provenance.code_files().items()}
+    then = result.get("code_files", {})
     changed = sorted(file for file in {*now, *then} if now.get(file) != then.get(file))
     if any(entry.get("driver") != code.driver for entry in result["entries"]):
         changed.append("benchmarks/")

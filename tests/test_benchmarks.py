@@ -182,6 +182,12 @@ def test_a_new_entry_replaces_the_old_one_and_keeps_the_others() -> None:
     elsewhere = {**FACTS, "device_name": "Another GPU"}
     moved = result_file.merged(row, sample(), elsewhere, FLAGS, code.stamp(entry("none", 1.0)))
     assert [one["way"] for one in moved["entries"]] == ["none"]
+    assert moved["machine"] is None, "it was the other GPU's"
+    longer = result_file.merged(
+        replace(row, steps=11), sample(), FACTS, FLAGS, code.stamp(entry("none", 1.0))
+    )
+    assert [one["way"] for one in longer["entries"]] == ["none"]
+    assert longer["machine"] == MACHINE
 
 
 def test_tables_show_rivals_failures_and_predictions() -> None:
@@ -280,22 +286,18 @@ def test_stale_results_say_what_changed(
     ]
 
 
-def test_a_result_outlives_a_source_that_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = sample()
-    code = result["code"]
-    monkeypatch.setattr(provenance, "_NOT_MEASURED", {*provenance._NOT_MEASURED, "eager/engine.py"})
-    assert provenance.code_hash() != code
-    assert provenance.still_made_by(result, code)
-    assert not provenance.still_made_by(result, "0" * 64), "the listing is not that entry's"
-    result["code_files"]["api.py"] = "0" * 12
-    assert not provenance.still_made_by(result, code)
-
-
 def test_what_has_no_rows_may_be_stale_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, code in (("faults-cpu", provenance.code_hash()), ("soak-cuda", "0" * 64)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"schema": "torchlms.soak/2", "code": code}))
+    for name, schema, code in (
+        ("faults-cpu", "faults/1", provenance.code_hash()),
+        ("sanitizer", "sanitizer/1", "0" * 64),
+        ("soak-cuda", "soak/2", "0" * 64),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"schema": f"torchlms.{schema}", "code": code}))
     assert run.main(["--stale", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().out == "soak-cuda: the package has changed\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "sanitizer: the package has changed",
+        "soak-cuda: the package has changed",
+    ]
 
 
 def test_code_of_presentation_and_of_rivals() -> None:

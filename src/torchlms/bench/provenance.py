@@ -16,7 +16,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-_KEPT_DIGITS = 12  # of each source's digest, in a result
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 # These show results, read options, explain errors or foretell; no figure depends on them.
@@ -30,10 +29,12 @@ _NOT_MEASURED = {
     "report.py",
     *(f"bench/{name}.py" for name in ("arguments", "command", "compare", "demo", "output", "table")),
     "bench/provenance.py",
-    "eager/verifier.py",  # of an option that no row sets
 }
 # Folders, likewise.
 _PRESENTATION = ("cli", "report", "report_page", "sweep", "fit", "runner", "doctor", "integrations", "steps")
+
+# Results that are of one code from beginning to end.
+_WHOLE = ("torchlms.bench/", "torchlms.faults/", "torchlms.soak/", "torchlms.sanitizer/")
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)
@@ -47,32 +48,11 @@ def code_files(package: Path = _PACKAGE, parts: tuple[str, ...] = ()) -> dict[st
     found = {}
     for path in package.rglob("*.py"):
         name = path.relative_to(package).as_posix()
-        if counts(name, parts):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        first = name.split("/")[0]
+        if name in _NOT_MEASURED or first in _PRESENTATION or (parts and first not in parts):
+            continue
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return dict(sorted(found.items()))
-
-
-def counts(name: str, parts: tuple[str, ...] = ()) -> bool:
-    """Whether a figure can depend on the source of this name."""
-    first = name.split("/")[0]
-    return name not in _NOT_MEASURED and first not in _PRESENTATION and (not parts or first in parts)
-
-
-def short(files: dict[str, str]) -> dict[str, str]:
-    """The listing of sources as a result keeps it."""
-    return {name: text[:_KEPT_DIGITS] for name, text in files.items()}
-
-
-def still_made_by(result: dict[str, Any], code: str) -> bool:
-    """Whether ``code``, a digest of one of the result's entries, is that of sources that have not changed.
-
-    The digest is of all that counted when it was made. Where something counts no more, the result's own
-    listing tells whether the rest is as it was, for the entries that it is the listing of.
-    """
-    if code == code_hash():
-        return True
-    then = {name: text for name, text in result.get("code_files", {}).items() if counts(name)}
-    return code == result.get("code") and then == short(code_files())
 
 
 def code_hash(package: Path = _PACKAGE, parts: tuple[str, ...] = ()) -> str:
@@ -110,13 +90,10 @@ def stale_results(folder: Path) -> list[Path]:
         except ValueError:
             continue
         schema = str(result.get("schema", "")) if isinstance(result, dict) else ""
-        if schema.startswith(("torchlms.bench/", "torchlms.faults/", "torchlms.soak/")):
+        if schema.startswith(_WHOLE):
             fresh = result.get("code") == here
         elif schema.startswith("torchlms.result/"):
-            fresh = all(
-                still_made_by(result, run["code"]) if run.get("lms") else run["code"] == rivals
-                for run in result["entries"]
-            )
+            fresh = all(run.get("code") == (here if run.get("lms") else rivals) for run in result["entries"])
         elif schema.startswith("torchlms.suites/"):
             fresh = all(suite.get("code") == here for suite in result["suites"].values())
         else:
