@@ -263,23 +263,34 @@ def _identity(identity: dict[str, Any]) -> str:
 def _target_rows(results: Results) -> Iterable[list[str]]:
     for result in results.values():
         for index, check in enumerate(result["targets"]):
-            value, met = check["value"], check["met"]
-            found = "it does not fit" if met and value is None else _found(value)
-            target = "yes" if isinstance(value, bool) or check["target"] == ">= 1" else check["target"]
+            yes_or_no = isinstance(check["value"], bool) or check["target"] == ">= 1"
+            target = "yes" if yes_or_no else check["target"]
             first = _link(result) if index == 0 else ""
             yield [
                 first,
                 check["figure"].replace("_", " "),
                 target,
-                found,
-                {True: "met", False: "**missed**", None: ""}[met],
+                _found(result, check),
+                {True: "met", False: "**missed**", None: ""}[check["met"]],
             ]
 
 
-def _found(value: float | bool | None) -> str:
+def _found(result: dict[str, Any], check: dict[str, Any]) -> str:
+    value = check["value"]
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "not measured" if value is None else f"{value:.3f}"
+    if value is None:
+        return _nothing_there(result, check["figure"]) if check["met"] else "not measured"
+    left = result["figures"].get("rivals_not_measured") if check["figure"] == "over_rivals" else None
+    return f"{value:.3f}" + (f", {' and '.join(left)} not measured" if left else "")
+
+
+def _nothing_there(result: dict[str, Any], figure: str) -> str:
+    """Why a target is met although there is no figure."""
+    if figure == "host_over_out":
+        pinned_bytes = (_entry(result, "lms") or {}).get("host_pinned_bytes", 0)
+        return "nothing moves" + (f", {pinned_bytes / _GIB:.1f} GiB pinned" if pinned_bytes else "")
+    return "no rival runs within the budget" if figure == "over_rivals" else "it does not fit"
 
 
 def hardware(results: Results) -> str:
@@ -347,7 +358,7 @@ def targets_lines(results: Results) -> list[str]:
     for name, result in results.items():
         for check in result["targets"]:
             if check["met"] is not True:
-                lines.append(f"{name}: {check['figure']} {_found(check['value'])}, target {check['target']}")
+                lines.append(f"{name}: {check['figure']} {_found(result, check)}, target {check['target']}")
     return lines or (["all targets met"] if results else [])
 
 

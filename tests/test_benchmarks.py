@@ -208,6 +208,62 @@ def test_tables_show_rivals_failures_and_predictions() -> None:
     assert tables.short_table({}) == tables.long_tables({}) == "*No results yet.*"
 
 
+def test_rows_under_a_joint_plan_have_rivals_and_must_be_ahead_of_each() -> None:
+    for row in rows.ROWS.values():
+        if row.name.startswith("joint-"):
+            assert {rows.CHECKPOINT, rows.CHECKPOINT_OFFLOAD} <= set(row.rivals)
+            assert rows.Target("over_rivals", at_least=1) in row.targets
+        bare = replace(row, rivals=(), targets=(), proves="", label="")
+        assert bare.definition() == row.definition()
+
+
+def against(*rivals: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What comes of a joint row with these rivals: its figures, the target's check and line of the table."""
+    result = made("joint-resnet50-b400", entry("none", 0.09), lms_entry(), *rivals)
+    check = next(one for one in result["targets"] if one["figure"] == "over_rivals")
+    table = tables.long_tables({"joint-resnet50-b400": result})
+    return result["figures"], check, next(line for line in table.splitlines() if "| over rivals |" in line)
+
+
+def test_lms_stands_beside_the_fastest_rival_that_fits() -> None:
+    fast = entry("save_on_cpu", 0.05, peak_reserved_bytes=16 * GIB + 1)
+    slow, slower = entry("checkpoint", 0.12), entry("checkpoint_offload", 0.2)
+    figures, check, line = against(fast, slow, slower)
+    assert figures["over_rivals"] == pytest.approx(1.2)
+    assert figures["save_on_cpu_fits"] is False
+    assert check["met"] is True
+    assert "| yes | 1.200 | met |" in line
+    figures, check, line = against(entry("save_on_cpu", 0.05), slow, slower)
+    assert figures["over_rivals"] == pytest.approx(0.5)
+    assert check["met"] is False
+    failed = {"way": "checkpoint", "lms": False, "error": "OutOfMemoryError: no"}
+    figures, check, line = against(fast, failed, slower)
+    assert figures["over_rivals"] == pytest.approx(2)
+    figures, check, line = against(fast, failed, {**failed, "way": "checkpoint_offload"})
+    assert "over_rivals" not in figures
+    assert check["met"] is True
+    assert "| no rival runs within the budget | met |" in line
+
+
+def test_a_rival_that_was_not_measured_may_be_faster() -> None:
+    figures, check, line = against(entry("checkpoint", 0.12), entry("save_on_cpu", 0.3))
+    assert figures["over_rivals"] == pytest.approx(1.2)
+    assert check["met"] is None
+    assert "| 1.200, checkpoint_offload not measured |  |" in line
+    assert against(entry("checkpoint", 0.09))[1]["met"] is False
+    figures, check, line = against()
+    assert (check["value"], check["met"]) == (None, None)
+    assert "| not measured |  |" in line
+
+
+def test_where_nothing_moves_nothing_is_compared() -> None:
+    for pinned_bytes, found in ((0, "nothing moves"), (3 * GIB, "nothing moves, 3.0 GiB pinned")):
+        still = {**lms_entry(), "bytes_out_per_step": 0, "host_pinned_bytes": pinned_bytes}
+        result = made("joint-resnet50-b400", entry("none", 0.09), still)
+        assert "host_over_out" not in result["figures"]
+        assert f"| host over out | <= 1.1 | {found} | met |" in tables.long_tables({"row": result})
+
+
 def test_convolutions_are_compared_with_those_before() -> None:
     before = {"way": "before", "lms": False, "batches": {"200": [conv(1.0, "a")], "400": [conv(2.0, "b")]}}
     starved = {"way": "starved", "lms": False, **conv(3.0, "x")}
