@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import torchlms
 import torchlms.api
 from torchlms.core.machine import Machine
-from torchlms.core.plan import Plan
+from torchlms.core.plan import Decision, Plan
 from torchlms.eager.private import top_dispatch_mode, top_saved_tensor_hooks
 
 BUDGET = 500_000
@@ -441,16 +441,52 @@ def test_a_plan_of_another_model(plan: Plan, spill_dir: Path) -> None:
     assert_off()
 
 
-def test_a_plan_that_names_what_is_not_there(plan: Plan, spill_dir: Path) -> None:
-    """Same computation by its name, decisions from elsewhere: advice that helps little, and no harm."""
-    odd = [
-        dataclasses.replace(decision, release_op=decision.release_op + 7, reload_op=decision.reload_op - 5)
-        for decision in plan.decisions
-    ]
+def changed_moves(plan: Plan, change: Callable[[Decision], Decision]) -> Plan:
+    """The plan, with something else in each decision that moves a value."""
+    moves = set(plan.moves)
+    decisions = [change(decision) if decision in moves else decision for decision in plan.decisions]
+    return dataclasses.replace(plan, decisions=tuple(decisions))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one: dataclasses.replace(one, value=99_999), "no such value"),
+        (lambda one: dataclasses.replace(one, stretch=17), "no such idle stretch"),
+        (lambda one: dataclasses.replace(one, release_op=-5), "released before the stretch begins"),
+        (lambda one: dataclasses.replace(one, release_op=1_000_000), "release 1000000"),
+        (
+            lambda one: dataclasses.replace(one, release_op=one.reload_op, reload_op=one.release_op),
+            "released at or after its reload",
+        ),
+        (lambda one: dataclasses.replace(one, reload_op=1_000_000), "reloaded after it is needed"),
+        (lambda one: dataclasses.replace(one, offset_bytes=7), "offset not aligned"),
+        (lambda one: dataclasses.replace(one, offset_bytes=0), "shares bytes with another value"),
+    ],
+)
+def test_a_plan_that_was_changed(
+    change: Callable[[Decision], Decision], words: str, plan: Plan, spill_dir: Path
+) -> None:
+    """Same computation by its name, decisions from elsewhere: said before any step is run by it."""
     model = make_model()
-    with open_lms(model, spill_dir, plan=dataclasses.replace(plan, decisions=tuple(odd))) as lms:
+    with (
+        pytest.raises(torchlms.PlanMismatch, match=f"cannot be carried out in this step: .*{words}"),
+        open_lms(model, spill_dir, plan=changed_moves(plan, change)),
+    ):
+        train(model)
+    assert_off()
+
+
+def test_a_plan_that_asks_for_more_than_there_is(plan: Plan, spill_dir: Path) -> None:
+    """Known before anything runs, and by how much."""
+    spill_bytes = plan.predicted.spill_bytes
+    with pytest.raises(torchlms.HostBudgetTooSmall, match="the plan given") as refused:
+        open_lms(make_model(), spill_dir, plan=plan, disk_budget=spill_bytes - 8192).__enter__()
+    assert refused.value.missing_bytes == 8192
+    assert_off()
+    model = make_model()
+    with open_lms(model, spill_dir, plan=plan, disk_budget=spill_bytes + (1 << 20)):
         assert train(model) == PLAIN
-        assert lms.stats()["peak_device_bytes"] <= BUDGET
 
 
 def test_a_given_plan_and_a_small_last_batch(plan: Plan, spill_dir: Path) -> None:

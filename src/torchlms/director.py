@@ -11,6 +11,7 @@ from torchlms.core.curve import before_bytes, peak_bytes, rise_bytes
 from torchlms.core.held import with_held
 from torchlms.core.plan import Budget, Choice, Plan, Prediction
 from torchlms.core.rules import unmatched
+from torchlms.core.validate import IMPOSSIBLE, validate
 from torchlms.eager.program import Program
 from torchlms.eager.routine import TIMINGS, Routine, Verdict
 from torchlms.eager.timer import evened, retimed
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torchlms.core.machine import Machine
-    from torchlms.core.plan import Decision
     from torchlms.core.rules import Rules
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
@@ -53,10 +53,14 @@ class Director:
         planning: bool = True,
         settled: Callable[[], None] = lambda: None,
     ) -> None:
-        """``settled`` is called when a routine has been timed, and when its plan is the last one."""
+        """``settled`` is called when a routine has been timed, and when its plan is the last one.
+
+        Raises HostBudgetTooSmall where a plan is given that the budget has no room for."""
         self.machine = machine
         self.rules = rules
         self.given = given
+        if given is not None:
+            _require_room(given.predicted, budget)
         self.planning = planning
         self._settled = settled
         self.model = model
@@ -149,11 +153,13 @@ class Director:
                 f"the plan given was made for another computation (fingerprint {plan.fingerprint}, this step "
                 f"has {tape.fingerprint}): another model, batch or shape. Leave plan= out to make a new one"
             )
-        if not all(_has_stretch(tape, decision) for decision in plan.moves):
+        faults = [fault for fault in validate(tape, plan, self.machine) if fault.reason in IMPOSSIBLE]
+        if faults:
+            others = f", and {len(faults) - 1} more like it" if faults[1:] else ""
             raise PlanMismatch(
-                "the plan given has values leave at other times than this step lets them: it was made with "
-                f"another rule held (here it is {self.rules.held}). Give the rules that it was made with, or "
-                "leave plan= out to make a new one"
+                f"the plan given cannot be carried out in this step: {faults[0]}{others}. It was changed, or "
+                f"made with another rule held (here it is {self.rules.held}): give the rules that it was "
+                "made with, or leave plan= out to make a new one"
             )
         self._given_fits = True
         self._adopt(engine, routine, tape, plan)
@@ -323,6 +329,22 @@ class Director:
         self._adopt(engine, routine, tape, plan)
 
 
+def _require_room(predicted: Prediction, budget: Budget) -> None:
+    """A plan that is given says beforehand what it takes off the device. What finds no place in host memory
+    goes to disk, and not the other way round."""
+    away_bytes = predicted.arena_bytes + predicted.spill_bytes
+    over_disk_bytes = predicted.spill_bytes - budget.disk_bytes
+    missing_bytes = max(over_disk_bytes, away_bytes - budget.host_bytes - budget.disk_bytes)
+    if missing_bytes > 0:
+        raise HostBudgetTooSmall(
+            f"the plan given has {format_bytes(away_bytes)} wait off the device, and it may have "
+            f"{format_bytes(budget.host_bytes)} of host memory and "
+            f"{format_bytes(budget.disk_bytes)} of disk; "
+            f"{format_bytes(missing_bytes)} lack. Raise host_budget or disk_budget, or leave plan= out",
+            missing_bytes=missing_bytes,
+        )
+
+
 def _off_device(predicted: Prediction) -> str:
     """Where what is away will lie, and how much memory that takes."""
     tiers = (("host memory", predicted.arena_bytes), ("disk", predicted.spill_bytes))
@@ -356,13 +378,3 @@ def planned_line(tape: Tape, plan: Plan, *, aside: bool) -> str:
         f"{_off_device(predicted)}, "
         f"step {predicted.step_s * 1e3:.1f} ms ({predicted.stall_s * 1e3:.1f} ms waiting){widest}"
     )
-
-
-def _has_stretch(tape: Tape, decision: Decision) -> bool:
-    """Whether the value is idle in the stretch that is meant, roughly when it is to be away. Fingerprints
-    tell computations apart, and not which stretches count as idle."""
-    idle = tape.values[decision.value].idle
-    if decision.stretch >= len(idle):
-        return False
-    stretch, last = idle[decision.stretch], max(decision.release_op, decision.reload_op)
-    return decision.release_op < stretch.stop and stretch.start <= last

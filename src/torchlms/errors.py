@@ -65,7 +65,8 @@ class NotSupported(LMSError):
 
 
 class ReplayFailed(LMSError, RuntimeError):
-    """What a dropped tensor is made from was written in a way that nothing reports."""
+    """What a dropped tensor is made from was written in a way that nothing reports, or an op failed that ran
+    again for it."""
 
 
 class StepTorn(LMSError, RuntimeError):

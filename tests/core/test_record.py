@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import strategies
@@ -10,10 +12,10 @@ from hypothesis import given, settings
 from tapes import GIB, chain, gpu, unet
 
 from torchlms.core.machine import Machine
-from torchlms.core.plan import Budget, Plan
+from torchlms.core.plan import Budget, Plan, Prediction
 from torchlms.core.planner import plan
 from torchlms.core.record import from_json, to_json
-from torchlms.core.tape import Tape
+from torchlms.core.tape import Phase, Tape
 from torchlms.errors import PlanMismatch
 
 if TYPE_CHECKING:
@@ -61,6 +63,25 @@ def test_files_that_are_something_else(tmp_path: Path, text: str, message: str) 
         Plan.load(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "wrong", "words"),
+    [
+        ("value", "x", "'x' where a whole number belongs"),
+        ("release_op", 1.5, "1.5 where a whole number belongs"),
+        ("reload_op", True, "True where a whole number belongs"),
+        ("reason", 7, "7 where a text belongs"),
+        ("choice", "fly", "'fly' is not a valid Choice"),
+    ],
+)
+def test_fields_of_another_type(tmp_path: Path, field: str, wrong: Any, words: str) -> None:
+    decision = {"value": 0, "stretch": 0, "choice": "host", field: wrong}
+    plan = Plan("", "", "cpu", Budget(1, 1, 1), (), Prediction(1, 0, 1, 1.0, 0.0))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(to_json(plan) | {"decisions": [decision]}))
+    with pytest.raises(PlanMismatch, match=words):
+        Plan.load(path)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PlanMismatch, match="cannot read tape file"):
         Tape.load(tmp_path / "none.json")
@@ -70,3 +91,14 @@ def test_the_fingerprint_names_the_computation_not_its_times() -> None:
     assert chain(time_s=1.0).fingerprint == chain(time_s=2.0).fingerprint
     assert chain(4).fingerprint != chain(5).fingerprint
     assert chain(size_bytes=512).fingerprint != chain(size_bytes=1024).fingerprint
+
+
+def test_the_fingerprint_sees_what_autograd_did_not_save() -> None:
+    """Twice as wide a layer for half of the batch: what is saved is as large."""
+    tape = unet()
+    touched = {value for op in tape.ops if op.phase is not Phase.BETWEEN for value in (*op.reads, *op.writes)}
+    value = next(value for value in tape.values if value.saved < 0 and value.id in touched)
+    values = tuple(
+        replace(one, size_bytes=2 * one.size_bytes) if one is value else one for one in tape.values
+    )
+    assert replace(tape, values=values).fingerprint != tape.fingerprint

@@ -20,6 +20,7 @@ from torchlms.eager.backends import Backends
 from torchlms.eager.history import Call
 from torchlms.eager.private import backend_switches
 from torchlms.eager.timer import OpTimer
+from torchlms.eager.watcher import Watcher
 from torchlms.eager.writes import without_statistics, written_tensors
 
 Around = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -277,6 +278,34 @@ def test_a_parameter_without_its_bytes_is_an_error_and_not_a_guess(spill_dir: Pa
 
     with pytest.raises(torchlms.ReplayFailed, match="and 0 bytes"):
         train(lambda model, x: F.relu(F.silu(x + model.scale) * 2 + 0.5), spill_dir, emptied)
+
+
+def test_an_op_that_fails_when_it_runs_again(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises: one error that names the value, the op and what to do; and the loop can go on."""
+    right, armed, said = Watcher.run_again, [False], list[str]()
+
+    def failing(self: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
+        if armed[0]:
+            armed[0] = False
+            raise RuntimeError("on purpose")
+        return right(self, func, args, kwargs)
+
+    def guarded(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        armed[0] = step == STEPS - 2
+        try:
+            return usual(model, optimizer, step)
+        except torchlms.ReplayFailed as error:
+            said.append(str(error))
+            model.load_state_dict(before)
+            return usual(model, optimizer, step)
+
+    monkeypatch.setattr(Watcher, "run_again", failing)
+    train(lambda model, x: F.relu(F.silu(x + model.scale) * 2 + 0.5), spill_dir, guarded)
+    (text,) = said
+    assert "RuntimeError when it ran again: on purpose" in text
+    assert "made by aten." in text
+    assert "recompute=False" in text
 
 
 # -- random ops ----------------------------------------------------------------------------------

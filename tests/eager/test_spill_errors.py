@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_from_the_start(spill_dir: Path, monkeypatch: pytest
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
         lms = open_lms(progress.session, BUDGET, spill_dir)
-        with pytest.raises(torchlms.HostBudgetTooSmall) as raised, lms:
+        with pytest.raises(torchlms.HostBudgetTooSmall, match="cannot grow: on purpose") as raised, lms:
             progress.train(6)
     assert raised.value.missing_bytes > 0
     assert_training_can_go_on(progress, spill_dir)

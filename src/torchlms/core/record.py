@@ -15,6 +15,8 @@ from torchlms.errors import PlanMismatch
 
 T = TypeVar("T")
 
+_SCALARS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
 
 def to_json(record: Any) -> Any:
     """Plain lists, dicts and scalars; fields that hold their default are left out."""
@@ -60,8 +62,10 @@ def from_json(kind: Any, data: Any) -> Any:
         return made(**{name: from_json(fields[name], item) for name, item in data.items()})
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(data)
-    if kind is float and isinstance(data, int):
+    if kind is float and type(data) is int:
         return float(data)
+    if kind in _SCALARS and type(data) is not kind:
+        raise ValueError(f"{data!r} where {_SCALARS[kind]} belongs")
     return data
 
 

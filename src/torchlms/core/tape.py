@@ -125,11 +125,12 @@ class Tape:
 
     @property
     def fingerprint(self) -> str:
-        """Names the computation: ops, sizes and order of saving, not how long anything took."""
+        """Names the computation: ops, sizes of what they touch, order of saving; no times."""
         digest = hashlib.sha256()
         for op in self.ops:
             if op.phase is not Phase.BETWEEN:
-                digest.update(f"{op.name}|{op.phase.value}\n".encode())
+                sizes = [self.values[value].size_bytes for value in (*op.reads, *op.writes)]
+                digest.update(f"{op.name}|{op.phase.value}|{sizes}\n".encode())
         for value in self.values:
             if value.saved >= 0:
                 digest.update(f"{value.saved}:{value.size_bytes}\n".encode())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchlms.core.plan import Plan
     from torchlms.core.tape import Stretch, Tape
 
-__all__ = ["Fault", "Reason", "validate"]
+__all__ = ["IMPOSSIBLE", "Fault", "Reason", "validate"]
 
 ALIGN_BYTES = {Choice.HOST: 512, Choice.DISK: 4096}
 
@@ -47,6 +47,13 @@ class Reason(str, Enum):
     OVER_DEVICE = "more device memory than the budget"
     OVER_HOST = "more host memory than the budget"
     OVER_DISK = "more disk than the budget"
+
+
+# A plan with one of these cannot be carried out. With others it can, as far as the step allows.
+IMPOSSIBLE = frozenset({
+    Reason.UNKNOWN_VALUE, Reason.UNKNOWN_STRETCH, Reason.DECIDED_TWICE, Reason.RELEASE_EARLY,
+    Reason.RELEASE_LATE, Reason.RELOAD_LATE, Reason.MISALIGNED, Reason.OVERLAP,
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ class Ladder:
         """The one clear error: op, module, its bytes, and the smallest budget known to work."""
         operands = _distinct_bytes(tensors_in(args, kwargs))
         results = sum(self.sizes.of(func, args, kwargs))
-        smallest = max(self.device.allocated_bytes() + max(missing_bytes, results), self.budget_bytes + 1)
+        smallest = self._smallest(max(missing_bytes, results))
         module = where()
         inside = f" in {module}" if module else ""
         return BudgetTooSmall(
@@ -243,14 +243,21 @@ class Ladder:
 
     def starving(self, func: Any, where: str, need_bytes: int) -> BudgetTooSmall:
         """A convolution that would have to do with less than it has been measured to take."""
-        smallest = max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + 1)
+        smallest = self._smallest(need_bytes)
         inside = f" in {where}" if where else ""
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
             f"{self._in_use()}. With less cuDNN would take another algorithm, which may give other bits, "
-            f"and deterministic ones were asked for. {_so_far(smallest)}",
+            "and deterministic ones were asked for; in this process it keeps, for shapes that it met while "
+            f"memory was short, what it took then: try again in a new one. {_so_far(smallest)}",
             smallest_bytes=smallest,
         )
+
+    def _smallest(self, need_bytes: int) -> int:
+        """What is known to be needed. In any case it is somewhat more than the budget: who asks again with it
+        would be refused for a few bytes over and over."""
+        more_bytes = self.budget_bytes // 256 + 1
+        return max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + more_bytes)
 
     def _in_use(self) -> str:
         """What is left when nothing more can move, and what the allocator holds in unusable pieces."""
@@ -265,12 +272,11 @@ class Ladder:
         return text
 
     def _no_way_back(self, size_bytes: int, operands: Operands | None) -> LMSError:
-        smallest = self.device.allocated_bytes() + size_bytes
+        smallest = self._smallest(size_bytes)
         return BudgetTooSmall(
             f"a saved tensor of {format_bytes(size_bytes)} must come back for "
             f"{'backward' if operands is None else 'an op that reads it'}. {self._in_use()}. "
-            f"The smallest budget that works is at least {format_bytes(smallest, up=True)} "
-            f"({smallest} bytes)",
+            f"{_so_far(smallest)}",
             smallest_bytes=smallest,
         )
 

@@ -17,7 +17,7 @@ from torchlms.eager.history import Call, Cell, Ref, results_of
 from torchlms.eager.private import below_autograd, outside_vmap
 from torchlms.eager.recipe import Recipe
 from torchlms.eager.traits import takes_generator
-from torchlms.errors import ReplayFailed
+from torchlms.errors import LMSError, ReplayFailed
 
 if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
@@ -105,14 +105,22 @@ class _Replay:
         args = tuple([self._item(item, here) for item in call.args])
         kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
         if call.drawn is None and call.backends == self._stand:
-            return results_of(self._run_op(call.func, args, kwargs))
+            return results_of(self._run(call.func, args, kwargs))
         drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if call.drawn is not None and takes_generator(call.func):
             kwargs["generator"] = _generator_at(*call.drawn)
         elif call.drawn is not None:
             drawn = _drawn_again(*call.drawn)
         with drawn, self._backends.set_to(call.backends):
-            return results_of(self._run_op(call.func, args, kwargs))
+            return results_of(self._run(call.func, args, kwargs))
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._run_op(func, args, kwargs)
+        except (LMSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ReplayFailed(f"{func} raised {type(error).__name__} when it ran again: {error}") from error
 
     def _item(self, item: Any, here: dict[int, torch.UntypedStorage]) -> Any:
         if isinstance(item, Ref):

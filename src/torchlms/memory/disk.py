@@ -78,6 +78,7 @@ class SpillFile:
         self._blocks = FreeList(budget_bytes, ALIGNMENT_BYTES)
         self._reserved_bytes = 0
         self._can_reserve = True
+        self.stopped_by = ""  # the system's reason, once the file could not grow
         self._lock = threading.RLock()  # a finalizer may come in on the thread that holds it
         self._in_flight: set[Future[None]] = set()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="torchlms-disk")
@@ -99,13 +100,18 @@ class SpillFile:
         return self._blocks.in_use_bytes
 
     @property
+    def left_bytes(self) -> int:
+        """Of the budget; perhaps in pieces."""
+        return self._blocks.capacity_bytes - self._blocks.in_use_bytes
+
+    @property
     def peak_bytes(self) -> int:
         return self._blocks.peak_bytes
 
     def allocate(self, size_bytes: int) -> int | None:
         """The offset of ``size_bytes`` on disk, truly reserved where the filesystem can do that.
 
-        None when the budget has no gap wide enough, or the disk is full (which is logged).
+        None when the budget has no gap wide enough, or the file cannot grow: ``stopped_by`` says why.
         """
         self._require_open()
         with self._lock:
@@ -174,7 +180,9 @@ class SpillFile:
             else:
                 self._reserved_bytes = target
                 return True
-        _log.warning("%s cannot grow to %s: %s", self.directory / _FILE, format_bytes(end), reason)
+        if not self.stopped_by:
+            _log.warning("%s cannot grow to %s: %s", self.directory / _FILE, format_bytes(end), reason)
+        self.stopped_by = reason or "for no reason given"
         return False
 
     def _start(self, offset: int, tensor: torch.Tensor, *, write: bool) -> Future[None]:

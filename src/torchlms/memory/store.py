@@ -137,12 +137,15 @@ class Store:
                 else ""
             )
             free = f"{format_bytes(disk_free_bytes(spill.directory))} free"
+            if spill.stopped_by:
+                free += f"; the spill file cannot grow: {spill.stopped_by}"
+            missing_bytes = size_bytes - spill.left_bytes
             raise HostBudgetTooSmall(
                 f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but {host}disk "
-                f"({format_bytes(self.disk_budget_bytes)} allowed, {free}) cannot hold them. More may have "
-                f"to leave later in the step: raise {'host_budget or ' if host else ''}disk_budget, free "
-                "disk space, or use a smaller batch",
-                missing_bytes=size_bytes,
+                f"({format_bytes(spill.left_bytes)} left of {format_bytes(self.disk_budget_bytes)}, {free}) "
+                f"cannot hold them. More may have to leave later in the step: raise "
+                f"{'host_budget or ' if host else ''}disk_budget, free disk space, or use a smaller batch",
+                missing_bytes=missing_bytes if missing_bytes > 0 else size_bytes,  # room, but in pieces
             )
         return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
 
