@@ -121,6 +121,8 @@ class Director:
             plan = self.maker.first(evened(tape) if rough and engine.device.is_cuda else tape, rough=rough)
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
+            if isinstance(refusal, BudgetTooSmall):
+                engine.ladder.whole_step_bytes = max(engine.ladder.whole_step_bytes, refusal.smallest_bytes)
             log.warning("going on without a plan, slowly: values leave as memory runs out. %s", str(refusal))
             return
         self._adopt(engine, routine, tape, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sessions import (
 from small_networks import NETWORKS, Network
 
 import torchlms
+from torchlms.maker import Maker
 
 
 @pytest.mark.parametrize("name", ["resnet", "transformer", "mlp", more("lstm"), more("unet3d")])
@@ -32,6 +34,34 @@ def test_the_smallest_budget_that_was_named_works(name: str, spill_dir: Path) ->
     watched = run_lms(network, budget_bytes, spill_dir)
     assert watched.outcome.differences(run_plain(network)) == []
     assert watched.peak_bytes <= budget_bytes
+
+
+def test_once_a_step_was_recorded_whole_its_budget_is_named(spill_dir: Path) -> None:
+    with torchlms.LMS(device="cpu", budget="1MiB", disk_dir=spill_dir) as lms:
+        assert lms._engine is not None
+        lms._engine.ladder.whole_step_bytes = 5 << 20
+        with pytest.raises(torchlms.BudgetTooSmall, match=r"for the whole step, .* 5\.0 MiB") as raised:
+            torch.ones(1 << 20)
+        assert raised.value.smallest_bytes == 5 << 20
+        with pytest.raises(torchlms.BudgetTooSmall, match="As far as this step got"):
+            torch.ones(2 << 20)
+
+
+def test_what_a_plan_was_said_to_need_is_kept(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ladder got through the recorded step, and no plan of it fits."""
+
+    def refuse(self: Maker, tape: Any, *, rough: bool) -> Any:
+        raise torchlms.BudgetTooSmall("on purpose", smallest_bytes=3_000_000)
+
+    monkeypatch.setattr(Maker, "first", refuse)
+    session = new_session(NETWORKS["mlp"])
+    with open_lms(session, 900_000, spill_dir) as lms:
+        plain_step(session, 0)
+        plain_step(session, 1)
+        assert lms.state == "improvise"
+        with pytest.raises(torchlms.BudgetTooSmall, match="for the whole step") as raised:
+            torch.ones(1 << 18)
+        assert raised.value.smallest_bytes == 3_000_000
 
 
 @pytest.mark.parametrize("name", NETWORKS)

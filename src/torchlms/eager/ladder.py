@@ -58,6 +58,7 @@ class Ladder:
         self.slots = slots
         self.sizes = sizes
         self.budget_bytes = budget_bytes
+        self.whole_step_bytes = 0  # the smallest budget that a plan of a recorded step was found to need
         self._collect = collect
         self._steps = 0
         self._collect_from = 0  # the step
@@ -237,7 +238,7 @@ class Ladder:
         inside = f" in {module}" if module else ""
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
-            f"results at once. {self._in_use()}. {_so_far(smallest)}",
+            f"results at once. {self._in_use()}. {self._advice(smallest)}",
             smallest_bytes=smallest,
         )
 
@@ -249,7 +250,7 @@ class Ladder:
             f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
             f"{self._in_use()}. With less cuDNN would take another algorithm, which may give other bits, "
             "and deterministic ones were asked for; in this process it keeps, for shapes that it met while "
-            f"memory was short, what it took then: try again in a new one. {_so_far(smallest)}",
+            f"memory was short, what it took then: try again in a new one. {self._advice(smallest)}",
             smallest_bytes=smallest,
         )
 
@@ -257,7 +258,23 @@ class Ladder:
         """What is known to be needed. In any case it is somewhat more than the budget: who asks again with it
         would be refused for a few bytes over and over."""
         more_bytes = self.budget_bytes // 256 + 1
-        return max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + more_bytes)
+        so_far_bytes = max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + more_bytes)
+        return max(so_far_bytes, self.whole_step_bytes)
+
+    def _advice(self, smallest_bytes: int) -> str:
+        """What to do, as far as can be told in the middle of a step."""
+        size = f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes)"
+        if smallest_bytes == self.whole_step_bytes:
+            return (
+                f"The smallest budget for the whole step, as it was recorded, is {size}: raise budget to "
+                "that, or use a smaller batch"
+            )
+        return (
+            f"As far as this step got, the smallest budget that works is at least {size}, and more where "
+            "more comes later in it, as an optimizer's states do in the first one: raise budget beyond that, "
+            "or use a smaller batch. `torchlms plan` says exactly how much it takes, from the tape of a step "
+            "that had room"
+        )
 
     def _in_use(self) -> str:
         """What is left when nothing more can move, and what the allocator holds in unusable pieces."""
@@ -276,19 +293,9 @@ class Ladder:
         return BudgetTooSmall(
             f"a saved tensor of {format_bytes(size_bytes)} must come back for "
             f"{'backward' if operands is None else 'an op that reads it'}. {self._in_use()}. "
-            f"{_so_far(smallest)}",
+            f"{self._advice(smallest)}",
             smallest_bytes=smallest,
         )
-
-
-def _so_far(smallest_bytes: int) -> str:
-    """What to do, as far as can be told in the middle of a step."""
-    return (
-        "As far as this step got, the smallest budget that works is at least "
-        f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes), and more where more comes later "
-        "in it, as an optimizer's states do in the first one: raise budget beyond that, or use a smaller "
-        "batch. `torchlms plan` says exactly how much it takes, from the tape of a step that had room"
-    )
 
 
 def asked_bytes(error: BaseException) -> int:
