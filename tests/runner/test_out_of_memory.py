@@ -55,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize(
     "name",
     [
-        "a small language model",
+        pytest.param("a small language model", marks=pytest.mark.more),
         pytest.param("language_model", marks=pytest.mark.slow),
         pytest.param("images", marks=pytest.mark.more),
     ],
