@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import convolutions  # noqa: E402
 import ladder  # noqa: E402
+import large  # noqa: E402
 import result_file  # noqa: E402
 import rows  # noqa: E402
 import run  # noqa: E402
@@ -128,6 +129,8 @@ def test_rows_are_well_formed() -> None:
         assert len(worker.all_jobs(row)) == len(worker.all_jobs(rows.tiny(row)))
         assert (row.options.budget is None) is (0 < row.share < 1)
         assert row.cuda or row.share
+        module, _, factory = row.options.model.partition(":")
+        assert module != "large" or callable(getattr(large, factory))
     assert rows.ROWS["resnet50-b200"].definition() != rows.ROWS["resnet50-b225"].definition()
 
 
