@@ -1,7 +1,7 @@
 """The errors a user can meet.
 
 LMSError                  anything this package refuses or could not do
-├── BudgetTooSmall        no plan exists below this budget; carries the smallest that works
+├── BudgetTooSmall        the device budget does not do; carries what is known to be needed
 ├── HostBudgetTooSmall    host memory or disk cannot hold what must leave the device
 ├── BadOption             an option that cannot be read, or that contradicts another
 ├── PlanMismatch          a plan or tape file made for something else
@@ -35,8 +35,8 @@ class LMSError(Exception):
 class BudgetTooSmall(LMSError):
     """The device budget is below what a single op needs at once.
 
-    ``smallest_bytes`` is the smallest budget known to work: from a whole recorded step if one
-    was recorded, otherwise from the part of the step that has run so far.
+    ``smallest_bytes`` is the smallest budget that works, if a whole step was recorded and planned. In a step
+    that is being recorded it is only a lower bound: what has run so far needs it, and more may come later.
     """
 
     def __init__(self, message: str, *, smallest_bytes: int) -> None:
@@ -45,7 +45,10 @@ class BudgetTooSmall(LMSError):
 
 
 class HostBudgetTooSmall(LMSError):
-    """Host memory and disk together cannot hold what must leave; ``missing_bytes`` says by how much."""
+    """Host memory and disk together cannot hold what must leave; ``missing_bytes`` says by how much.
+
+    Raised on entering where a given plan needs more of both than the budgets allow.
+    """
 
     def __init__(self, message: str, *, missing_bytes: int) -> None:
         super().__init__(message)
@@ -57,7 +60,8 @@ class BadOption(LMSError, ValueError):
 
 
 class PlanMismatch(LMSError):
-    """A plan or tape file does not belong to this model, shape, torch version or schema."""
+    """A plan or tape file does not belong to this model, shape, torch version or schema, or the plan does not
+    hold for this step."""
 
 
 class NotSupported(LMSError):
