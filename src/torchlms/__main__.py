@@ -13,7 +13,10 @@ def main(argv: list[str] | None = None) -> int:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as error:
-        print(f"torchlms: the command line needs {error.name}: pip install 'torchlms[cli]'", file=sys.stderr)
+        print(
+            f"torchlms: the command line needs {error.name}: pip install '.[cli]' in a clone of torchlms",
+            file=sys.stderr,
+        )
         return 2
     from torchlms import cli
 

@@ -255,7 +255,7 @@ def test_typer_missing_is_one_friendly_line() -> None:
     code = "import sys; sys.modules['typer'] = None; from torchlms.__main__ import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "pip install 'torchlms[cli]'" in done.stderr
+    assert "pip install '.[cli]' in a clone" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

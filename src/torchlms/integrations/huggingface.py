@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ModuleNotFoundError(
         "torchlms.integrations.huggingface needs transformers and accelerate: "
-        "pip install 'torchlms[huggingface]'",
+        "pip install '.[huggingface]' in a clone of torchlms",
         name="transformers",
     ) from error
 

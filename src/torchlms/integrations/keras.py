@@ -20,7 +20,7 @@ except ImportError as error:
             name=error.name,
         ) from error
     raise ModuleNotFoundError(
-        "torchlms.integrations.keras needs keras: pip install 'torchlms[keras]'", name="keras"
+        "torchlms.integrations.keras needs keras: pip install '.[keras]' in a clone of torchlms", name="keras"
     ) from error
 
 

@@ -15,7 +15,7 @@ try:
     from lightning.pytorch import Callback
 except ImportError as error:
     raise ModuleNotFoundError(
-        "torchlms.integrations.lightning needs lightning: pip install 'torchlms[lightning]'",
+        "torchlms.integrations.lightning needs lightning: pip install '.[lightning]' in a clone of torchlms",
         name="lightning",
     ) from error
 

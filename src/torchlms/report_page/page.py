@@ -62,7 +62,7 @@ def _environment() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise NotSupported("the page needs jinja2: pip install 'torchlms[report]'") from error
+        raise NotSupported("the page needs jinja2: pip install '.[report]' in a clone of torchlms") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,  # names of modules are the user's
