@@ -526,6 +526,13 @@ def test_measuring_the_machine_draws_no_random_numbers(spill_dir: Path) -> None:
     assert not _get_current_dispatch_mode_stack()
 
 
+@pytest.mark.parametrize("snapshot", ["yes", 1, None])
+def test_snapshot_is_true_or_false(snapshot: Any) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(torchlms.BadOption, match="snapshot=.*True or False"):
+        torchlms.LMS(model, torch.optim.SGD(model.parameters(), 0.1), budget=BUDGET, snapshot=snapshot)
+
+
 def test_a_directory_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("")

@@ -28,3 +28,7 @@ def test_each_level(wanted: str, shown: list[str], tmp_path: Path) -> None:
     done = forked.run("-c", PROGRAM, cwd=tmp_path, environment=os.environ | {"TORCHLMS_LOG": wanted})
     assert done.status == 0, done.err
     assert [line.split()[1] for line in done.err.splitlines() if line.endswith(" it is")] == shown
+    told = [line for line in done.err.splitlines() if "is no level" in line]
+    choices = "debug, info, warning, error, off"
+    line = f"torchlms: TORCHLMS_LOG=nonsense is no level: choose from {choices}; this is info"
+    assert told == ([line] if wanted == "nonsense" else [])

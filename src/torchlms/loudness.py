@@ -22,8 +22,15 @@ log = logging.getLogger("torchlms")
 
 
 def wanted_level() -> int:
-    """The level of TORCHLMS_LOG; a word that is none counts as nothing."""
+    """The level of TORCHLMS_LOG; a word that is none counts as nothing, and ``say_if_unknown`` says so."""
     return LEVELS.get(os.environ.get(VARIABLE, "").lower(), logging.INFO)
+
+
+def say_if_unknown() -> None:
+    """A warning if TORCHLMS_LOG is a word that is no level."""
+    word = os.environ.get(VARIABLE, "")
+    if word and word.lower() not in LEVELS:
+        log.warning("%s=%s is no level: choose from %s; this is info", VARIABLE, word, ", ".join(LEVELS))
 
 
 def read_level(name: str) -> int:
@@ -50,6 +57,7 @@ def show_log() -> None:
     speak()
     if log.level == logging.NOTSET:
         log.setLevel(wanted_level())
+    say_if_unknown()
 
 
 class _StandardError(logging.StreamHandler[Any]):

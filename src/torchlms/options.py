@@ -66,6 +66,8 @@ class Options:
         for name, size in (("budget", budget), ("host_budget", host_budget), ("disk_budget", disk_budget)):
             if size is not None:
                 parse_option(name, size, whole_bytes=_SOME_WHOLE, or_none=name != "budget")
+        if not isinstance(snapshot, bool):
+            raise BadOption(f"snapshot={snapshot!r}: write True or False")
         if snapshot and optimizer is None:
             raise BadOption(
                 "snapshot=True keeps what an optimizer had before its step: give LMS the optimizer"

@@ -467,6 +467,15 @@ def test_the_log_has_levels(option: str, shown: int, tmp_path: Path) -> None:
     assert ("recording step 1" in ours.err) is (shown > 1)
 
 
+def test_a_level_in_the_environment_that_is_none(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "TORCHLMS_LOG": "loud"}
+    words = ["torchlms", "run", write(tmp_path, "step(net, optimizer)")]
+    ours = forked.run(*words, cwd=tmp_path, environment=environment)
+    assert ours.status == 0, ours.err
+    assert ours.err.count("TORCHLMS_LOG=loud is no level: choose from debug, info") == 1
+    assert "recording step 1" in ours.err
+
+
 def test_a_level_that_is_none(tmp_path: Path) -> None:
     ours = forked_under_lms("--log=loud", write(tmp_path, ""), cwd=tmp_path)
     assert (ours.status, ours.err) == (

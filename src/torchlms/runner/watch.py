@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torchlms.errors import LMSError
-from torchlms.loudness import speak
+from torchlms.loudness import say_if_unknown, speak
 from torchlms.outlet import Put, into_nothing, last_outlet
 from torchlms.runner.importing import after_import
 
@@ -37,6 +37,8 @@ class Watch:
     def begin(self) -> None:
         self._put = last_outlet(self._request.json_path)
         _speak(self._request.level())
+        if not self._request.log:
+            say_if_unknown()
         after_import("torch", self._find)
 
     def _find(self) -> None:
