@@ -1,4 +1,5 @@
-"""Live line: on a terminal, what LMS is doing while a step takes long or many steps go by.
+"""Live line: on a terminal, what LMS is doing while a step takes long or many steps go by. It takes a second
+line where the terminal is narrow.
 
 It is renewed where an optimizer's step ends, in the thread that trains: nobody else may ask LMS for its
 figures while a step runs. Scripts under ``torchlms run`` do without it unless asked: they have lines of
@@ -52,7 +53,11 @@ def live_line(
     # Without a thread that draws: it would take the interpreter from the program that is being timed.
     shared = sys.stdout.isatty()  # else what is printed goes elsewhere, and must
     line = Live(
-        _line("starting"), console=console, auto_refresh=False, transient=True, redirect_stdout=shared
+        _lines("starting", console.width),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=shared,
     )
     with line as live:
         renewed_s = time.perf_counter()
@@ -61,7 +66,7 @@ def live_line(
             nonlocal renewed_s
             if time.perf_counter() - renewed_s < _EVERY_S:
                 return
-            live.update(_line(sentence(stats(), items, unit)), refresh=True)
+            live.update(_lines(sentence(stats(), items, unit), console.width), refresh=True)
             renewed_s = time.perf_counter()
 
         live.refresh()
@@ -81,18 +86,34 @@ def sentence(stats: dict[str, Any], items: int = 0, unit: str = "items") -> str:
         parts.append(f"{stats['measured_step_s'] * 1e3:.0f} ms")
         if items:
             parts.append(f"{items / stats['measured_step_s']:.0f} {unit}/s")
-    parts.append(
-        f"device {format_bytes(stats['peak_device_bytes'])} of {format_bytes(stats['budget_bytes'])}"
-    )
+    parts.append(f"device {_pair(stats['peak_device_bytes'], stats['budget_bytes'])}")
     if stats["peak_host_bytes"]:
-        host, most = format_bytes(stats["peak_host_bytes"]), format_bytes(stats["host_budget_bytes"])
-        parts.append(f"host {host} of {most}")
+        parts.append(f"host {_pair(stats['peak_host_bytes'], stats['host_budget_bytes'])}")
     if stats["bytes_out_per_step"]:
-        out, back = format_bytes(stats["bytes_out_per_step"]), format_bytes(stats["bytes_in_per_step"])
-        parts.append(f"{out} out and {back} in per step")
+        parts.append(f"out/in {_pair(stats['bytes_out_per_step'], stats['bytes_in_per_step'])}")
     if stats["reclaims"]:
         parts.append(f"{stats['reclaims']} reclaims")
     return ", ".join(parts)
+
+
+def _pair(one_bytes: int, other_bytes: int) -> str:
+    """``15.0/16.0 GiB``: short, so that a terminal of 80 columns shows all there is in two lines."""
+    one, other = format_bytes(one_bytes), format_bytes(other_bytes)
+    same_unit = one.split()[1] == other.split()[1]
+    return f"{one.split()[0] if same_unit else one}/{other}"
+
+
+def folded(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width``, broken at its commas; all but the first begin further in."""
+    lines = [""]
+    for part in text.split(", "):
+        longer = f"{lines[-1]}, {part}" if lines[-1] else part
+        if lines[-1] and len(longer) >= width:  # a comma may follow
+            lines[-1] += ","
+            lines.append(f"  {part}")
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _doing(stats: dict[str, Any]) -> str:
@@ -107,7 +128,8 @@ def _doing(stats: dict[str, Any]) -> str:
     return "following a plan"
 
 
-def _line(text: str) -> Any:
+def _lines(text: str, width: int) -> Any:
     from rich.text import Text
 
-    return Text(f"torchlms: {text}", no_wrap=True, overflow="ellipsis", style="dim")
+    shown = "\n".join(folded(f"torchlms: {text}", width))
+    return Text(shown, no_wrap=True, overflow="ellipsis", style="dim")

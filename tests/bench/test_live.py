@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +105,48 @@ FIGURES = {
     [
         (
             {},
-            "following a plan, step 42, 612 ms, 327 images/s, device 15.0 GiB of 16.0 GiB, "
-            "host 12.0 GiB of 64.0 GiB, 10.0 GiB out and 9.0 GiB in per step",
+            "following a plan, step 42, 612 ms, 327 images/s, device 15.0/16.0 GiB, "
+            "host 12.0/64.0 GiB, out/in 10.0/9.0 GiB",
         ),
         ({"lessons": 3, "racing": True}, "learning where memory is tight, step 42, 612 ms"),
         (
             {"peak_host_bytes": 0, "reclaims": 3},
-            "following a plan, step 42, 612 ms, 327 images/s, device 15.0 GiB "
-            "of 16.0 GiB, 10.0 GiB out and 9.0 GiB in per step, 3 reclaims",
+            "following a plan, step 42, 612 ms, 327 images/s, device 15.0/16.0 GiB, "
+            "out/in 10.0/9.0 GiB, 3 reclaims",
         ),
         ({"racing": True}, "trying one plan after the other, step 42"),
         (
             {"state": "aside", "bytes_out_per_step": 0},
-            "everything fits, LMS stands aside, step 42, 612 ms, 327 images/s, device 15.0 GiB",
+            "everything fits, LMS stands aside, step 42, 612 ms, 327 images/s, device 15.0/16.0 GiB",
         ),
         ({"state": "record", "measured_step_s": 0.0}, "recording, which is slow, step 42, device"),
+        (
+            {"peak_device_bytes": 900 << 20, "measured_step_s": 0.0},
+            "following a plan, step 42, device 900.0 MiB/16.0 GiB",
+        ),
     ],
 )
 def test_the_sentence(change: dict[str, Any], text: str) -> None:
     assert sentence({**FIGURES, **change}, 200, "images").startswith(text)
+
+
+@pytest.mark.parametrize("change", [{}, {"lessons": 3, "steps": 12345, "measured_step_s": 1.6}])
+def test_eighty_columns_show_all_there_is(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_EVERY_S", 0.0)
+    monkeypatch.delenv("TORCHLMS_LOG", raising=False)
+    narrow = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    stats = {**FIGURES, "reclaims": 123, **change}
+    with live_line(lambda: stats, narrow, items=71_000, unit="tokens"):
+        train(torch.nn.Linear(4, 4), steps=1)
+    rows = re.split(r"\x1b\[[?0-9]*[A-Za-z]|\r|\n", shown(narrow))
+    first, second = [row for row in rows if row][-2:]
+    assert max(len(first), len(second)) <= 80
+    assert first.endswith("tokens/s,")
+    assert second == "  device 15.0/16.0 GiB, host 12.0/64.0 GiB, out/in 10.0/9.0 GiB, 123 reclaims"
+
+
+def test_a_wide_terminal_has_one_line() -> None:
+    assert live.folded(sentence(FIGURES), 160) == [sentence(FIGURES)]
 
 
 def test_without_a_batch_size_there_is_no_rate() -> None:
