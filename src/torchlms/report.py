@@ -30,7 +30,7 @@ def report_text(
     ``bound_s`` is a step time that no plan can beat, ``rules`` those that the plan had to keep to; ``over``:
     the program has ended, and the state is the one in which it did.
     """
-    lines = [_state_line(stats, over=over)]
+    lines = [_state_line(stats, over=over), *_verified(stats)]
     if plan is not None and tape is not None:
         lines += _comparison(stats)
         lines.append(f"with nothing moved a step like this would need {format_bytes(peak_bytes(tape))}")
@@ -88,6 +88,15 @@ def _state_line(stats: dict[str, Any], *, over: bool) -> str:
         line += " of forward and backward"
         line += f", {stats['record_steps']} of them recorded; budget {format_bytes(stats['budget_bytes'])}"
     return line
+
+
+def _verified(stats: dict[str, Any]) -> list[str]:
+    """What ``verify=`` found, where that was asked for. What is not whole is an error and not a line."""
+    if not stats.get("verifying"):
+        return []
+    count, sizes = stats["verified_values"], format_bytes(stats["verified_bytes"])
+    said = f"{count} values came back whole, {sizes}" if count else "no value has left and come back yet"
+    return [f"verify: {said}"]
 
 
 def _comparison(stats: dict[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "moved_bytes": engine.holes.moved_bytes,
         "late_fetches": engine.late_fetches,
         "starved_convolutions": engine.rooms.starved,
-        "verified_values": engine.verifier.values if engine.verifier is not None else 0,
+        **_verified(engine),
         "replans": sum(routine.replans for routine in engine.routines),
         "strayed": sum(routine.strayed for routine in engine.routines),
         "measured_step_s": statistics.median(times) if times else 0.0,
@@ -66,6 +66,14 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "predicted": _predicted(plan),
         "plan_s": plan.plan_s if plan is not None else 0.0,
     }
+
+
+def _verified(engine: Engine) -> dict[str, Any]:
+    """Whether values are checked, how many came back whole, and their bytes."""
+    found = engine.verifier
+    if found is None:
+        return {"verifying": False, "verified_values": 0, "verified_bytes": 0}
+    return {"verifying": True, "verified_values": found.values, "verified_bytes": found.value_bytes}
 
 
 def _lessons(engine: Engine) -> int:

@@ -19,6 +19,7 @@ import torchlms
 from torchlms.eager import slot as slot_module
 from torchlms.eager.slot import Slot
 from torchlms.eager.verifier import CANARY, Sums
+from torchlms.memory.limits import format_bytes
 from torchlms.memory.store import Store
 
 MLP = NETWORKS["mlp"]
@@ -105,12 +106,23 @@ def test_silent_where_the_bits_are_right(rules: dict[str, Any], spill_dir: Path)
     with open_lms(session, BUDGET, spill_dir, rules=rules, verify=True) as lms:
         for step in range(STEPS):
             plain_step(session, step)
-        assert lms.stats()["verified_values"] > 0
+        found = lms.stats()
+        assert found["verified_values"] > 0
+        size = format_bytes(found["verified_bytes"])
+        assert f"verify: {found['verified_values']} values came back whole, {size}\n" in lms.report()
     assert outcome(session).differences(run_plain(MLP, steps=STEPS)) == []
 
 
 def test_off_unless_asked_for(spill_dir: Path) -> None:
-    assert train(spill_dir)[1]["verified_values"] == 0
+    found = train(spill_dir)[1]
+    assert (found["verifying"], found["verified_values"]) == (False, 0)
+
+
+def test_the_report_says_so_where_nothing_left(spill_dir: Path) -> None:
+    with torchlms.LMS(device="cpu", budget="1GiB", disk_dir=spill_dir, verify=True) as lms:
+        assert "verify: no value has left and come back yet" in lms.report()
+    with torchlms.LMS(device="cpu", budget="1GiB", disk_dir=spill_dir) as lms:
+        assert "verify" not in lms.report()
 
 
 def test_only_every_so_many_steps(spill_dir: Path) -> None:
