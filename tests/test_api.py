@@ -529,7 +529,7 @@ def test_measuring_the_machine_draws_no_random_numbers(spill_dir: Path) -> None:
 @pytest.mark.parametrize("snapshot", ["yes", 1, None])
 def test_snapshot_is_true_or_false(snapshot: Any) -> None:
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(torchlms.BadOption, match="snapshot=.*True or False"):
+    with pytest.raises(torchlms.BadOption, match=r"snapshot=.*True or False"):
         torchlms.LMS(model, torch.optim.SGD(model.parameters(), 0.1), budget=BUDGET, snapshot=snapshot)
 
 

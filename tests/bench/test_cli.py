@@ -234,6 +234,16 @@ def test_errors_are_one_line_and_code_2(
     assert error.count("\n") == 1
 
 
+def test_a_budget_too_small_names_a_command_that_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    network = ["--model", "mnist", "--batch-size", "64", "--device", "cpu", "--budget", "3MiB"]
+    assert main(["bench", *network, "--num-batches", "1", "--no-live"]) == 2
+    error = capsys.readouterr().err
+    assert "torchlms: aten." in error
+    assert f"`torchlms fit {' '.join(network)}`" in error
+    assert main(["fit", *network]) == 0
+    assert "smallest budget" in capsys.readouterr().out
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(LMSError):
         main(["--debug", "bench", "--model", "nope", "--no-lms"])

@@ -90,6 +90,7 @@ def bench(
     from torchlms.api import stats
     from torchlms.bench import command as bench_command
     from torchlms.bench.options import BenchOptions, parse_ways
+    from torchlms.errors import BudgetTooSmall
     from torchlms.live import live_line
     from torchlms.loudness import choose
     from torchlms.outlet import outlet
@@ -118,6 +119,12 @@ def bench(
             raise
         typer.echo(f"torchlms: {error}", err=True)
         raise typer.Exit(1) from None
+    except BudgetTooSmall as error:
+        raise BudgetTooSmall(
+            f"{error}. Or ask beforehand: {_fit_command(options)}, with the same options for the network, "
+            "says what it takes",
+            smallest_bytes=error.smallest_bytes,
+        ) from error
     if onlooker is not None and save_run is not None:
         onlooker.save(save_run)
 
@@ -129,6 +136,14 @@ def demo(json_path: opt.Json = None) -> None:
 
     with outlet(json_path) as put:
         run_demo(write, write_table, put=put)
+
+
+def _fit_command(options: BenchOptions) -> str:
+    """What answers without a tape at hand, which bench does not keep."""
+    batch = f" --batch-size {options.batch_size}" if options.batch_size else ""
+    device = f" --device {options.device}" if options.device else ""
+    budget = f" --budget {options.budget}" if options.budget else ""
+    return f"`torchlms fit --model {options.model}{batch}{device}{budget}`"
 
 
 def _way(way: str | None, no_lms: bool) -> Any:
