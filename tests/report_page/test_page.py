@@ -93,5 +93,5 @@ def test_names_cannot_write_into_the_page() -> None:
 
 def test_without_jinja2_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(NotSupported, match=r"pip install 'torchlms\[report\]'"):
+    with pytest.raises(NotSupported, match=r"pip install '\.\[report\]' in a clone"):
         page(run("host"))
