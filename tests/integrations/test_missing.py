@@ -21,7 +21,7 @@ def test_names_the_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, module, raising=False)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'torchlms\[{extra}\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install '\.\[{extra}\]'"):
         importlib.import_module(module)
 
 
