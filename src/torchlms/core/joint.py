@@ -68,9 +68,8 @@ def plan(
     pace: Pace | None = None,
 ) -> Plan:
     """The plan with the shortest predicted step, and the least for the program to do beside it, over all that
-    were tried; ``quick`` tries fewer, and so
-    does a search that begins with what another plan of this tape (``like``) drops. ``pace`` is that of the
-    program, where it is known and matters.
+    were tried; ``quick`` tries fewer, and so does a search that begins with what another plan of this tape
+    (``like``) drops. ``pace`` is that of the program, where it is known and matters.
 
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
