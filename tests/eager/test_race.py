@@ -27,10 +27,11 @@ from torchlms.core.calibrate import foretold
 from torchlms.core.drops import with_drops
 from torchlms.core.machine import Machine
 from torchlms.core.pace import lap_s
-from torchlms.core.plan import Choice
+from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Tape
 from torchlms.eager import provenance
 from torchlms.eager.engine import Engine
+from torchlms.eager.program import Program
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.routine import TIMINGS, Routine
 from torchlms.eager.timer import Lap, OpTimer
@@ -196,11 +197,19 @@ def test_making_again_wins_where_the_disk_is_slow(
         time.sleep(0.02)
         return right(self, *args)
 
+    learn, learned = Program.learn_anew, list[Plan]()
+
+    def noted(self: Program) -> None:
+        learned.append(self.plan)
+        learn(self)
+
+    monkeypatch.setattr(Program, "learn_anew", noted)
     monkeypatch.setattr(SpillFile, "read", slowly)
     monkeypatch.setattr("torchlms.referee.CLOSE", 1e9)
     plan, _, said = raced(spill_dir, caplog)
     assert len(said) == 1
     assert not said[0].endswith("moving alone stays")
+    assert learned == [plan], "another plan ran last: memory lies otherwise by now"
     assert any(move.choice is Choice.RECOMPUTE for move in plan.moves)
 
 
