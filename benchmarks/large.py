@@ -66,8 +66,9 @@ def t5_large() -> tuple[nn.Module, MakeBatch]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=1024, d_ff=4096, num_layers=24, num_decoder_layers=24, num_heads=16, decoder_start_token_id=0
-    )
+        d_model=1024, d_ff=4096, num_layers=24, num_decoder_layers=24, num_heads=16, decoder_start_token_id=0,
+        use_cache=False,  # which checkpoint could not run again
+    )  # fmt: skip
 
     def make_batch(options: NetworkOptions, device: torch.device, generator: torch.Generator) -> Batch:
         shape = (options.batch_size, 512)

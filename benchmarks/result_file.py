@@ -189,7 +189,8 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _rival_figures(row: Row, entries: list[dict[str, Any]], lms: dict[str, Any]) -> dict[str, Any]:
     """LMS beside the fastest rival that stays within its budget; one that fails or needs more is none."""
-    measured = {entry["way"]: entry for entry in entries}
+    # Without the cap a rival keeps memory that it could give back: that says nothing of how it does with it.
+    measured = {entry["way"]: entry for entry in entries if "error" in entry or entry.get("cap_bytes")}
     ways = [rival.way.value for rival in row.rivals]
     found: dict[str, Any] = {}
     seconds = []
@@ -225,7 +226,7 @@ def _memory_figures(row: Row, lms: dict[str, Any]) -> dict[str, Any]:
     if row.cuda and out_bytes:
         found["host_over_out"] = lms["host_pinned_bytes"] / out_bytes
     elif out_bytes == 0:
-        found["nothing_moves"] = True
+        found["pinned_in_vain" if row.cuda and lms["host_pinned_bytes"] else "nothing_moves"] = True
     return found
 
 
@@ -283,6 +284,8 @@ def checks(row: Row, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _met(target: Target, found: dict[str, Any]) -> bool | None:
     value = found.get(target.figure)
+    if target.figure == "host_over_out" and found.get("pinned_in_vain"):
+        return False
     if value is None:
         return True if found.get(_NOTHING_THERE.get(target.figure, "")) else None
     if target.figure == "over_rivals" and target.met(value) and found.get("rivals_not_measured"):

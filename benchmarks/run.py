@@ -204,6 +204,9 @@ def _command(job: Job, found: Path, sitting: Sitting) -> list[str]:
     plain = _entry(sitting, job.row, "none")
     if job.rival is not None and plain is not None and plain.get("batch_size"):
         command += ["--batch", str(plain["batch_size"])]
+    ours = _entry(sitting, job.row, "lms")
+    if job.rival is not None and ours is not None and ours.get("budget_bytes"):
+        command += ["--cap-bytes", str(ours["budget_bytes"])]
     return command
 
 
@@ -240,7 +243,7 @@ def _last_words(code: int, errors: Path) -> str:
 def _work(asked: argparse.Namespace) -> int:
     row = tiny(ROWS[asked.row[0]]) if asked.tiny else ROWS[asked.row[0]]
     job = next(job for job in all_jobs(row) if job.name == asked.worker)
-    return work(job, asked.to, batch_size=asked.batch)
+    return work(job, asked.to, batch_size=asked.batch, cap_bytes=asked.cap_bytes)
 
 
 def _rows_for_this_machine() -> list[Row]:
@@ -296,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--worker", "--to"):
         parser.add_argument(name, default="", type=Path if name == "--to" else str, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--cap-bytes", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     return parser
 

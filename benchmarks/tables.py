@@ -280,13 +280,13 @@ def _found(result: dict[str, Any], check: dict[str, Any]) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
-        return _nothing_there(result, check["figure"]) if check["met"] else "not measured"
+        return "not measured" if check["met"] is None else _nothing_there(result, check["figure"])
     left = result["figures"].get("rivals_not_measured") if check["figure"] == "over_rivals" else None
     return f"{value:.3f}" + (f", {' and '.join(left)} not measured" if left else "")
 
 
 def _nothing_there(result: dict[str, Any], figure: str) -> str:
-    """Why a target is met although there is no figure."""
+    """Why a target is met, or missed, although there is no figure."""
     if figure == "host_over_out":
         pinned_bytes = (_entry(result, "lms") or {}).get("host_pinned_bytes", 0)
         return "nothing moves" + (f", {pinned_bytes / _GIB:.1f} GiB pinned" if pinned_bytes else "")

@@ -18,6 +18,7 @@ from ladder import measure_ladder
 from rows import Kind
 from training import first_line, flags_of, measure_aside, measure_rival, measure_row
 
+from torchlms.bench.ways import capped
 from torchlms.errors import LMSError
 from torchlms.memory.arena import Arena
 from torchlms.memory.limits import host_available_bytes
@@ -63,8 +64,9 @@ def all_jobs(row: Row) -> list[Job]:
     return [*main_jobs(row), *rival_jobs(row)]
 
 
-def work(job: Job, path: Path, *, batch_size: int = 0) -> int:
-    """Do the job. Everything goes to ``path`` as soon as it is known; 1 if it ended in an error."""
+def work(job: Job, path: Path, *, batch_size: int = 0, cap_bytes: int = 0) -> int:
+    """Do the job; a rival with the batch, and under the budget, that LMS had. Everything goes to ``path`` as
+    soon as it is known; 1 if it ended in an error."""
     _be_the_first_to_go()
     with path.open("a") as file:
 
@@ -80,7 +82,7 @@ def work(job: Job, path: Path, *, batch_size: int = 0) -> int:
                     torch.use_deterministic_algorithms(True, warn_only=False)
                 emit("facts", device_facts(torch.device(job.row.options.device)))
                 emit("flags", asdict(flags))
-                _measure(job, lambda entry: emit("entry", entry), batch_size)
+                _measure(job, lambda entry: emit("entry", entry), batch_size, cap_bytes)
         except Exception as error:
             traceback.print_exc()
             emit("error", first_line(error))
@@ -88,9 +90,9 @@ def work(job: Job, path: Path, *, batch_size: int = 0) -> int:
     return 0
 
 
-def _measure(job: Job, emit: Any, batch_size: int) -> None:
+def _measure(job: Job, emit: Any, batch_size: int, cap_bytes: int) -> None:
     if job.rival is not None:
-        measure_rival(job.row, job.rival, emit, batch_size)
+        _measure_rival(job.row, job.rival, emit, batch_size, cap_bytes)
     elif job.name == BEFORE:
         measure_before(job.row, emit)
     elif job.name == STARVED:
@@ -103,6 +105,15 @@ def _measure(job: Job, emit: Any, batch_size: int) -> None:
         measure_aside(job.row, emit)
     else:
         measure_row(job.row, emit)
+
+
+def _measure_rival(row: Row, rival: Rival, emit: Any, batch_size: int, cap_bytes: int) -> None:
+    """A row whose budget is a share of what plain needs does not know the cap by itself."""
+    if not row.cuda or row.options.budget is not None or not cap_bytes:
+        measure_rival(row, rival, emit, batch_size)
+        return
+    with capped(torch.device(row.options.device), cap_bytes):
+        measure_rival(row, rival, lambda entry: emit({**entry, "cap_bytes": cap_bytes}), batch_size)
 
 
 def _be_the_first_to_go() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cache
 
+import torch
 from tapes import GIB, MIB, Network
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+from torchlms import LMS
 from torchlms.bench.options import BenchOptions
 from torchlms.core.plan import Budget
 from torchlms.core.tape import Tape
@@ -47,3 +52,44 @@ def scale(small: int = 2, large: int = 4) -> Scale:
 def recorded(name: str, batch: int) -> Recording:
     """A recording on the CPU, made once."""
     return record(RECORDED[name], batch, lambda line: None)
+
+
+class Samples(Dataset[tuple[torch.Tensor, int]]):
+    """Each made by ops of its own, as a transform would."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.linspace(0, index, 3 * 16 * 16).sin().view(3, 16, 16), index % 10
+
+
+@cache
+def loaded(batch: int, *, ahead: int = 0) -> Tape:
+    """The tape of a loop that takes its batches from a shuffling ``DataLoader``, on the CPU. ``ahead``: how
+    many batches wait beside it, as with workers that happen to have that many ready."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, stride=3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(40),
+    )
+    model(torch.zeros(1, 3, 16, 16))
+    optimizer = torch.optim.AdamW(model.parameters())
+    waiting: deque[torch.Tensor] = deque(maxlen=ahead)
+    with LMS(model, optimizer, device="cpu") as lms:
+        for images, labels in DataLoader(Samples(8 * batch), batch, shuffle=True):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            waiting.extend(torch.zeros(images.shape) for _ in range(ahead))
+    assert lms.tape is not None
+    return lms.tape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tapes import GIB, cpu, gpu  # noqa: E402
 
+from tests import forked  # noqa: E402
 from tests.fit.batches import step  # noqa: E402
 from torchlms import cli  # noqa: E402
 from torchlms.__main__ import main  # noqa: E402
 from torchlms.core.curve import smallest_budget  # noqa: E402
-from torchlms.core.tape import Kind, Tape  # noqa: E402
+from torchlms.core.tape import Kind, Op, Phase, Tape  # noqa: E402
 from torchlms.fit.recording import batches_to_record  # noqa: E402
 
 KEYS = {
@@ -296,3 +298,59 @@ def test_rules_hold_for_the_largest_batch(files: list[str]) -> None:
     kept = answer(*files, "--budget=1GiB", "--largest", "--rule", "keep_ops=*")["largest"]
     assert kept["fits"] == kept["unmoved"]
     assert kept["fits"]["batch_size"] < free["fits"]["batch_size"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_script_with_a_loader(tmp_path: Path, workers: int) -> None:
+    """From end to end: two batch sizes of an example are recorded, a third is foretold and then recorded."""
+    for batch in (4, 8, 12):
+        record_script(tmp_path / f"tape-{batch}.json", batch, workers)
+    cpu().save(tmp_path / "machine.json")
+    two = [f"--tape={tmp_path}/tape-4.json", "--batch=4", f"--tape={tmp_path}/tape-8.json", "--batch=8"]
+    given = [f"--machine={tmp_path}/machine.json", "--budget=1GiB", "--host-budget=1GiB"]
+    found = answer("fit", *two, "--batch-size=12", *given)
+    real = answer("fit", f"--tape={tmp_path}/tape-12.json", "--batch=12", *given)
+    assert (found["verdict"], found["extrapolated"]) == ("fits", True)
+    foretold_bytes, peak_bytes = (item["plain"]["peak_device_bytes"] for item in (found, real))
+    # How many batches the workers had ready is chance, and counted so that the step never has too little.
+    most = 1.05 if workers else 1.01
+    assert 0.99 * peak_bytes <= foretold_bytes <= most * peak_bytes
+    assert 0.99 * real["smallest_bytes"] <= found["smallest_bytes"] <= most * real["smallest_bytes"]
+    if not workers:
+        assert any("data loading ran other ops" in note for note in found["notes"])
+
+
+def record_script(tape: Path, batch: int, workers: int) -> None:
+    script = Path(__file__).parents[2] / "examples" / "scripts" / "images.py"
+    options = [f"--images={8 * batch}", f"--batch-size={batch}", f"--workers={workers}"]
+    lms = ["torchlms", "run", "--quiet", "--budget=1GiB", f"--save-tape={tape}"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+    done = forked.run(*lms, str(script), *options, cwd=tape.parent, environment=environment)
+    assert done.status == 0, done
+
+
+def test_a_peak_in_data_loading_is_said(files: list[str], tmp_path: Path) -> None:
+    for batch in (2, 4):
+        tape = step(batch, device="Card")
+        loading = Op("aten.randn", "", Phase.BETWEEN, 1e-4, (), (), scratch_bytes=batch * GIB)
+        replace(tape, ops=(*tape.ops, *[loading] * batch)).save(tmp_path / f"tape-{batch}.json")
+    found = answer(*files, "--batch-size=8", "--budget=7GiB")
+    assert (found["verdict"], found["narrow"]["name"]) == ("too_small", "data loading")
+    assert found["smallest_bytes"] > 8 * GIB
+    assert any("in use while data is loaded" in note for note in found["notes"])
+
+
+def test_where_the_search_for_the_largest_ends_is_said(files: list[str], tmp_path: Path) -> None:
+    for batch in (2, 4):
+        step(2, device="Card").save(tmp_path / f"tape-{batch}.json")
+    asked = [*files, "--budget=4GiB", "--largest"]
+    found = answer(*asked)
+    assert found["largest"]["fits"]["at_least"] is True
+    assert "the largest batch is at least 1048576: no larger one was tried" in found["notes"]
+    said = " ".join(invoke(*asked).split())
+    assert said.count("at least 1048576") == 6, "five rows and the note"
+    assert "at least 1048576: no larger one was tried" in said
+    step(4, device="Card").save(tmp_path / "tape-4.json")
+    bounded = answer(*asked)
+    assert bounded["largest"]["fits"]["at_least"] is False
+    assert "was tried" not in " ".join(bounded["notes"])

@@ -69,7 +69,7 @@ def test_bytes_are_never_negative() -> None:
     small = replace(small, ops=tuple(replace(op, scratch_bytes=GIB) for op in small.ops))
     made = extrapolate(small, step(4), 2, 4, 1000)
     assert min(op.scratch_bytes for op in made.ops) == 0
-    assert made.resident_bytes == 0
+    assert made.resident_bytes == step(4).resident_bytes, "of no known origin, so not taken to vanish"
 
 
 def test_times_never_fall_and_noise_does_not_lengthen_the_step() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torchlms.core.curve import baseline_curve
 from torchlms.core.rules import unmatched
 from torchlms.core.tape import Kind
 from torchlms.core.units import bytes_text
 from torchlms.errors import BadOption
 from torchlms.fit.curve import CurvePoint, curve
 from torchlms.fit.largest import Batch, Batches
+from torchlms.fit.loading import NAME, loading_ops
 from torchlms.fit.outlook import Outlook, look
 from torchlms.fit.times import kept_busy
 
@@ -59,12 +61,13 @@ def answer(question: Question, evidence: Evidence) -> Answer:
             "--largest needs recordings of two batch sizes: --record 50,100, or --tape and --batch twice"
         )
     tape, machine, budget, rules = evidence.tape, evidence.machine, evidence.budget, evidence.rules
+    largest = _largest(evidence) if question.largest else None
     return Answer(
         evidence=evidence,
         outlook=look(tape, machine, budget, rules),
         points=curve(tape, machine, budget, rules=rules) if question.curve else None,
-        largest=_largest(evidence) if question.largest else None,
-        notes=_notes(evidence),
+        largest=largest,
+        notes=(*_notes(evidence), *_bound_notes(largest)),
     )
 
 
@@ -76,6 +79,12 @@ def _largest(evidence: Evidence) -> Largest:
         unmoved=batches.unmoved(),
         keeping=tuple((share, batches.keeping(share)) for share in SHARES),
     )
+
+
+def _bound_notes(largest: Largest | None) -> tuple[str, ...]:
+    if largest is None or largest.fits is None or not largest.fits.at_least:
+        return ()
+    return (f"the largest batch is at least {largest.fits.batch_size}: no larger one was tried",)
 
 
 def _never_stepped_bytes(tape: Tape) -> int:
@@ -118,8 +127,17 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
             f"Parameters take {bytes_text(parameter_bytes)}, gradients as much again, AdamW's states twice "
             "as much"
         )
+    if int(baseline_curve(tape).argmax()) in loading_ops(tape):
+        notes.append(
+            "the most memory is in use while data is loaded, between two steps: the step itself needs less"
+        )
     if scale is None:
         return tuple(notes)
+    if any(op.name == NAME for op in scale.large.ops):
+        notes.append(
+            "data loading ran other ops at one batch than at the other, so all that it did between two ops "
+            "of the step counts as one op. What a loader takes ahead is as recorded"
+        )
     if not kept_busy(scale):
         notes.append(
             f"the step hardly grew from batch {scale.small_batch} to {scale.large_batch}: the device was not "

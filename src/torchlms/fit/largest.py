@@ -23,13 +23,17 @@ MOST = 1 << 20  # samples; a step that still fits then does not grow with its ba
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch size and what is predicted of it. ``speed`` is the share of the speed without a budget."""
+    """One batch size and what is predicted of it. ``speed`` is the share of the speed without a budget.
+
+    ``at_least`` says that the search ended here for no other reason than that it tries no larger batch.
+    """
 
     batch_size: int
     step_s: float
     samples_per_s: float
     speed: float
     bytes_out: int
+    at_least: bool = False
 
 
 @dataclass(slots=True)
@@ -104,6 +108,7 @@ class Batches:
             samples_per_s=batch / step_s if step_s > 0 else 0.0,
             speed=outlook.speed,
             bytes_out=outlook.predicted.bytes_out,
+            at_least=batch >= MOST,
         )
 
 

@@ -8,7 +8,8 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from torchlms.core.tape import Op, Tape
-from torchlms.errors import BadOption
+from torchlms.errors import BadOption, PlanMismatch
+from torchlms.fit.loading import NAME, folded
 from torchlms.fit.match import match
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class Scale:
     at twice the batch. A library may choose another algorithm at another batch (cuDNN does), with
     another workspace and another speed; the two recordings cannot know. What differs between them
     beyond sizes, how long values live and lie idle, is taken from the larger.
+
+    Tapes that part only in data loading have it folded (``fit/loading.py``). What no value describes and
+    what waits in a loader may be less in the larger by chance: beyond it, that stays as it is there.
     """
 
     small: Tape
@@ -45,7 +49,7 @@ class Scale:
             raise BadOption(f"both recordings have batch size {small_batch}: a line needs two")
         if small_batch > large_batch:
             small, large, small_batch, large_batch = large, small, large_batch, small_batch
-        partners = match(small, large)
+        small, large, partners = _matched(small, large)
         if _bytes_in(large) < _bytes_in(small):
             raise BadOption(
                 f"the recording of batch {large_batch} holds fewer bytes than that of batch {small_batch}: "
@@ -61,7 +65,7 @@ class Scale:
         return Tape(
             ops=tuple(self._ops(run)),
             values=tuple(self._values(run)),
-            resident_bytes=_line(self.small.resident_bytes, self.large.resident_bytes, run),
+            resident_bytes=_rising(self.small.resident_bytes, self.large.resident_bytes, run),
             device=self.large.device,
             torch=self.large.torch,
             model=self.large.model,
@@ -75,8 +79,10 @@ class Scale:
 
     def _values(self, run: Fraction) -> Iterator[Value]:
         for value, partner in zip(self.large.values, self.partners, strict=True):
-            small_bytes = self.small.values[partner].size_bytes
-            yield replace(value, size_bytes=_line(small_bytes, value.size_bytes, run))
+            other = self.small.values[partner]
+            line = _rising if value.op == NAME else _line
+            size_bytes = line(other.size_bytes, value.size_bytes, run)
+            yield replace(value, size_bytes=size_bytes, birth=min(value.birth, other.birth))
 
     def _times_s(self, run: float) -> list[float]:
         """Op times: each one's line through its two times, none falling, none below zero.
@@ -99,8 +105,28 @@ def extrapolate(small: Tape, large: Tape, small_batch: int, large_batch: int, ba
     return Scale.of(small, large, small_batch, large_batch).at(batch)
 
 
+def _matched(small: Tape, large: Tape) -> tuple[Tape, Tape, tuple[int, ...]]:
+    """Both as they are where they match so, else with their data loading folded."""
+    try:
+        return small, large, match(small, large)
+    except PlanMismatch:
+        pair = folded(small, large)
+        if pair is None:
+            raise
+    try:
+        return *pair, match(*pair)
+    except PlanMismatch as error:
+        raise PlanMismatch(f"{error} (each run of data loading counts as one op)") from None
+
+
 def _bytes_in(tape: Tape) -> int:
     return sum(value.size_bytes for value in tape.values)
+
+
+def _rising(at_small: int, at_large: int, run: Fraction) -> int:
+    """The line; where it falls, only down to the size in the larger."""
+    line = _line(at_small, at_large, run)
+    return max(line, at_large) if at_large < at_small else line
 
 
 def _line(at_small: int, at_large: int, run: Fraction) -> int:

@@ -99,7 +99,7 @@ def _batch_row(name: str, batch: Batch | None) -> list[str]:
         return [name, "none", "-", "-", "-", "-"]
     return [
         name,
-        str(batch.batch_size),
+        f"{'at least ' if batch.at_least else ''}{batch.batch_size}",
         seconds_text(batch.step_s),
         _rate(batch.samples_per_s),
         f"{batch.speed:.0%}",
