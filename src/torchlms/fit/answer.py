@@ -127,7 +127,7 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
             f"Parameters take {bytes_text(parameter_bytes)}, gradients as much again, AdamW's states twice "
             "as much"
         )
-    if int(baseline_curve(tape).argmax()) in loading_ops(tape):
+    if tape.ops and int(baseline_curve(tape).argmax()) in loading_ops(tape):
         notes.append(
             "the most memory is in use while data is loaded, between two steps: the step itself needs less"
         )
