@@ -122,7 +122,7 @@ class Director:
         except (BudgetTooSmall, HostBudgetTooSmall) as refusal:
             routine.improvise()
             if isinstance(refusal, BudgetTooSmall):
-                engine.ladder.whole_step_bytes = max(engine.ladder.whole_step_bytes, refusal.smallest_bytes)
+                routine.refused_bytes = refusal.smallest_bytes
             log.warning("going on without a plan, slowly: values leave as memory runs out. %s", str(refusal))
             return
         self._adopt(engine, routine, tape, plan)
@@ -338,11 +338,11 @@ def _require_room(predicted: Prediction, budget: Budget) -> None:
     over_disk_bytes = predicted.spill_bytes - budget.disk_bytes
     missing_bytes = max(over_disk_bytes, away_bytes - budget.host_bytes - budget.disk_bytes)
     if missing_bytes > 0:
+        which = "disk_budget" if missing_bytes == over_disk_bytes else "host_budget or disk_budget"
         raise HostBudgetTooSmall(
             f"the plan given has {format_bytes(away_bytes)} wait off the device, and it may have "
-            f"{format_bytes(budget.host_bytes)} of host memory and "
-            f"{format_bytes(budget.disk_bytes)} of disk; "
-            f"{format_bytes(missing_bytes)} lack. Raise host_budget or disk_budget, or leave plan= out",
+            f"{format_bytes(budget.host_bytes)} of host memory and {format_bytes(budget.disk_bytes)} of "
+            f"disk; {format_bytes(missing_bytes)} lack. Raise {which}, or leave plan= out",
             missing_bytes=missing_bytes,
         )
 

@@ -15,7 +15,7 @@ from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget, Plan, Prediction
 from torchlms.core.planner import plan
 from torchlms.core.record import from_json, to_json
-from torchlms.core.tape import Phase, Tape
+from torchlms.core.tape import Kind, Phase, Tape
 from torchlms.errors import PlanMismatch
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def test_machines_round_trip(machine: Machine) -> None:
         ('{"schema": "torchlms.run/1"}', "is not a plan file: it holds a torchlms.run/1"),
         ("{", "is not JSON"),
         ('{"schema": "torchlms.plan/9"}', "has schema 'torchlms.plan/9'"),
-        ('{"schema": "torchlms.plan/1"}', "is not a complete plan file"),
-        ('{"schema": "torchlms.plan/1", "colour": 3}', "unknown field 'colour'"),
+        ('{"schema": "torchlms.plan/2"}', "is not a complete plan file"),
+        ('{"schema": "torchlms.plan/2", "colour": 3}', "unknown field 'colour'"),
     ],
 )
 def test_files_that_are_something_else(tmp_path: Path, text: str, message: str) -> None:
@@ -102,3 +102,14 @@ def test_the_fingerprint_sees_what_autograd_did_not_save() -> None:
         replace(one, size_bytes=2 * one.size_bytes) if one is value else one for one in tape.values
     )
     assert replace(tape, values=values).fingerprint != tape.fingerprint
+
+
+def test_the_fingerprint_does_not_see_how_large_a_data_set_is() -> None:
+    """Where the batch is a view, its storage is that of all the data."""
+    tape = chain()
+    (given,) = [value for value in tape.values if value.kind is Kind.INPUT][:1] or [tape.values[0]]
+    given = replace(given, kind=Kind.INPUT, birth=-1, death=len(tape.ops), saved=-1, idle=())
+    values = [given if value.id == given.id else value for value in tape.values]
+    larger = [replace(value, size_bytes=9 << 20) if value.id == given.id else value for value in values]
+    prints = [replace(tape, values=tuple(some)).fingerprint for some in (values, larger)]
+    assert prints[0] == prints[1]

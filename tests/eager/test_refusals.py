@@ -40,7 +40,9 @@ def test_once_a_step_was_recorded_whole_its_budget_is_named(spill_dir: Path) -> 
     with torchlms.LMS(device="cpu", budget="1MiB", disk_dir=spill_dir) as lms:
         assert lms._engine is not None
         lms._engine.ladder.whole_step_bytes = 5 << 20
-        with pytest.raises(torchlms.BudgetTooSmall, match=r"for the whole step, .* 5\.0 MiB") as raised:
+        with pytest.raises(
+            torchlms.BudgetTooSmall, match=r"for a plan of the whole step, .* 5\.0 MiB"
+        ) as raised:
             torch.ones(1 << 20)
         assert raised.value.smallest_bytes == 5 << 20
         with pytest.raises(torchlms.BudgetTooSmall, match="As far as this step got"):
@@ -59,9 +61,14 @@ def test_what_a_plan_was_said_to_need_is_kept(spill_dir: Path, monkeypatch: pyte
         plain_step(session, 0)
         plain_step(session, 1)
         assert lms.state == "improvise"
-        with pytest.raises(torchlms.BudgetTooSmall, match="for the whole step") as raised:
+        with pytest.raises(torchlms.BudgetTooSmall, match="for a plan of the whole step") as raised:
             torch.ones(1 << 18)
         assert raised.value.smallest_bytes == 3_000_000
+        monkeypatch.undo()
+        inputs, target = session.network.batch(0, batch_size=64)
+        torch.nn.functional.cross_entropy(session.model(inputs), target).backward()
+        with pytest.raises(torchlms.BudgetTooSmall, match="As far as this step got"):
+            torch.ones(1 << 18)  # another kind of step
 
 
 @pytest.mark.parametrize("name", NETWORKS)

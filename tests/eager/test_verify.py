@@ -41,7 +41,7 @@ def slow_checksum(data: bytes) -> int:
         (2 * place + 1) * odd * int.from_bytes(data[8 * place : 8 * place + 8], "little")
         for place in range(whole)
     )
-    return (total + int.from_bytes(data[8 * whole :], "little") * odd) % (1 << 64)
+    return (total + (2 * whole + 1) * odd * int.from_bytes(data[8 * whole :], "little")) % (1 << 64)
 
 
 @given(st.binary(max_size=100))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchlms.core.record import load_record, save_record
 
-SCHEMA = "torchlms.plan/1"
+SCHEMA = "torchlms.plan/2"
 
 
 class Choice(str, Enum):

@@ -127,9 +127,12 @@ class Tape:
     def fingerprint(self) -> str:
         """Names the computation: ops, sizes of what they touch, order of saving; no times."""
         digest = hashlib.sha256()
+        # Where the batch is a view, the storage of what comes in is the whole data set's.
+        known = [value.birth >= 0 or value.kind is Kind.PARAMETER for value in self.values]
         for op in self.ops:
             if op.phase is not Phase.BETWEEN:
-                sizes = [self.values[value].size_bytes for value in (*op.reads, *op.writes)]
+                touched = (*op.reads, *op.writes)
+                sizes = [self.values[value].size_bytes for value in touched if known[value]]
                 digest.update(f"{op.name}|{op.phase.value}|{sizes}\n".encode())
         for value in self.values:
             if value.saved >= 0:

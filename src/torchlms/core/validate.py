@@ -49,7 +49,8 @@ class Reason(str, Enum):
     OVER_DISK = "more disk than the budget"
 
 
-# A plan with one of these cannot be carried out. With others it can, as far as the step allows.
+# A plan with one of these cannot be carried out. With others it can, as far as this step allows: what
+# cannot be moved or made again in it stays, and what finds no room waits elsewhere.
 IMPOSSIBLE = frozenset({
     Reason.UNKNOWN_VALUE, Reason.UNKNOWN_STRETCH, Reason.DECIDED_TWICE, Reason.RELEASE_EARLY,
     Reason.RELEASE_LATE, Reason.RELOAD_LATE, Reason.MISALIGNED, Reason.OVERLAP,

@@ -132,6 +132,7 @@ class Engine(SlotOwner):
         routine = self.routines.of(signature)
         routine.met(self.steps)
         self.prepare(self, routine)
+        self.ladder.whole_step_bytes = routine.refused_bytes
         self.steps += 1
         self.guard.outside()
         now = self.now = MicroStep(routine, before)

@@ -58,7 +58,7 @@ class Ladder:
         self.slots = slots
         self.sizes = sizes
         self.budget_bytes = budget_bytes
-        self.whole_step_bytes = 0  # the smallest budget that a plan of a recorded step was found to need
+        self.whole_step_bytes = 0  # that a plan of such a step needs; 0 where one was made, or none tried
         self._collect = collect
         self._steps = 0
         self._collect_from = 0  # the step
@@ -266,8 +266,8 @@ class Ladder:
         size = f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes)"
         if smallest_bytes == self.whole_step_bytes:
             return (
-                f"The smallest budget for the whole step, as it was recorded, is {size}: raise budget to "
-                "that, or use a smaller batch"
+                f"The smallest budget for a plan of the whole step, as it was recorded, is {size}: raise "
+                "budget to that, or use a smaller batch"
             )
         return (
             f"As far as this step got, the smallest budget that works is at least {size}, and more where "

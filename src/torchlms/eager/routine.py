@@ -60,6 +60,7 @@ class Routine:
     checked: list[tuple[str, float]] | None = None  # what that gave
     trust: Trust = field(default_factory=Trust)
     rise_bytes: int = 0  # memory at the peak beyond that before the step
+    refused_bytes: int = 0  # the smallest budget that a plan of its tape was found to need, if none was made
     recordings: int = 0
     strayed: int = 0  # micro-steps that did not match the program
     in_a_row: int = 0  # of these, the last ones without one between that did
@@ -88,6 +89,7 @@ class Routine:
         self.timings.clear()
         self.settled = self.check_wanted = False
         self.checked = self.notes = None
+        self.refused_bytes = 0
         self.recordings += 1
 
     def stray(self) -> None:

@@ -116,15 +116,16 @@ class Sums:
     def checksum(self, whole: torch.Tensor) -> int:
         """A number that changes with any byte of ``whole`` (uint8) and with the order of its words.
 
-        The sum of all words, each times an odd number that belongs to its place, modulo 2**64.
+        The sum of all words, each times an odd number that belongs to its place, modulo 2**64; what is left
+        at the end counts as a word.
         """
         size_bytes = whole.numel()
         words = whole[: size_bytes - size_bytes % _WORD_BYTES].view(torch.int64)
         self._total.zero_()
         for start in range(0, words.numel(), _CHUNK_WORDS):
             self._add(words[start : start + _CHUNK_WORDS].to(self.device), start)
-        rest = whole[words.numel() * _WORD_BYTES :].tolist()
-        return (int(self._total) + int.from_bytes(bytes(rest), "little") * _ODD) % (1 << 64)
+        rest = int.from_bytes(bytes(whole[words.numel() * _WORD_BYTES :].tolist()), "little")
+        return (int(self._total) + rest * (2 * words.numel() + 1) * _ODD) % (1 << 64)
 
     def _add(self, chunk: torch.Tensor, start: int) -> None:
         """Add up the words of ``chunk``, the first of which is number ``start``."""

@@ -78,7 +78,8 @@ class SpillFile:
         self._blocks = FreeList(budget_bytes, ALIGNMENT_BYTES)
         self._reserved_bytes = 0
         self._can_reserve = True
-        self.stopped_by = ""  # the system's reason, once the file could not grow
+        self.stopped_by = ""  # why the file could not grow when it was to last; empty if it could
+        self._told = ""  # of these reasons, the one that the log has
         self._lock = threading.RLock()  # a finalizer may come in on the thread that holds it
         self._in_flight: set[Future[None]] = set()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="torchlms-disk")
@@ -116,6 +117,7 @@ class SpillFile:
         self._require_open()
         with self._lock:
             offset = self._blocks.allocate(size_bytes)
+            self.stopped_by = ""
             if offset is not None and not self._reserve_to(offset + self._blocks.size_of(offset)):
                 self._blocks.free(offset)
                 return None
@@ -179,10 +181,12 @@ class SpillFile:
                     return True
             else:
                 self._reserved_bytes = target
+                self._told = ""
                 return True
-        if not self.stopped_by:
-            _log.warning("%s cannot grow to %s: %s", self.directory / _FILE, format_bytes(end), reason)
         self.stopped_by = reason or "for no reason given"
+        if self.stopped_by != self._told:
+            _log.warning("%s cannot grow to %s: %s", self.directory / _FILE, format_bytes(end), reason)
+        self._told = self.stopped_by
         return False
 
     def _start(self, offset: int, tensor: torch.Tensor, *, write: bool) -> Future[None]:
