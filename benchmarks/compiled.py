@@ -18,12 +18,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from facts import device_facts, without_paths
+from facts import device_facts, found_before, without_paths
 from result_file import FOLDER, save
 from rows import ROWS
 from training import Trainer, flags_of, measure_plain, resolved, tidy
@@ -56,22 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         **device_facts(torch.device(asked.device)),
         "code": provenance.code_hash(parts=provenance.RIVAL_PARTS),
     }
-    found = found_already(path, head)
+    found = {one["case"]: one for one in found_before(path, head).get("cases", [])}
     for name in filter(lambda name: asked.only in name, CASES):
         found[name] = in_a_process(name, asked)
         cases = [found[case] for case in CASES if case in found]
         save({**head, "date": provenance.now(), "cases": cases}, path)
     return 0
-
-
-def found_already(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the file has of this device, torch and code, by case."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    alike = all(result[name] == head[name] for name in ("device_name", "torch", "code"))
-    return {one["case"]: one for one in result["cases"] if alike}
 
 
 def in_a_process(name: str, asked: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -33,6 +34,16 @@ def device_facts(device: torch.device) -> dict[str, Any]:
             "driver": driver_version(),
         }
     return facts
+
+
+def found_before(path: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The result in ``path`` if it is of the device, torch and code of ``head``; else empty."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    alike = all(result[name] == head[name] for name in ("device_name", "torch", "code"))
+    return dict(result) if alike else {}
 
 
 def cpu_name() -> str:

@@ -210,6 +210,21 @@ def _shares(
     ]
 
 
+def _published(
+    name: str,
+    label: str,
+    batch_size: int,
+    shares: tuple[int, ...],
+    *,
+    proves: str = _JOINT_PROVES,
+    strict: bool = True,
+) -> list[Row]:
+    """The network of that name in large.py."""
+    model = f"large:{name.replace('-', '_')}"
+    options = BenchOptions(model=model, batch_size=batch_size, optimizer="adamw")
+    return _shares(name, label, options, shares, proves, strict=strict)
+
+
 _LLAMA = BenchOptions(model="llama", batch_size=8, dtype="bfloat16", optimizer="adamw")
 _UNTUNED_PROVES = "a family that nobody tuned for"
 _PICKED_LAST_PROVES = "a network picked after the planner was done"
@@ -294,22 +309,8 @@ ROWS: dict[str, Row] = {
             )
             for gib, of_plain in ((24, 0.88), (40, 0.95))
         ),
-        *_shares(
-            "vit-large",
-            "ViT-L/16, batch 352",
-            BenchOptions(model="large:vit_large", batch_size=352, optimizer="adamw"),
-            (50, 25),
-            _JOINT_PROVES,
-            strict=True,
-        ),
-        *_shares(
-            "bert-large",
-            "BERT-large, 128 x 512 tokens",
-            BenchOptions(model="large:bert_large", batch_size=128, optimizer="adamw"),
-            (50, 25),
-            _JOINT_PROVES,
-            strict=True,
-        ),
+        *_published("vit-large", "ViT-L/16, batch 352", 352, (50, 25)),
+        *_published("bert-large", "BERT-large, 128 x 512 tokens", 128, (50, 25)),
         *_shares(
             "unet3d",
             "3D U-Net, 4 x 192x192x192",
@@ -317,37 +318,12 @@ ROWS: dict[str, Row] = {
             (40, 25),
             _JOINT_PROVES,
         ),
-        *_shares(
-            "convnext-large",
-            "ConvNeXt-L, batch 320",
-            BenchOptions(model="large:convnext_large", batch_size=320, optimizer="adamw"),
-            (40,),
-            _UNTUNED_PROVES,
+        *_published(
+            "convnext-large", "ConvNeXt-L, batch 320", 320, (40,), proves=_UNTUNED_PROVES, strict=False
         ),
-        *_shares(
-            "t5-large",
-            "T5-large, 16 x 512 tokens",
-            BenchOptions(model="large:t5_large", batch_size=16, optimizer="adamw"),
-            (40,),
-            _UNTUNED_PROVES,
-            strict=True,
-        ),
-        *_shares(
-            "gpt2-medium",
-            "GPT-2 medium, 24 x 1024 tokens",
-            BenchOptions(model="large:gpt2_medium", batch_size=24, optimizer="adamw"),
-            (40,),
-            _PICKED_LAST_PROVES,
-            strict=True,
-        ),
-        *_shares(
-            "swin-base",
-            "Swin-B, batch 256",
-            BenchOptions(model="large:swin_base", batch_size=256, optimizer="adamw"),
-            (40,),
-            _PICKED_LAST_PROVES,
-            strict=True,
-        ),
+        *_published("t5-large", "T5-large, 16 x 512 tokens", 16, (40,), proves=_UNTUNED_PROVES),
+        *_published("gpt2-medium", "GPT-2 medium, 24 x 1024 tokens", 24, (40,), proves=_PICKED_LAST_PROVES),
+        *_published("swin-base", "Swin-B, batch 256", 256, (40,), proves=_PICKED_LAST_PROVES),
         Row(
             name="cifar10-full",
             label="cifar10_full, batch for 1.09 of the cap",

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from facts import device_facts, without_paths
+from facts import device_facts, found_before, without_paths
+from result_file import save
 from torch import nn
 
 import torchlms
@@ -41,7 +42,6 @@ _WIDTH, _LAYERS, _BATCH = 1024, 8, 8192  # values of 32 MiB; some 700 MiB in all
 _TIGHT = 480 * MIB
 _STEPS = 8
 _LAST_LINES = 30
-_SAME = ("device_name", "torch")
 _COUNTED = ("bytes_out_per_step", "bytes_in_per_step", "disk_bytes_per_step", "replayed_ops", "reclaims",
             "verified_values")  # fmt: skip
 _EVERYTHING = {"min_bytes": 512, "move_ops": ["*"], "recompute": False}
@@ -94,38 +94,22 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.path:
         print(json.dumps(run_path(PATHS[asked.path])))
         return 0
-    findings = found_already(asked.json)
+    head = {
+        "schema": "torchlms.sanitizer/1",
+        "command": "python benchmarks/sanitize.py",
+        "memcheck": "run" if shutil.which("compute-sanitizer") else "not on PATH",
+        **device_facts(torch.device("cuda")),
+        "code": provenance.code_hash(),
+    }
+    before = found_before(asked.json, head).get("findings", [])
+    findings = {(one["tool"], one["path"]): one for one in before}
     for tool in tools():
         for name in asked.only.split(",") if asked.only else PATHS:
             findings[tool.name, name] = finding(tool, name, asked.timeout)
-            save(findings, asked.json)
-    return 0 if all(one["clean"] for one in findings.values()) else 1
-
-
-def found_already(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What the file has of this code on this device, by tool and path."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    here = device_facts(torch.device("cuda"))
-    if result["code"] != provenance.code_hash() or any(result[name] != here[name] for name in _SAME):
-        return {}
-    return {(one["tool"], one["path"]): one for one in result["findings"]}
-
-
-def save(findings: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
-    result = {
-        "schema": "torchlms.sanitizer/1",
-        "command": "python benchmarks/sanitize.py",
-        "clean": all(one["clean"] for one in findings.values()),
-        "memcheck": "run" if shutil.which("compute-sanitizer") else "not on PATH",
-        "findings": list(findings.values()),
-        **device_facts(torch.device("cuda")),
-        "date": provenance.now(),
-        "code": provenance.code_hash(),
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+            clean = all(one["clean"] for one in findings.values())
+            found = {"clean": clean, "findings": list(findings.values()), "date": provenance.now()}
+            save(head | found, asked.json)
+    return 0 if clean else 1
 
 
 def finding(tool: Tool, name: str, timeout_s: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from ladder import measure_ladder
 from rows import Kind
 from training import first_line, flags_of, measure_aside, measure_rival, measure_row
 
-from torchlms.bench.ways import capped
 from torchlms.errors import LMSError
 from torchlms.memory.arena import Arena
 from torchlms.memory.limits import host_available_bytes
@@ -92,7 +91,7 @@ def work(job: Job, path: Path, *, batch_size: int = 0, cap_bytes: int = 0) -> in
 
 def _measure(job: Job, emit: Any, batch_size: int, cap_bytes: int) -> None:
     if job.rival is not None:
-        _measure_rival(job.row, job.rival, emit, batch_size, cap_bytes)
+        measure_rival(_with_budget(job.row, cap_bytes), job.rival, emit, batch_size)
     elif job.name == BEFORE:
         measure_before(job.row, emit)
     elif job.name == STARVED:
@@ -107,13 +106,11 @@ def _measure(job: Job, emit: Any, batch_size: int, cap_bytes: int) -> None:
         measure_row(job.row, emit)
 
 
-def _measure_rival(row: Row, rival: Rival, emit: Any, batch_size: int, cap_bytes: int) -> None:
-    """A row whose budget is a share of what plain needs does not know the cap by itself."""
-    if not row.cuda or row.options.budget is not None or not cap_bytes:
-        measure_rival(row, rival, emit, batch_size)
-        return
-    with capped(torch.device(row.options.device), cap_bytes):
-        measure_rival(row, rival, lambda entry: emit({**entry, "cap_bytes": cap_bytes}), batch_size)
+def _with_budget(row: Row, cap_bytes: int) -> Row:
+    """A row whose budget is a share of what plain needs does not know it by itself."""
+    if row.options.budget is not None or not cap_bytes:
+        return row
+    return replace(row, options=replace(row.options, budget=str(cap_bytes)))
 
 
 def _be_the_first_to_go() -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sanitize  # noqa: E402
+from facts import found_before  # noqa: E402
 
 from torchlms.eager import private  # noqa: E402
 from torchlms.eager.install import WatchMode  # noqa: E402
@@ -80,3 +81,13 @@ def test_what_is_found_is_told(
     assert (found["clean"], found["why"]) == (clean, why)
     assert str(ROOT) not in json.dumps(found)
     assert bool(found["said"]) is not clean
+
+
+def test_what_was_found_before_is_kept_for_the_same_device_torch_and_code(tmp_path: Path) -> None:
+    head = {"device_name": "a card", "torch": "2.13", "code": "abc"}
+    path = tmp_path / "found.json"
+    assert found_before(path, head) == {}
+    path.write_text(json.dumps({**head, "findings": [1]}))
+    assert found_before(path, head)["findings"] == [1]
+    for name in head:
+        assert found_before(path, {**head, name: "another"}) == {}
