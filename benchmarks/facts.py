@@ -8,12 +8,16 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchlms.bench.provenance import host_facts
+
+_LAUNCHES = 500
+_ROUNDS = 7
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -34,6 +38,25 @@ def device_facts(device: torch.device) -> dict[str, Any]:
             "driver": driver_version(),
         }
     return facts
+
+
+def launch_s(device: torch.device) -> float:
+    """How long this host takes to launch a small op, seconds: the median of several rounds. Hosts of one
+    kind of card differ in it twofold, and so do steps that are bound by the program."""
+    if device.type != "cuda":
+        return 0.0
+    with torch.no_grad():
+        number = torch.zeros(1, device=device)
+        rounds = [_launching_s(number, device) for _ in range(_ROUNDS)]
+    return sorted(rounds)[_ROUNDS // 2]
+
+
+def _launching_s(number: torch.Tensor, device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    began_s = time.perf_counter()
+    for _ in range(_LAUNCHES):
+        number.add_(1)
+    return (time.perf_counter() - began_s) / _LAUNCHES
 
 
 def found_before(path: Path, head: dict[str, Any]) -> dict[str, Any]:

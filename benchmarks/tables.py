@@ -179,6 +179,7 @@ _PREDICTED = (
     "evictions while timed, new plans, starved convolutions",
     "recording, s",
     "planning, s",
+    "launching an op, µs",
     "losses",
 )
 
@@ -250,6 +251,7 @@ def _predicted_row(result: dict[str, Any]) -> list[str]:
         f"{timed.get('reclaims', 0)}, {lms.get('replans', 0)}, {lms.get('starved_convolutions', 0)}",
         f"{lms.get('record_s', 0):.1f}",
         f"{lms.get('plan_s', 0):.2f}",
+        f"{lms['launch_s'] * 1e6:.1f}" if lms.get("launch_s") else "-",
         "-" if identity is None else _identity(identity),
     ]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from convolutions import measure_after, measure_before, measure_starved
-from facts import device_facts
+from facts import device_facts, launch_s
 from ladder import WAYS as LADDER_WAYS
 from ladder import measure_ladder
 from rows import Kind
@@ -79,9 +79,11 @@ def work(job: Job, path: Path, *, batch_size: int = 0, cap_bytes: int = 0) -> in
             with flags_of(job.row) as flags:
                 if job.row.strict:
                     torch.use_deterministic_algorithms(True, warn_only=False)
-                emit("facts", device_facts(torch.device(job.row.options.device)))
+                device = torch.device(job.row.options.device)
+                emit("facts", device_facts(device))
                 emit("flags", asdict(flags))
-                _measure(job, lambda entry: emit("entry", entry), batch_size, cap_bytes)
+                host = {"launch_s": launch_s(device)}
+                _measure(job, lambda entry: emit("entry", {**entry, **host}), batch_size, cap_bytes)
         except Exception as error:
             traceback.print_exc()
             emit("error", first_line(error))

@@ -245,3 +245,22 @@ def test_a_convolution_without_room_is_an_error_where_determinism_was_asked_for(
         with pytest.raises(torchlms.BudgetTooSmall, match="deterministic ones were asked for") as refused:
             starve(convolution, 3 << 30)
     assert refused.value.smallest_bytes > 3 << 30
+
+
+def test_room_is_made_without_writing_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a program asks for deterministic algorithms ``torch.empty`` writes over all that it returns,
+    which takes as long as an op for the blocks of a large convolution."""
+    house = House(8 * MIB)
+    monkeypatch.setattr(torch, "empty", _empty_only)
+    torch.use_deterministic_algorithms(True)
+    try:
+        made = house.ladder.allocate(3 * MIB)
+        assert house.ladder.reserve((MIB, 2 * MIB))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert made.untyped_storage().nbytes() == made.numel() == 3 * MIB
+
+
+def _empty_only(*size: int, **options: Any) -> torch.Tensor:
+    assert size == (0,), "written over, if it had been for large blocks"
+    return torch.zeros(0, **options)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchlms.eager import private
+from torchlms.eager.tensors import unwritten, whole
 from torchlms.memory.compaction import Block, Window, find_window, first_misfit
 from torchlms.memory.device import CudaDevice
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torchlms.eager.program import Program
     from torchlms.eager.slot import Slot
     from torchlms.memory.device import CpuDevice
+
+# Blocks (address, bytes, free), in runs without a gap.
+Mapped = list[list[tuple[int, int, bool]]]
 
 _LEAST_BYTES = 20 << 20  # smaller allocations hardly ever fail for want of a hole
 _GRAIN_BYTES = 2 << 20  # what the allocator rounds to is less
@@ -100,7 +104,7 @@ class Holes:
     def _elsewhere_bytes(self) -> int:
         """What other pools than that of large blocks on this stream have reserved."""
         device = self._device.torch_device
-        ours = sum(size for run in private.mapped_runs(device) for _, size, _ in run)
+        ours = sum(size for run in self._mapped() for _, size, _ in run)
         return torch.cuda.memory_reserved(device) - ours
 
     # -- opening -----------------------------------------------------------------------------
@@ -110,21 +114,22 @@ class Holes:
 
         Does what it can: where no window can be freed the allocator remaps, as it would have.
         """
-        if not isinstance(self._device, CudaDevice):
-            return
         large = [size for size in sizes_bytes if size >= _LEAST_BYTES]
+        if not large or not isinstance(self._device, CudaDevice):
+            return
         for _ in range(_MOST_ROUNDS):  # a hole made for one block may change where another goes
-            misfit = first_misfit(self._runs({}), large) if large else None
-            if misfit is None or not self._open_for(large, misfit):
+            mapped = self._mapped()
+            misfit = first_misfit(_blocks(mapped), large)
+            if misfit is None or not self._open_for(large, misfit, mapped):
                 return
 
-    def _open_for(self, sizes_bytes: Sequence[int], misfit: int) -> bool:
+    def _open_for(self, sizes_bytes: Sequence[int], misfit: int, mapped: Mapped) -> bool:
         """Make a hole for the block that found none; False if that cannot be done."""
-        if self._open_one(sizes_bytes[misfit]):
+        if self._open_one(sizes_bytes[misfit], mapped):
             return True
         # There was a hole, but one of the blocks before it takes that: let them have it.
         held = [self._empty(size_bytes) for size_bytes in sizes_bytes[:misfit]]
-        opened = self._open_one(sizes_bytes[misfit])
+        opened = self._open_one(sizes_bytes[misfit], self._mapped())
         del held
         return opened
 
@@ -140,8 +145,7 @@ class Holes:
         wanted_bytes = sum(
             -(-size // _GRAIN_BYTES) * _GRAIN_BYTES for size in sizes_bytes if size >= _LEAST_BYTES
         )
-        runs = private.mapped_runs(self._device.torch_device)
-        hole_bytes = max((size for run in runs for _, size, free in run if free), default=0)
+        hole_bytes = max((size for run in self._mapped() for _, size, free in run if free), default=0)
         if wanted_bytes and hole_bytes - wanted_bytes >= _LEAST_BYTES:
             with contextlib.suppress(torch.OutOfMemoryError):
                 self._filler = self._empty(hole_bytes - wanted_bytes)
@@ -149,21 +153,20 @@ class Holes:
     def untuck(self) -> None:
         self._filler = None
 
-    def _open_one(self, size_bytes: int) -> bool:
-        """Whether a hole of ``size_bytes`` has been made by moving something."""
+    def _open_one(self, size_bytes: int, mapped: Mapped) -> bool:
+        """Whether a hole of ``size_bytes`` has been made by moving something of what is ``mapped``."""
         movable = {
             slot.bytes.data_ptr(): slot
             for slot in self._slots.living()
             if slot.bytes is not None and slot.at_rest()
         }
-        window = find_window(self._runs(movable), size_bytes)
+        window = find_window(_blocks(mapped, movable), size_bytes)
         return window is not None and bool(window.moves) and self._clear(window, movable)
 
-    def _runs(self, movable: Container[int]) -> list[list[Block]]:
-        return [
-            [Block(address, size, free, address in movable) for address, size, free in run]
-            for run in private.mapped_runs(self._device.torch_device)
-        ]
+    def _mapped(self) -> Mapped:
+        """What the allocator has mapped now. To ask takes a millisecond or two, in which the device may run
+        out of work."""
+        return private.mapped_runs(self._device.torch_device)
 
     def _clear(self, window: Window, movable: dict[int, Slot]) -> bool:
         """Move all that stands in ``window``; False if it could not all be done."""
@@ -189,4 +192,8 @@ class Holes:
         return None
 
     def _empty(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, device=self._device.torch_device)
+        return whole(unwritten(size_bytes, self._device.torch_device))
+
+
+def _blocks(mapped: Mapped, movable: Container[int] = ()) -> list[list[Block]]:
+    return [[Block(address, size, free, address in movable) for address, size, free in run] for run in mapped]

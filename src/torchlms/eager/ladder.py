@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from torchlms.eager.slot import Slot, Where
-from torchlms.eager.tensors import all_plain, tensors_in
+from torchlms.eager.tensors import all_plain, tensors_in, unwritten, whole
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, SpillError
 from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
@@ -122,7 +122,7 @@ class Ladder:
         device = self.device.torch_device
         while True:
             try:
-                held = [torch.empty(size, dtype=torch.uint8, device=device) for size in blocks if size]
+                held = [unwritten(size, device) for size in blocks if size]
                 del held
                 return True
             except torch.OutOfMemoryError as error:
@@ -154,10 +154,10 @@ class Ladder:
         if not self.device.is_cuda:
             if not self.fit(size_bytes, operands):
                 raise self._no_way_back(size_bytes, operands)
-            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
+            return whole(unwritten(size_bytes, self.device.torch_device))
         while True:
             try:
-                return torch.empty(size_bytes, dtype=torch.uint8, device=self.device.torch_device)
+                return whole(unwritten(size_bytes, self.device.torch_device))
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
             if not self.reclaim(max(size_bytes, _ROUND_BYTES), operands):

@@ -39,6 +39,12 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
+def unwritten(size_bytes: int, device: torch.device) -> torch.UntypedStorage:
+    """New memory, with whatever lies there. ``torch.empty`` would write over all of it where the program asks
+    for deterministic algorithms: for the blocks of a large convolution that takes as long as an op."""
+    return torch.UntypedStorage(size_bytes, device=device)
+
+
 def whole(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of ``storage``."""
     empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
