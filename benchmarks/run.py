@@ -36,6 +36,8 @@ _GROW = "grow-host"
 _LAST_LINES = 12
 _POLL_S = 0.2
 _LEAST_S = 20.0  # no job is begun with less time than this
+_LEAST_TIMEOUT_S = 180.0
+_TIMES_AS_LONG = 3  # as a row's main part takes as a rule, and something has gone wrong
 # save_on_cpu pins each tensor anew in its first step. Like this it is a minute faster to start with,
 # and its later steps, which are the ones timed, are the same.
 _RIVAL_ENVIRONMENT = {
@@ -51,17 +53,18 @@ class Sitting:
     """One call: where results go, and how much time there is."""
 
     folder: Path
-    timeout_s: float
+    timeout_s: float  # of one process; 0: by what its row takes as a rule
     ends_s: float
     tiny: bool = False
     bundle: Path | None = None
     verbose: bool = False
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def time_for(self) -> float:
-        """Seconds that the next job may take; 0 if it should not begin."""
+    def time_for(self, row: Row) -> float:
+        """Seconds that the next job, of ``row``, may take; 0 if it should not begin."""
         left_s = self.ends_s - time.monotonic()
-        return 0.0 if left_s < _LEAST_S else min(self.timeout_s, left_s)
+        usual_s = max(_LEAST_TIMEOUT_S, _TIMES_AS_LONG * row.seconds)
+        return 0.0 if left_s < _LEAST_S else min(self.timeout_s or usual_s, left_s)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,7 +122,7 @@ def _measure(asked: argparse.Namespace) -> int:
 
 def _do(job: Job, sitting: Sitting) -> None:
     """Run one job and put what it gives into its row's file, while it runs and at its end."""
-    timeout_s = sitting.time_for()
+    timeout_s = sitting.time_for(job.row)
     if not timeout_s:
         print(f"{job.row.name} {job.name}: left out, the time is up", flush=True)
         return
@@ -290,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=default, help="folder of the result files")
     parser.add_argument("--entries", choices=("all", "main", "rivals"), default="all")
     parser.add_argument("--only", default="", help="of those, only these jobs: save_on_cpu,checkpoint")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for each process")
+    parser.add_argument("--timeout", type=float, default=0.0, help="seconds for a process; default: enough")
     parser.add_argument("--within", type=float, default=0.0, help="seconds for the whole call")
     parser.add_argument("--bundle", type=Path, help="also write all results of this call to one file")
     parser.add_argument("--unpack", type=Path, help="write the results of such a file to --out")
