@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sessions import bits
-from trained import SMALL, assert_off_for_good, assert_values_moved, is_on, peak_bytes
+from trained import SMALL, assert_off_for_good, assert_values_moved, is_on, own_share, peak_bytes
 
 from torchlms.core.tape import Kind
 
@@ -82,6 +82,12 @@ def test_same_bits_with_accumulation_and_validation(plain: Any, callback: Any) -
     assert "val_loss" in plain[0]["history"]
     assert_values_moved(callback.lms)
     assert_off_for_good()
+
+
+def test_it_costs_less_than_a_hundredth(plain: Any, spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"budget": int(0.6 * plain[1]), "rules": SMALL, "disk_dir": spill_dir}
+    _, share = own_share(LMSCallback, options, lambda own: fit(make_model(), own, epochs=9), monkeypatch)
+    assert 0 < share <= 0.01
 
 
 def test_same_bits_after_load_model(callback: Any, tmp_path: Path) -> None:

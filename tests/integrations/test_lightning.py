@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from sessions import bits
 from torch import Tensor, nn
-from trained import SMALL, all_bits, assert_off_for_good, assert_values_moved, is_on, peak_bytes, state_bits
+from trained import (
+    SMALL,
+    all_bits,
+    assert_off_for_good,
+    assert_values_moved,
+    is_on,
+    own_share,
+    peak_bytes,
+    state_bits,
+)
 
 import torchlms
 
@@ -153,6 +162,21 @@ def test_same_bits_with_accumulation_and_validation(plain: Any, callback: Any, t
     assert len(plain[0]["losses"]) == EPOCHS * 2 * BATCHES + 2  # two before training, by the trainer's choice
     assert_values_moved(callback.lms)
     assert_off_for_good()
+
+
+def test_it_costs_less_than_a_hundredth(
+    plain: Any, tmp_path: Path, spill_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an epoch of 60 steps: at its end Lightning takes milliseconds to log what it is given."""
+    data = torch.utils.data.DataLoader(torch.utils.data.ConcatDataset([Images()] * 10), BATCH)
+
+    def train(callback: Any) -> None:
+        trainer = make_trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False)
+        trainer.fit(Classifier(), data)
+
+    options = {"budget": int(0.6 * plain[1]), "rules": SMALL, "disk_dir": spill_dir}
+    _, share = own_share(LMSCallback, options, train, monkeypatch)
+    assert 0 < share <= 0.01
 
 
 def test_same_bits_after_a_checkpoint(callback: Any, plain: Any, tmp_path: Path, spill_dir: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from sessions import bits
 
@@ -62,3 +65,37 @@ def assert_off_for_good() -> None:
     with torchlms.LMS(device="cpu"):
         assert is_on()
     assert not is_on()
+
+
+def own_share(
+    callback_type: Any, options: dict[str, Any], train: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, float]:
+    """A callback that went through ``train``, and which share of that was its own: the processor time of its
+    methods, without that of entering and leaving LMS. Both in one run, for two runs of a busy machine differ
+    by more than a callback takes."""
+
+    class Timed(callback_type):  # type: ignore[misc]
+        own_s = 0.0
+
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            return timed(found, self, 1) if name.startswith("on_") else found
+
+    callback = Timed(**options)
+    for name in ("__enter__", "__exit__"):
+        monkeypatch.setattr(torchlms.LMS, name, timed(getattr(torchlms.LMS, name), callback, -1))
+    began_s = time.process_time()
+    train(callback)
+    return callback, callback.own_s / (time.process_time() - began_s)
+
+
+def timed(function: Any, to: Any, sign: int) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began_s = time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            to.own_s += sign * (time.process_time() - began_s)
+
+    return call
