@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "core": {"errors"},
     "loudness": {"errors"},
     "outlet": {"errors"},
+    "uninterrupted": set(),
     "memory": {"errors"},
     "eager": BASE | {"memory"},
     "options": BASE | {"memory", "rule_text"},
@@ -44,7 +45,19 @@ MAY_IMPORT = {
     "check": BASE | {"eager"},
     "statistics": BASE | {"eager", "memory", "report"},
     "report": BASE | {"memory"},
-    "api": BASE | {"eager", "memory", "options", "director", "statistics", "report", "check", "loudness"},
+    "api": BASE
+    | {"uninterrupted"}
+    | {
+        "eager",
+        "memory",
+        "options",
+        "director",
+        "statistics",
+        "report",
+        "check",
+        "loudness",
+        "uninterrupted",
+    },
     "__init__": BASE | {"api"},
     "integrations": {"api", "core", "errors"},
     "steps": {"api"},

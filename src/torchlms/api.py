@@ -43,6 +43,7 @@ from torchlms.memory.store import Store
 from torchlms.options import Options, PlanSource, Size
 from torchlms.report import report_text
 from torchlms.statistics import session_stats
+from torchlms.uninterrupted import uninterrupted
 
 log = logging.getLogger("torchlms")
 
@@ -123,18 +124,25 @@ class LMS:
 
     def __enter__(self) -> LMS:
         other = current()
-        if other is not None and not other._over() and not other._give_way():
+        if other is not None and not other._give_way():
             raise NotSupported(
                 "LMS is on already in this thread: leave the other LMS, or call disable(), first"
             )
         if self._engine is not None:
             raise NotSupported("this LMS was used before; make a new one")
         show_log()
-        with ExitStack() as undo:  # nothing stays behind if opening fails half-way
-            self._open(undo)
-            self._undo = undo.pop_all()
-        _current.lms = self
-        return self
+        device = open_device(self._options.torch_device)
+        machine = measured_machine(device.torch_device, self._options.disk_dir)  # seconds, the first time
+        try:
+            # Nothing stays behind if opening fails half-way, or is interrupted.
+            with uninterrupted(), ExitStack() as undo:
+                self._open(undo, device, machine)
+                self._undo = undo.pop_all()
+                _current.lms = self
+            return self
+        except KeyboardInterrupt:
+            self._leave(None, None, None)
+            raise
 
     def __exit__(
         self,
@@ -142,21 +150,33 @@ class LMS:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if getattr(_current, "lms", None) is self:
-            _current.lms = None
         try:
-            self._undo.__exit__(kind, error, traceback)
-        except Exception as failure:
-            if error is None:
-                raise
-            # The loop's own error is the one to be seen.
-            log.warning("while LMS was left, this went wrong as well: %s", failure)
+            self._leave(kind, error, traceback)
+        except KeyboardInterrupt:
+            self._leave(kind, error, traceback)  # it may have come before it could be held back
+            raise
 
-    def _open(self, undo: ExitStack) -> None:
+    def _leave(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Undo all of it; what was undone already stays so."""
+        with uninterrupted():
+            if getattr(_current, "lms", None) is self:
+                _current.lms = None
+            try:
+                self._undo.__exit__(kind, error, traceback)
+            except Exception as failure:
+                if error is None:
+                    raise
+                # The loop's own error is the one to be seen.
+                log.warning("while LMS was left, this went wrong as well: %s", failure)
+
+    def _open(self, undo: ExitStack, device: CudaDevice | CpuDevice, machine: Machine) -> None:
         """Build and install everything; ``undo`` gets the opposite of each act, run last to first."""
         options = self._options
-        device = open_device(options.torch_device)
-        machine = measured_machine(device.torch_device, options.disk_dir)
         tiers = self._tiers(options, device)
         store = Store(
             device,
@@ -405,9 +425,9 @@ def disable() -> None:
 
 
 def current() -> LMS | None:
-    """The LMS that is on in this thread."""
+    """The LMS that is on in this thread, unless it was left in another one."""
     lms: LMS | None = getattr(_current, "lms", None)
-    return lms
+    return lms if lms is not None and not lms._over() else None
 
 
 def stats() -> dict[str, Any]:

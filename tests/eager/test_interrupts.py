@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,9 @@ from typing import Any
 import pytest
 from sessions import more, moved_bytes, new_session, open_lms, outcome, plain_peak, plain_step, run_plain
 from small_networks import NETWORKS, Perceptron
+
+import torchlms
+from torchlms.eager import private
 
 NETWORK = replace(NETWORKS["mlp"], name="short", make_model=partial(Perceptron, layers=4), batch_size=128)
 STEPS = 4  # recorded, timed, timed, planned
@@ -79,3 +84,63 @@ def test_an_interrupt_anywhere(point: int, lines: int, spill_dir: Path) -> None:
         for step in range(STEPS):
             plain_step(session, step)
     assert outcome(session).differences(run_plain(NETWORK, plain_step, STEPS)) == []
+
+
+class CtrlC:
+    """The signal itself, before the ``at``-th line of this package; once."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.lines = 0
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if "/torchlms/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at and not _in_finalizer(frame):
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+
+def enter_and_leave(spill_dir: Path, ctrl_c: CtrlC) -> None:
+    session = new_session(NETWORK)
+    sys.settrace(ctrl_c.trace)
+    try:
+        with open_lms(session, 1 << 30, spill_dir):
+            pass
+    finally:
+        sys.settrace(None)
+
+
+def standing() -> tuple[Any, ...]:
+    """What LMS changes for as long as it is on."""
+    return (
+        gc.get_freeze_count() > len(gc.get_objects()),
+        gc.get_threshold(),
+        private.top_dispatch_mode(),
+        private.top_saved_tensor_hooks(),
+        torchlms.current(),
+        signal.getsignal(signal.SIGINT),
+    )
+
+
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.more), 61]
+)
+def test_nothing_stays_when_entering_or_leaving_is_interrupted(stride: int, spill_dir: Path) -> None:
+    for _ in range(2):  # the first time more is imported and worked out
+        count = CtrlC(-1)
+        enter_and_leave(spill_dir, count)
+    before = standing()
+    assert count.lines > 300
+    for at in range(1, count.lines, stride):
+        ctrl_c, raised = CtrlC(at), False
+        try:
+            enter_and_leave(spill_dir, ctrl_c)
+        except KeyboardInterrupt:
+            raised = True
+        assert raised or ctrl_c.lines < at  # a few lines more or less run each time
+        assert standing() == before, at
+    with open_lms(new_session(NETWORK), 1 << 30, spill_dir) as lms:
+        assert torchlms.current() is lms

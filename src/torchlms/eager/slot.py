@@ -101,7 +101,7 @@ class Slot:
         self.emptied: torch.Tensor | None = None  # on the storage that the program was left with
         self.used_at = UNUSED  # the op before which autograd asked for it last
         self.used_in = UNUSED  # and the backward pass that did
-        self.pid = os.getpid()
+        self.pid = os.getpid()  # last: with it the slot is whole
         link(storage, self)
 
     @property
@@ -329,8 +329,8 @@ class Slot:
         return mine
 
     def __del__(self) -> None:
-        if self.pid != os.getpid():
-            return  # a forked child owns neither the device bytes nor the places
+        if getattr(self, "pid", -1) != os.getpid():
+            return  # a forked child owns neither the device bytes nor the places; or never made whole
         waiting = self._waited_for()
         self.owner.forget(self)
         if waiting is not None and self.place is not None:
