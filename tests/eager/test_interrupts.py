@@ -134,13 +134,14 @@ def test_nothing_stays_when_entering_or_leaving_is_interrupted(stride: int, spil
         enter_and_leave(spill_dir, count)
     before = standing()
     assert count.lines > 300
-    for at in range(1, count.lines, stride):
-        ctrl_c, raised = CtrlC(at), False
+    raised = 0
+    points = range(1, count.lines, stride)
+    for at in points:
         try:
-            enter_and_leave(spill_dir, ctrl_c)
-        except KeyboardInterrupt:
-            raised = True
-        assert raised or ctrl_c.lines < at  # a few lines more or less run each time
+            enter_and_leave(spill_dir, CtrlC(at))
+        except KeyboardInterrupt:  # not where a finalizer runs, whose errors go no further
+            raised += 1
         assert standing() == before, at
+    assert raised > 0.9 * len(points)
     with open_lms(new_session(NETWORK), 1 << 30, spill_dir) as lms:
         assert torchlms.current() is lms
