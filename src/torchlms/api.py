@@ -218,11 +218,11 @@ class LMS:
         undo.callback(engine.close)
         if isinstance(device, CudaDevice):
             _use_remappable_segments(undo, device, tiers.device_bytes)
-        device.cap(tiers.device_bytes)
-        undo.callback(device.uncap)
         if isinstance(device, CpuDevice):
             for storage, _ in (*self._kinds.lasting(), *self._kinds.passing()):
                 device.ledger.add(storage)
+        device.cap(tiers.device_bytes)
+        undo.callback(device.uncap)
         self._installation = Installation(engine)
         self._installation.put_on()
         undo.callback(self._installation.take_off)

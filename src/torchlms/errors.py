@@ -35,8 +35,9 @@ class LMSError(Exception):
 class BudgetTooSmall(LMSError):
     """The device budget is below what a single op needs at once.
 
-    ``smallest_bytes`` is the smallest budget that works, if a whole step was recorded and planned. In a step
-    that is being recorded it is only a lower bound: what has run so far needs it, and more may come later.
+    ``smallest_bytes`` is the smallest budget for which there is a plan, if a whole step was recorded. In a
+    step that is being recorded it is a budget to try: what has run so far needs about that, as the message
+    says, and more may come later. Without a plan a step may run in somewhat less, slowly.
     """
 
     def __init__(self, message: str, *, smallest_bytes: int) -> None:

@@ -104,11 +104,12 @@ def test_a_model_that_is_larger_than_the_budget(spill_dir: Path) -> None:
     session = new_session(NETWORKS["transformer"])
     parameters = sum(parameter.nbytes for parameter in session.model.parameters())
     with (
-        pytest.raises(torchlms.BudgetTooSmall) as raised,
+        pytest.raises(torchlms.BudgetTooSmall, match="in use already") as raised,
         open_lms(session, parameters // 2, spill_dir),
     ):
-        plain_step(session, 0)
-    assert raised.value.smallest_bytes > parameters
+        pytest.fail("it was let in")
+    assert raised.value.smallest_bytes == parameters
+    assert torchlms.current() is None
 
 
 def test_memory_that_is_not_ours_to_move_is_counted(spill_dir: Path) -> None:

@@ -13,6 +13,7 @@ from sessions import bits
 from torch import Tensor
 
 import torchlms
+from torchlms.core.tape import Phase
 
 
 class Scaled(torch.autograd.Function):
@@ -238,3 +239,29 @@ def test_who_holds_the_storage_object_may_write_to_it(spill_dir: Path) -> None:
     assert torch.equal(ours, plain)
     assert bool((plain == 0).all())
     assert more == 1, "it may leave as soon as it is let go"
+
+
+def test_a_backward_op_belongs_to_the_module_that_saved_for_it(spill_dir: Path) -> None:
+    """And not to the one that made what it reads."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3, padding=1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(512, 4),
+    )
+    with torchlms.LMS(network, budget="1GiB", disk_dir=spill_dir) as lms:
+        for _ in range(2):
+            network(torch.randn(16, 3, 8, 8)).square().mean().backward()
+    assert lms.tape is not None
+    found = [(op.name.split(".")[1], op.module) for op in lms.tape.ops if op.phase is Phase.BACKWARD]
+    ours = [(name, module) for name, module in found if "backward" in name or name == "mm"]
+    assert ours == [
+        ("mm", "5"),
+        ("mm", "5"),
+        ("convolution_backward", "3"),
+        ("threshold_backward", "2"),
+        ("native_batch_norm_backward", "1"),
+        ("convolution_backward", "0"),
+    ]

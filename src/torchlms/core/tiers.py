@@ -117,9 +117,10 @@ def _lifetimes(moves: Collection[Move]) -> list[Lifetime]:
 
 def _too_small(missing_bytes: int, moves: Sequence[Move], room: Room) -> HostBudgetTooSmall:
     leaving_bytes = live_bytes(_lifetimes(moves))
+    host = f"host memory ({bytes_text(room.host_bytes)}) and " if room.host_bytes else ""
     return HostBudgetTooSmall(
-        f"up to {bytes_text(leaving_bytes)} must leave the device at once, but host memory "
-        f"({bytes_text(room.host_bytes)}) and disk ({bytes_text(room.disk_bytes)}) "
-        f"lack {bytes_text(missing_bytes)} for it: raise the host or disk budget, or the device budget",
+        f"up to {bytes_text(leaving_bytes)} must leave the device at once, but {host}disk "
+        f"({bytes_text(room.disk_bytes)}) {'lack' if host else 'lacks'} {bytes_text(missing_bytes)} for it: "
+        "raise the host or disk budget, or the device budget",
         missing_bytes=missing_bytes,
     )

@@ -28,6 +28,7 @@ EVERYTHING_BYTES = 1 << 62  # to ask for, to have everything leave that can
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _SMALL_BYTES = 1 << 20
+_NEXT_SHARE = 16  # of the budget: by so much more is tried
 _ROUND_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
 
 
@@ -230,50 +231,55 @@ class Ladder:
         where: Callable[[], str],
         missing_bytes: int,
     ) -> BudgetTooSmall:
-        """The one clear error: op, module, its bytes, and the smallest budget known to work."""
+        """The one clear error: op, module, its bytes, what is known to be needed, and a budget to try."""
         operands = _distinct_bytes(tensors_in(args, kwargs))
         results = sum(self.sizes.of(func, args, kwargs))
-        smallest = self._smallest(max(missing_bytes, results))
+        needed_bytes = self._needed(max(missing_bytes, results))
         module = where()
         inside = f" in {module}" if module else ""
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
-            f"results at once. {self._in_use()}. {self._advice(smallest)}",
-            smallest_bytes=smallest,
+            f"results at once. {self._in_use()}. {self._advice(needed_bytes)}",
+            smallest_bytes=self._next(needed_bytes),
         )
 
     def starving(self, func: Any, where: str, need_bytes: int) -> BudgetTooSmall:
         """A convolution that would have to do with less than it has been measured to take."""
-        smallest = self._smallest(need_bytes)
+        needed_bytes = self._needed(need_bytes)
         inside = f" in {where}" if where else ""
         return BudgetTooSmall(
             f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
             f"{self._in_use()}. With less cuDNN would take another algorithm, which may give other bits, "
             "and deterministic ones were asked for; in this process it keeps, for shapes that it met while "
-            f"memory was short, what it took then: try again in a new one. {self._advice(smallest)}",
-            smallest_bytes=smallest,
+            f"memory was short, what it took then: try again in a new one. {self._advice(needed_bytes)}",
+            smallest_bytes=self._next(needed_bytes),
         )
 
-    def _smallest(self, need_bytes: int) -> int:
-        """What is known to be needed. In any case it is somewhat more than the budget: who asks again with it
-        would be refused for a few bytes over and over."""
-        more_bytes = self.budget_bytes // 256 + 1
-        so_far_bytes = max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + more_bytes)
+    def _needed(self, need_bytes: int) -> int:
+        """What is known to be needed, a lower bound."""
+        so_far_bytes = max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + 1)
         return max(so_far_bytes, self.whole_step_bytes)
 
-    def _advice(self, smallest_bytes: int) -> str:
+    def _next(self, needed_bytes: int) -> int:
+        """A budget to try: of a step that is not known as a whole always a good deal more than there was, or
+        who follows this would be refused for a few bytes over and over."""
+        if needed_bytes == self.whole_step_bytes:
+            return needed_bytes
+        return max(needed_bytes, self.budget_bytes + self.budget_bytes // _NEXT_SHARE)
+
+    def _advice(self, needed_bytes: int) -> str:
         """What to do, as far as can be told in the middle of a step."""
-        size = f"{format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes)"
-        if smallest_bytes == self.whole_step_bytes:
+        size = f"{format_bytes(needed_bytes, up=True)} ({needed_bytes} bytes)"
+        if needed_bytes == self.whole_step_bytes:
             return (
                 f"The smallest budget for a plan of the whole step, as it was recorded, is {size}: raise "
                 "budget to that, or use a smaller batch"
             )
+        to_try = format_bytes(self._next(needed_bytes), up=True)
         return (
             f"As far as this step got, the smallest budget that works is at least {size}, and more where "
-            "more comes later in it, as an optimizer's states do in the first one: raise budget beyond that, "
-            "or use a smaller batch. `torchlms plan` says exactly how much it takes, from the tape of a step "
-            "that had room"
+            f"more comes later in it, as an optimizer's states do in the first one: try {to_try}, or use a "
+            "smaller batch. `torchlms plan` says how much a plan takes, from the tape of a step that had room"
         )
 
     def _in_use(self) -> str:
@@ -289,12 +295,12 @@ class Ladder:
         return text
 
     def _no_way_back(self, size_bytes: int, operands: Operands | None) -> LMSError:
-        smallest = self._smallest(size_bytes)
+        needed_bytes = self._needed(size_bytes)
         return BudgetTooSmall(
             f"a saved tensor of {format_bytes(size_bytes)} must come back for "
             f"{'backward' if operands is None else 'an op that reads it'}. {self._in_use()}. "
-            f"{self._advice(smallest)}",
-            smallest_bytes=smallest,
+            f"{self._advice(needed_bytes)}",
+            smallest_bytes=self._next(needed_bytes),
         )
 
 

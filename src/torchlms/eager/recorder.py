@@ -17,6 +17,7 @@ from torchlms.memory.device import CudaDevice
 
 if TYPE_CHECKING:
     from torchlms.eager.provenance import Provenance
+    from torchlms.eager.saved import Kept, Saved
     from torchlms.memory.device import CpuDevice, Mark
 
 _MARK = "_torchlms_value"
@@ -109,6 +110,7 @@ class Recorder:
         self._ops: list[_OpDraft] = []
         self._values: list[_Draft] = []
         self._waiting: dict[int, weakref.ref[Slot]] = {}  # saved, and still held by others
+        self._saved_in: dict[int, str] = {}  # the module in which autograd saved what it keeps, by identity
         self._running: _Running | None = None
         self._resident_bytes = device.allocated_bytes()
 
@@ -183,6 +185,14 @@ class Recorder:
 
     # -- values ------------------------------------------------------------------------------
 
+    def packed(self, kept: Kept | Saved, module: str) -> None:
+        """Autograd keeps ``kept`` for the backward of something in ``module``."""
+        self._saved_in[id(kept)] = module
+
+    def unpacked(self, kept: Kept | Saved) -> None:
+        """Autograd asks for it: what runs now is that backward."""
+        self.module = self._saved_in.get(id(kept), self.module)
+
     def saved(self, slot: Slot) -> None:
         """Autograd saved a storage for the first time in this micro-step."""
         assert slot.bytes is not None
@@ -213,8 +223,6 @@ class Recorder:
             draft.idle.append(Stretch(draft.idle_from, now))
         draft.idle_from, draft.used_in = None, backward
         self._waiting[slot.value] = weakref.ref(slot)
-        if draft.module:
-            self.module = draft.module
 
     def moved(self, slot: Slot) -> None:
         """A slot's bytes left their storage, or came back in a new one: the same value all along."""

@@ -38,6 +38,12 @@ class Saver:
 
     def pack(self, tensor: torch.Tensor) -> Kept | Saved:
         """What autograd keeps instead of ``tensor``."""
+        kept = self._packed(tensor)
+        if self._engine.now.recorder is not None:
+            self._engine.now.recorder.packed(kept, self._engine.module_here())
+        return kept
+
+    def _packed(self, tensor: torch.Tensor) -> Kept | Saved:
         guard = self._engine.guard
         if guard.looks_away:
             guard.look_again()  # a step of the optimizer was given up
@@ -60,6 +66,8 @@ class Saver:
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
         saved.check()
+        if self._engine.now.recorder is not None:
+            self._engine.now.recorder.unpacked(saved)
         if isinstance(saved, Kept):
             if not saved.tensor.requires_grad:
                 return saved.tensor
