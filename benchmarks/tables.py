@@ -10,6 +10,7 @@ import ladder
 from borrowed import result as suites
 from result_file import FOLDER, load_all
 
+from torchlms.bench.compare import compare_losses
 from torchlms.bench.table import plain_table
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ _PREDICTED = (
     "peak reserved, GiB",
     "step, ms",
     "pinned, GiB",
+    "host memory at most, GiB",
     "out and in per step, GiB",
     "evictions while timed, new plans, starved convolutions",
     "recording, s",
@@ -219,11 +221,19 @@ def _note(result: dict[str, Any], entry: dict[str, Any]) -> str:
         return "stepped aside"
     if entry["way"] == "lms" and result["figures"].get("of_best"):
         return f"{result['figures']['of_best']:.3f} of the best ({entry['best_s'] * 1e3:.1f} ms)"
+    notes = []
     if result["figures"].get(f"{entry['way']}_fits") is False:
-        return f"does not fit in {(_entry(result, 'lms') or {}).get('budget_bytes', 0) / _GIB:.1f} GiB"
-    if entry["way"] != "lms" and entry.get("peak_host_bytes"):
-        return f"{entry['peak_host_bytes'] / _GIB:.1f} GiB pinned"
-    return ""
+        budget_bytes = (_entry(result, "lms") or {}).get("budget_bytes", 0)
+        notes.append(f"does not fit in {budget_bytes / _GIB:.1f} GiB")
+    elif entry["way"] != "lms" and entry.get("peak_host_bytes"):
+        notes.append(f"{entry['peak_host_bytes'] / _GIB:.1f} GiB pinned")
+    plain = _entry(result, "none")
+    if plain is not None and entry["way"] not in ("none", "lms") and entry.get("losses"):
+        count = min(len(plain["losses"]), len(entry["losses"]))
+        first = compare_losses(entry["losses"][:count], plain["losses"][:count]).first_difference
+        if first is not None:
+            notes.append(f"other losses from step {first} on")
+    return "; ".join(notes)
 
 
 def _predicted_row(result: dict[str, Any]) -> list[str]:
@@ -247,6 +257,7 @@ def _predicted_row(result: dict[str, Any]) -> list[str]:
         reserved,
         _pair(predicted.get("step_s"), lms["step_s"]["median"], 1e-3, ".1f"),
         _pair(predicted.get("arena_bytes"), lms["host_pinned_bytes"], _GIB, ".2f") if cuda and out else "-",
+        f"{lms['peak_host_bytes'] / _GIB:.1f}" if cuda and lms.get("peak_host_bytes") else "-",
         f"{out:.2f}, {back:.2f}",
         f"{timed.get('reclaims', 0)}, {lms.get('replans', 0)}, {lms.get('starved_convolutions', 0)}",
         f"{lms.get('record_s', 0):.1f}",

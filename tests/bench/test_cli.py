@@ -235,7 +235,7 @@ def test_errors_are_one_line_and_code_2(
 
 
 def test_a_budget_too_small_names_a_command_that_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    network = ["--model", "mnist", "--batch-size", "64", "--device", "cpu", "--budget", "3MiB"]
+    network = ["--model", "mnist", "--batch-size", "64", "--device", "cpu", "--budget", "13MiB"]
     assert main(["bench", *network, "--num-batches", "1", "--no-live"]) == 2
     error = capsys.readouterr().err
     assert "torchlms: aten." in error
