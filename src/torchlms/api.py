@@ -266,7 +266,7 @@ class LMS:
     def _before_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """The one hook on the model: a place between ops from which to step aside, or to come back."""
         engine, installation = self._engine, self._installation
-        if engine is None or installation is None or not engine.device.is_cuda:
+        if engine is None or installation is None or engine.dead or not engine.device.is_cuda:
             return
         input_bytes = _bytes_in(args, kwargs)
         # One of several models that so far was called for its results alone saves nothing now either.

@@ -26,6 +26,7 @@ from sessions import (
 from small_networks import NETWORKS
 
 from tests import forked
+from torchlms.eager import private
 
 MLP = NETWORKS["mlp"]
 BUDGET = 800_000  # of 1.7 MB
@@ -53,6 +54,17 @@ def in_child(work: Callable[[], object]) -> str:
         text = pipe.read()
     os.waitpid(child, 0)
     return text
+
+
+def test_a_forked_child_has_neither_mode_nor_hooks(spill_dir: Path) -> None:
+    def found() -> tuple[Any, Any]:
+        return private.top_dispatch_mode(), private.top_saved_tensor_hooks()
+
+    with open_lms(new_session(MLP), BUDGET, spill_dir) as lms:
+        assert in_child(found) == "(None, None)"
+        assert all(found()), "and the parent still has"
+        assert in_child(lambda: lms.__exit__(None, None, None)) == "None", "the child leaves as it likes"
+    assert in_child(found) == "(None, None)"
 
 
 def test_a_forked_child_trains_on_its_own(spill_dir: Path) -> None:

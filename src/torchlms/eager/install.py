@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ class Installation:
         self._mode: WatchMode | None = None
         self._hooks: Any = None
         self._thread = 0
+        _ALL.add(self)
 
     @property
     def on(self) -> bool:
@@ -93,3 +96,16 @@ class Installation:
         mode, hooks, self._mode, self._hooks = self._mode, self._hooks, None, None
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         hooks.__exit__(None, None, None)
+
+
+_ALL: weakref.WeakSet[Installation] = weakref.WeakSet()
+
+
+def _take_off_in_child() -> None:
+    """A forked worker has nothing to do with LMS, and need not have its ops pass through Python."""
+    for installation in list(_ALL):
+        if installation.on_top():
+            installation.take_off()
+
+
+os.register_at_fork(after_in_child=_take_off_in_child)
