@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,10 +126,20 @@ def standing() -> tuple[Any, ...]:
     )
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """As in a program; what runs tests side by side has its workers ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.more), 61]
 )
-def test_nothing_stays_when_entering_or_leaving_is_interrupted(stride: int, spill_dir: Path) -> None:
+def test_nothing_stays_when_entering_or_leaving_is_interrupted(
+    stride: int, spill_dir: Path, ctrl_c_raises: None
+) -> None:
     for _ in range(2):  # the first time more is imported and worked out
         count = CtrlC(-1)
         enter_and_leave(spill_dir, count)
