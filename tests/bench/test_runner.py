@@ -199,6 +199,7 @@ def test_failing_rivals_are_rows_and_differing_losses_are_named(
         bench(BenchCommand(command.options, identity=True), lambda line: None, lambda columns, rows: None)
 
 
+@pytest.mark.more
 def test_a_rival_in_its_own_process_and_one_that_dies() -> None:
     good = run_apart(PLAIN, timeout_s=120)
     assert good["losses"] == result_json(run(PLAIN, lambda line: None))["losses"]

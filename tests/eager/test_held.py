@@ -673,7 +673,11 @@ def test_a_plan_is_for_the_rule_that_it_was_made_with(spill_dir: Path) -> None:
         run_lms(SKIPS, budget_bytes, spill_dir, rules=SMALL, plan=plans[True])
 
 
-@pytest.mark.parametrize("options", [{}, {"plan": False}], ids=["planned", "unplanned"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"plan": False}, marks=pytest.mark.more)],
+    ids=["planned", "unplanned"],
+)
 def test_lengths_of_packed_sequences_stay(spill_dir: Path, options: dict[str, Any]) -> None:
     """Recurrent networks in torch's own code hold their address while ops pass by."""
 

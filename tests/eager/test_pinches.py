@@ -48,7 +48,7 @@ def run_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(tape, made, made.budget.device_bytes // MIB, monkeypatch)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("resnet", marks=pytest.mark.more), "unet", "transformer"])
 def test_steps_become_calm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(name, monkeypatch)
     remaps = [run.step() for _ in range(STEPS)]
@@ -58,6 +58,7 @@ def test_steps_become_calm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.pages.failures == failures
 
 
+@pytest.mark.more
 def test_without_opening_holes_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Holes, "open", lambda self, sizes: None)
     monkeypatch.setattr(Holes, "tuck", lambda self, sizes: None)

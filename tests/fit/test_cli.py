@@ -300,7 +300,7 @@ def test_rules_hold_for_the_largest_batch(files: list[str]) -> None:
     assert kept["fits"]["batch_size"] < free["fits"]["batch_size"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.more)])
 def test_a_script_with_a_loader(tmp_path: Path, workers: int) -> None:
     """From end to end: two batch sizes of an example are recorded, a third is foretold and then recorded."""
     for batch in (4, 8, 12):
