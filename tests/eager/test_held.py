@@ -16,6 +16,7 @@ from sessions import (
     STEPS,
     Session,
     assert_same_bits,
+    more,
     new_session,
     open_lms,
     outcome,
@@ -675,7 +676,7 @@ def test_a_plan_is_for_the_rule_that_it_was_made_with(spill_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"plan": False}, marks=pytest.mark.more)],
+    [{}, more({"plan": False})],
     ids=["planned", "unplanned"],
 )
 def test_lengths_of_packed_sequences_stay(spill_dir: Path, options: dict[str, Any]) -> None:

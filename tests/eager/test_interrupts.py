@@ -134,9 +134,7 @@ def ctrl_c_raises() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(
-    "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.more), 61]
-)
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), more(7), 61])
 def test_nothing_stays_when_entering_or_leaving_is_interrupted(
     stride: int, spill_dir: Path, ctrl_c_raises: None
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pages import MIB, Run
+from sessions import more
 
 from torchlms.core.headroom import Elbow
 from torchlms.core.plan import Budget, Plan
@@ -48,7 +49,7 @@ def run_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(tape, made, made.budget.device_bytes // MIB, monkeypatch)
 
 
-@pytest.mark.parametrize("name", [pytest.param("resnet", marks=pytest.mark.more), "unet", "transformer"])
+@pytest.mark.parametrize("name", [more(name) if name == "resnet" else name for name in CASES])
 def test_steps_become_calm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(name, monkeypatch)
     remaps = [run.step() for _ in range(STEPS)]
