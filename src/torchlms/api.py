@@ -141,7 +141,7 @@ class LMS:
                 _current.lms = self
             return self
         except KeyboardInterrupt:
-            self._leave(None, None, None)
+            self._leave()
             raise
 
     def __exit__(
@@ -151,23 +151,18 @@ class LMS:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._leave(kind, error, traceback)
+            self._leave(error)
         except KeyboardInterrupt:
-            self._leave(kind, error, traceback)  # it may have come before it could be held back
+            self._leave(error)  # it may have come before it could be held back
             raise
 
-    def _leave(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Undo all of it; what was undone already stays so."""
+    def _leave(self, error: BaseException | None = None) -> None:
+        """Undo all of it, perhaps since ``error`` ends the loop; what was undone already stays so."""
         with uninterrupted():
             if getattr(_current, "lms", None) is self:
                 _current.lms = None
             try:
-                self._undo.__exit__(kind, error, traceback)
+                self._undo.close()
             except Exception as failure:
                 if error is None:
                     raise

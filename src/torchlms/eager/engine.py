@@ -38,7 +38,7 @@ from torchlms.eager.routines import Routines
 from torchlms.eager.saver import Saver
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Slot, Where
-from torchlms.eager.tensors import unwritten, whole
+from torchlms.eager.tensors import new_bytes
 from torchlms.eager.timer import Lap, OpTimer
 from torchlms.eager.verifier import Verifier
 from torchlms.eager.watcher import Watcher
@@ -262,7 +262,7 @@ class Engine(SlotOwner):
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         if self.dead:  # at the end everything comes home, and the budget is no longer promised
-            return whole(unwritten(size_bytes, self.device.torch_device))
+            return new_bytes(size_bytes, self.device.torch_device)
         target = self.ladder.allocate(size_bytes, self.lent.operands)
         self.accounts.add(target)
         return target

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchlms.eager import private
-from torchlms.eager.tensors import unwritten, whole
+from torchlms.eager.tensors import new_bytes
 from torchlms.memory.compaction import Block, Window, find_window, first_misfit
 from torchlms.memory.device import CudaDevice
 
@@ -192,7 +192,7 @@ class Holes:
         return None
 
     def _empty(self, size_bytes: int) -> torch.Tensor:
-        return whole(unwritten(size_bytes, self._device.torch_device))
+        return new_bytes(size_bytes, self._device.torch_device)
 
 
 def _blocks(mapped: Mapped, movable: Container[int] = ()) -> list[list[Block]]:

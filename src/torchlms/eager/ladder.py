@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from torchlms.eager.slot import Slot, Where
-from torchlms.eager.tensors import all_plain, tensors_in, unwritten, whole
+from torchlms.eager.tensors import all_plain, new_bytes, tensors_in, unwritten
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, SpillError
 from torchlms.memory.device import CudaDevice
 from torchlms.memory.limits import format_bytes
@@ -155,10 +155,10 @@ class Ladder:
         if not self.device.is_cuda:
             if not self.fit(size_bytes, operands):
                 raise self._no_way_back(size_bytes, operands)
-            return whole(unwritten(size_bytes, self.device.torch_device))
+            return new_bytes(size_bytes, self.device.torch_device)
         while True:
             try:
-                return whole(unwritten(size_bytes, self.device.torch_device))
+                return new_bytes(size_bytes, self.device.torch_device)
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
             if not self.reclaim(max(size_bytes, _ROUND_BYTES), operands):

@@ -45,6 +45,11 @@ def unwritten(size_bytes: int, device: torch.device) -> torch.UntypedStorage:
     return torch.UntypedStorage(size_bytes, device=device)
 
 
+def new_bytes(size_bytes: int, device: torch.device) -> torch.Tensor:
+    """``unwritten`` memory, as uint8."""
+    return whole(unwritten(size_bytes, device))
+
+
 def whole(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of ``storage``."""
     empty = torch.empty(0, dtype=torch.uint8, device=storage.device)

@@ -145,9 +145,8 @@ class Store:
                 f"({format_bytes(spill.left_bytes)} left of {format_bytes(self.disk_budget_bytes)}, {free}) "
                 f"cannot hold them. More may have to leave later in the step: raise "
                 f"{'host_budget or ' if host else ''}disk_budget, free disk space, or use a smaller batch",
-                missing_bytes=missing_bytes
-                if missing_bytes > 0
-                else size_bytes,  # room, but in pieces or full
+                # There may be room, but in pieces, or none on the disk itself.
+                missing_bytes=missing_bytes if missing_bytes > 0 else size_bytes,
             )
         return Place("disk", offset_bytes, size_bytes, None, lambda: spill.free(offset_bytes))
 
