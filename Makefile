@@ -70,7 +70,7 @@ BORROW = $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 
 trainers-env: $(TRAINERS_READY)  ## the environment of `make trainers`, nothing else
 
-trainers: $(TRAINERS_READY)  ## integrations and examples, with the trainers' own libraries
+trainers: $(TRAINERS_READY)  ## integrations and examples, with the trainers' own libraries (-m 'not slow': all)
 	$(TRAINERS_VENV)/bin/python -m pytest -v -n 2 --dist worksteal \
 	  tests/integrations tests/test_examples.py tests/steps $(ARGS)
 

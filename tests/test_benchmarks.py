@@ -400,7 +400,7 @@ def test_a_process_that_takes_too_long_is_ended() -> None:
     "arguments",
     [
         pytest.param(["cpu-transformer"], marks=pytest.mark.slow),
-        pytest.param(["conv-health", "--only", "before,lms-4"], marks=pytest.mark.more),
+        pytest.param(["conv-health", "--only", "before,lms-4"], marks=pytest.mark.slow),
         pytest.param(["ladder-resnet50-b230"], marks=pytest.mark.slow),
     ],
 )

@@ -56,7 +56,7 @@ def test_runs_and_moves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "0 B" not in found.groups()
 
 
-@pytest.mark.parametrize("name", ["mnist_loop", "mnist_huggingface"])
+@pytest.mark.parametrize("name", ["mnist_loop", pytest.param("mnist_huggingface", marks=pytest.mark.more)])
 def test_files_of_mnist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files of the real format, one of them packed."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -47,7 +47,7 @@ def plan_text(tape: Tape, plan: Plan, bound_s: float | None = None, rules: Rules
     stats = {"predicted": {"step_s": predicted.step_s}, "plan": choice_totals(tape, plan)}
     lines = [
         f"predicted peak {format_bytes(predicted.peak_device_bytes)} of "
-        f"{format_bytes(plan.budget.device_bytes)} (the smallest budget that works is "
+        f"{format_bytes(plan.budget.device_bytes)} (the smallest that works, with room for what leaves, is "
         f"{format_bytes(plan.smallest_bytes)}), step {predicted.step_s * 1e3:.1f} ms, of which "
         f"{predicted.stall_s * 1e3:.1f} ms waiting; {format_bytes(predicted.bytes_out)} out and "
         f"{format_bytes(predicted.bytes_in)} in; planned in {plan.plan_s:.2f} s",
@@ -205,5 +205,5 @@ def _moved(tape: Tape, plan: Plan) -> list[str]:
         for size, choice, op, module, reason in rows
     ]
     if len(moves) > _MOST_ROWS:
-        lines.append(f"... and {len(moves) - _MOST_ROWS} more")
+        lines.append(f"... and {len(moves) - _MOST_ROWS} more; the page of `torchlms report` has every value")
     return lines

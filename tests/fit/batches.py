@@ -19,12 +19,13 @@ from torchlms.fit.scale import Scale
 
 AMPLE = Budget(device_bytes=80 * GIB, host_bytes=80 * GIB, disk_bytes=0)
 
-# Small enough for seconds, large enough that every saved tensor has 512 bytes at batch 2.
+# Small enough for seconds. Of the first two every saved tensor has 512 bytes at batch 2.
 RECORDED = {
     "conv": BenchOptions(model="cifar10_full", image_size=16, device="cpu"),
     "transformer": BenchOptions(
         model="llama", hidden=64, layers=2, heads=2, sequence=64, vocab=100, device="cpu"
     ),
+    "mnist": BenchOptions(model="mnist", device="cpu"),
 }
 
 

@@ -171,6 +171,14 @@ def test_what_watching_small_ops_takes_is_said_on_a_cpu(files: list[str], tmp_pa
     assert said in " ".join(invoke(*files, "--batch-size=4", "--budget=1GiB").split())
 
 
+def test_a_step_that_outgrew_its_batch_is_pointed_out(files: list[str], tmp_path: Path) -> None:
+    tape = step(4, device="Card")
+    slow = replace(tape, ops=tuple(replace(op, time_s=1.6 * op.time_s) for op in tape.ops))
+    slow.save(tmp_path / "tape-4.json")
+    notes = answer(*files, "--batch-size=16", "--budget=1GiB")["notes"]
+    assert any("something else may have run beside it" in note for note in notes)
+
+
 def test_figures_far_away_carry_a_note(files: list[str]) -> None:
     notes = answer(*files, "--batch-size=17", "--budget=1GiB")["notes"]
     assert any("far from what was recorded" in note for note in notes)

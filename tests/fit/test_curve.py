@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 from tapes import MIB, chain, cpu, gpu, resnet
 
-from tests.fit.batches import AMPLE, step
+from tests.fit.batches import AMPLE, recorded, step
 from torchlms.core.curve import peak_bytes, smallest_budget
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget
+from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.fit.curve import POINTS, curve, default_budgets
 from torchlms.fit.outlook import Verdict, look
@@ -35,6 +36,17 @@ def test_a_curve(tape: Tape, machine: Machine) -> None:
     for point in points:
         assert point.lower_bound_s <= point.step_s * (1 + 1e-9)
         assert point.peak_device_bytes <= point.budget_bytes
+
+
+def test_making_values_again_costs_speed() -> None:
+    tape = recorded("transformer", 8).tape
+    budget = Budget((smallest_budget(tape) + peak_bytes(tape)) // 2, host_bytes=0, disk_bytes=0)
+    found = look(tape, gpu(), budget, Rules(min_bytes=0, recompute=True))
+    assert found.predicted is not None
+    assert found.predicted.bytes_out == 0
+    assert found.predicted.compute_s > found.plain_s
+    assert found.speed == pytest.approx(found.plain_s / found.predicted.step_s)
+    assert found.speed < 1
 
 
 def test_budgets_that_do_not_work_have_no_point() -> None:

@@ -32,7 +32,7 @@ def run(folder: Path, *options: str) -> tuple[str, Plan]:
 def test_what_is_decided_and_why(tmp_path: Path) -> None:
     said, made = run(tmp_path, "--budget", "2GiB", "--no-recompute")
     assert {move.choice for move in made.moves} == {Choice.HOST}
-    assert "of 2.0 GiB (the smallest budget that works is" in said
+    assert "of 2.0 GiB (the smallest that works, with room for what leaves, is" in said
     assert "no plan can bring this step below" in said
     assert said.count(" host ") >= len(made.moves)
     assert "aten" not in said

@@ -9,7 +9,7 @@ import pytest
 from tests.fit.batches import RECORDED, scale, step
 from torchlms.fit import recording
 from torchlms.fit.scale import Scale
-from torchlms.fit.times import eased, kept_busy
+from torchlms.fit.times import eased, kept_busy, outgrew_its_batch
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 1.0, 1.7])
@@ -49,6 +49,13 @@ def test_a_device_that_waits_is_noticed() -> None:
     assert kept_busy(scale())
     waiting = Scale.of(step(2, fixed_s=1.0), step(4, fixed_s=1.0), 2, 4)
     assert not kept_busy(waiting)
+
+
+def test_a_recording_that_something_was_in_the_way_of_is_noticed() -> None:
+    assert not outgrew_its_batch(scale())
+    tape = step(4)
+    slow = replace(tape, ops=tuple(replace(op, time_s=1.6 * op.time_s) for op in tape.ops))
+    assert outgrew_its_batch(Scale.of(step(2), slow, 2, 4))
 
 
 def test_without_room_for_plain_steps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

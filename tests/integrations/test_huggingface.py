@@ -109,6 +109,7 @@ def options(plain: tuple[dict[str, Any], int], spill_dir: Path, share: float = 0
     return {"budget": int(share * plain[1]), "rules": SMALL, "disk_dir": spill_dir}
 
 
+@pytest.mark.more
 def test_it_costs_less_than_a_hundredth(
     plain: Any, tmp_path: Path, spill_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_same_bits_with_accumulation_and_validation(plain: Any, callback: Any) -
     assert_off_for_good()
 
 
+@pytest.mark.more
 def test_it_costs_less_than_a_hundredth(plain: Any, spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"budget": int(0.6 * plain[1]), "rules": SMALL, "disk_dir": spill_dir}
     _, share = own_share(LMSCallback, options, lambda own: fit(make_model(), own, epochs=9), monkeypatch)

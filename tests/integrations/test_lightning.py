@@ -164,6 +164,7 @@ def test_same_bits_with_accumulation_and_validation(plain: Any, callback: Any, t
     assert_off_for_good()
 
 
+@pytest.mark.more
 def test_it_costs_less_than_a_hundredth(
     plain: Any, tmp_path: Path, spill_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.runs import ENVIRONMENT, both, plainly, under_lms
+from tests.runner.runs import ENVIRONMENT, both, forked_under_lms, plainly, under_lms
 
 pytest.importorskip("typer")
 
@@ -200,6 +200,16 @@ def test_what_cannot_be_begun(arguments: list[str], said: str, tmp_path: Path) -
     assert (ours.status, ours.out) == (2, "")
     assert said in ours.err
     assert "Traceback" not in ours.err
+
+
+def test_options_that_went_to_the_script_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import sys; print(sys.argv[1:])")
+    lost = forked_under_lms("x.py", "--budget=200MiB", "--disk-dir", "spill", cwd=tmp_path)
+    assert (lost.status, lost.out) == (0, "['--budget=200MiB', '--disk-dir', 'spill']\n")
+    for option in ("--budget", "--disk-dir"):
+        assert f"{option} comes after x.py and goes to it, not to torchlms" in lost.err
+    both_have_one = forked_under_lms("--budget=1GiB", "x.py", "--budget=200MiB", cwd=tmp_path)
+    assert "comes after" not in both_have_one.err
 
 
 def test_debug_shows_all_frames(tmp_path: Path) -> None:

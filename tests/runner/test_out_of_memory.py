@@ -58,10 +58,10 @@ CASES = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("a small language model", marks=pytest.mark.more),
+        pytest.param("a small language model", marks=pytest.mark.slow),
         pytest.param("language_model", marks=pytest.mark.slow),
         pytest.param("regression", marks=pytest.mark.more),
-        pytest.param("images", marks=pytest.mark.more),
+        pytest.param("images", marks=pytest.mark.slow),
     ],
 )
 def test_it_ends_under_lms_where_it_died(name: str, tmp_path: Path) -> None:

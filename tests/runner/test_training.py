@@ -69,6 +69,10 @@ def more(case: str) -> Any:
     return pytest.param(case, marks=pytest.mark.more)
 
 
+def slow(case: str) -> Any:
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 # -- the examples ----------------------------------------------------------------------------
 
 
@@ -279,12 +283,12 @@ def test_the_script_switches_lms_off(tmp_path: Path) -> None:
     "body",
     [
         "net(torch.randn(4, 64)).sum().backward()\nnet(torch.randn(4, 65))",
-        more(
+        slow(
             "class Bad(nn.Module):\n  def forward(self, x):\n    return net(x) @ x\nBad()(torch.randn(3, 64))"
         ),
-        more("y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()"),
-        more("step(net, optimizer)\nraise SystemExit(9)"),
-        more("step(net, optimizer)\nraise KeyboardInterrupt"),
+        slow("y = net(torch.randn(4, 64))\ny.sum().backward()\ny.sum().backward()"),
+        slow("step(net, optimizer)\nraise SystemExit(9)"),
+        slow("step(net, optimizer)\nraise KeyboardInterrupt"),
         more(
             "step(net, optimizer)\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
             "step(net, optimizer)"

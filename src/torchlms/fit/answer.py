@@ -14,7 +14,7 @@ from torchlms.fit.curve import CurvePoint, curve
 from torchlms.fit.largest import Batch, Batches
 from torchlms.fit.loading import NAME, loading_ops
 from torchlms.fit.outlook import Outlook, look
-from torchlms.fit.times import kept_busy
+from torchlms.fit.times import kept_busy, outgrew_its_batch
 
 _WATCHED_S = 20e-6  # about what it takes Python to watch one op
 _NOTICED = 0.1  # of the step
@@ -142,6 +142,12 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
         notes.append(
             f"the step hardly grew from batch {scale.small_batch} to {scale.large_batch}: the device was not "
             "kept busy, and times of larger batches are guesses. Record larger ones"
+        )
+    if outgrew_its_batch(scale):
+        notes.append(
+            f"the step took far more time at batch {scale.large_batch} than its size over batch "
+            f"{scale.small_batch} explains: something else may have run beside it. Step times of "
+            "other batches are guesses; record again, or other batches"
         )
     if evidence.batch_size > 4 * scale.large_batch:
         notes.append(

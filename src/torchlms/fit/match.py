@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from torchlms.core.tape import Kind
+from torchlms.core.tape import Kind, Phase
 from torchlms.errors import PlanMismatch
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # What is saved below this size is kept by autograd itself and not counted among the saved values, so at
 # a small batch a value can be missing there that is present at a larger one.
 UNCOUNTED_BYTES = 512
+# A recording knows that the backward pass has begun when a saved value comes back. Where the first of them
+# are not counted at the smaller batch, the first ops of its backward pass pass for ops of the forward pass.
+_PASSES = {Phase.FORWARD, Phase.BACKWARD}
 
 
 def match(small: Tape, large: Tape) -> tuple[int, ...]:
@@ -58,7 +61,7 @@ def _partners(small: Tape, large: Tape) -> dict[int, int]:
 def _alike(first: Op, second: Op) -> bool:
     return (
         first.name == second.name
-        and first.phase is second.phase
+        and (first.phase is second.phase or {first.phase, second.phase} == _PASSES)
         and len(first.reads) == len(second.reads)
         and len(first.writes) == len(second.writes)
     )

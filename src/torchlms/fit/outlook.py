@@ -69,7 +69,7 @@ class Outlook:
         """Share of the speed without a budget; 0 where the step does not run."""
         if self.predicted is None:
             return 0.0
-        return self.predicted.compute_s / self.predicted.step_s if self.predicted.step_s > 0 else 1.0
+        return self.plain_s / self.predicted.step_s if self.predicted.step_s > 0 else 1.0
 
 
 def look(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) -> Outlook:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from torchlms.fit.answer import Answer, Largest
     from torchlms.fit.curve import CurvePoint
     from torchlms.fit.largest import Batch
+    from torchlms.fit.outlook import Outlook
 
 CURVE_COLUMNS = ("budget", "step", "speed", "", "waiting", "out", "bound")
 LARGEST_COLUMNS = ("largest batch", "is", "step", "samples/s", "speed", "out")
 
+_MORE = 1 + 1e-6  # than sums in another order come to
 _BAR_CELLS = 12  # with frames the table then fits into 80 columns; a cut bar would mislead
 
 
@@ -35,18 +37,29 @@ def sentence(answer: Answer) -> str:
         return f"{what} fits in {budget}: it needs {bytes_text(outlook.plain_bytes)} at its peak; {step}"
     disk = f" ({bytes_text(predicted.disk_bytes)} of it to disk)" if predicted.disk_bytes else ""
     return (
-        f"{what} fits in {budget} with moving, at {outlook.speed:.0%} of the speed: {step}, "
+        f"{what} fits in {budget} with {_means(outlook)}, at {outlook.speed:.0%} of the speed: {step}, "
         f"{bytes_text(predicted.bytes_out)} out per step{disk}; in memory it would need "
         f"{bytes_text(outlook.plain_bytes)} and take {seconds_text(outlook.plain_s)}"
     )
+
+
+def _means(outlook: Outlook) -> str:
+    """What makes it fit."""
+    made_again = outlook.predicted is not None and outlook.predicted.compute_s > _MORE * outlook.plain_s
+    moved = outlook.predicted is not None and outlook.predicted.bytes_out > 0
+    if made_again:
+        return "moving and recomputing" if moved else "recomputing"
+    return "moving"
 
 
 def _why_not(answer: Answer) -> str:
     outlook, narrow = answer.outlook, answer.outlook.narrow
     if outlook.verdict is Verdict.HOST_TOO_SMALL:
         host, disk = bytes_text(outlook.budget.host_bytes), bytes_text(outlook.budget.disk_bytes)
-        missing = bytes_text(outlook.missing_bytes)
-        return f"host memory and disk ({host}, {disk}) lack {missing} for what must leave the device"
+        missing = f"{bytes_text(outlook.missing_bytes)} for what must leave the device"
+        if answer.evidence.tape.device == "cpu":  # host memory is the device itself
+            return f"disk ({disk}) lacks {missing}"
+        return f"host memory and disk ({host}, {disk}) lack {missing}"
     return (
         f"the smallest budget is {bytes_text(outlook.smallest_bytes)} ({outlook.smallest_bytes} bytes), "
         f"because of {narrow.name} (op {narrow.op}) in {narrow.module or 'no module'}, which needs "

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _MOST_TOLL_S = 50e-6  # that two marks cost
 # Below this share of the growth that the batch would ask for, the device waited for the program.
+_OUTGROWN = 1.25  # times as long as in proportion to the batch
 _BUSY = 0.5
 
 
@@ -49,3 +50,9 @@ def kept_busy(scale: Scale) -> bool:
     small_s, large_s = (sum(op.time_s for op in tape.ops) for tape in (scale.small, scale.large))
     asked = scale.large_batch / scale.small_batch - 1
     return large_s - small_s >= _BUSY * asked * small_s
+
+
+def outgrew_its_batch(scale: Scale) -> bool:
+    """Whether the step grew by far more than its batch, as where other work was in the way of one."""
+    small_s, large_s = (sum(op.time_s for op in tape.ops) for tape in (scale.small, scale.large))
+    return large_s > _OUTGROWN * small_s * scale.large_batch / scale.small_batch

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("torchlms")
 
+OURS = ("--budget", "--host-budget", "--disk-budget", "--disk-dir")  # what hardly is meant for the script
+
 
 class Watch:
     """Begins before the script, and ends after it with what was asked for: report, figures, plan, tape."""
@@ -39,7 +41,18 @@ class Watch:
         _speak(self._request.level())
         if not self._request.log:
             say_if_unknown()
+        self._say_what_is_the_scripts_own()
         after_import("torch", self._find)
+
+    def _say_what_is_the_scripts_own(self) -> None:
+        for option in OURS:
+            given = getattr(self._request, option.removeprefix("--").replace("-", "_")) is not None
+            if not given and any(word.partition("=")[0] == option for word in self._request.arguments):
+                log.warning(
+                    "%s comes after %s and goes to it, not to torchlms, whose options come before",
+                    option,
+                    self._request.target,
+                )
 
     def _find(self) -> None:
         if os.getpid() == self._process:  # a fork may be the first to import torch
