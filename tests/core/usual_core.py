@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_MEASURE_S = 0.1  # what `_measure` takes on the usual core
+_MEASURE_S = 0.15  # what `_measure` takes on the usual core
 
 
 def seconds(work: Callable[[], T]) -> tuple[float, T]:
