@@ -156,6 +156,33 @@ def test_a_source_that_is_written_before_backward(since: int, spill_dir: Path) -
     assert stats["replayed_ops"]
 
 
+@pytest.mark.parametrize("through_data", [True, False])
+def test_a_source_that_is_written_before_what_was_made_of_it_is_dropped(
+    through_data: bool, spill_dir: Path
+) -> None:
+    """The sum is read once more after the write, so that it is dropped later, from a buffer that is another.
+
+    Recipes are tried while the write leaves the buffer as it is. Through ``.data`` no version counts it.
+    """
+    calls = [0]
+
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        shift: Tensor = model.shift  # type: ignore[assignment]
+        total = F.silu(x) + shift
+        wave = torch.sin(total)
+        calls[0] += 1
+        factor = 1.0 if calls[0] <= 5 * 6 else 0.9  # six times a step
+        with torch.no_grad():
+            (shift.data if through_data else shift).mul_(factor)
+        return wave * torch.cos(total)
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        calls[0] = step * 6
+        return usual(model, optimizer, step)
+
+    assert_same(middle, spill_dir, loop)
+
+
 def test_a_write_that_nobody_sees_is_found_out(spill_dir: Path) -> None:
     """As a kernel of somebody's own writes into what ``zeros`` made: the recipe is tried, and refuted."""
 

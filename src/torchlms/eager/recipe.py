@@ -64,6 +64,8 @@ class Recipe:
         if ref.cell is reader:
             return True  # what an in-place op goes on from
         if ref.lasting is not None:
+            if ref.writes != len(ref.cell.history):
+                return False  # written since, perhaps through .data, of which no version tells
             self.lasting[id(ref.cell)] = ref
             return True
         slot = ref.cell.slot() if ref.cell.slot is not None else None
