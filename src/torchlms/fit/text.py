@@ -10,10 +10,10 @@ from torchlms.fit.outlook import Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torchlms.core.plan import Prediction
     from torchlms.fit.answer import Answer, Largest
     from torchlms.fit.curve import CurvePoint
     from torchlms.fit.largest import Batch
-    from torchlms.fit.outlook import Outlook
 
 CURVE_COLUMNS = ("budget", "step", "speed", "", "waiting", "out", "bound")
 LARGEST_COLUMNS = ("largest batch", "is", "step", "samples/s", "speed", "out")
@@ -36,20 +36,19 @@ def sentence(answer: Answer) -> str:
     if outlook.verdict is Verdict.FITS:
         return f"{what} fits in {budget}: it needs {bytes_text(outlook.plain_bytes)} at its peak; {step}"
     disk = f" ({bytes_text(predicted.disk_bytes)} of it to disk)" if predicted.disk_bytes else ""
+    means = _means(predicted, outlook.plain_s)
     return (
-        f"{what} fits in {budget} with {_means(outlook)}, at {outlook.speed:.0%} of the speed: {step}, "
+        f"{what} fits in {budget} with {means}, at {outlook.speed:.0%} of the speed: {step}, "
         f"{bytes_text(predicted.bytes_out)} out per step{disk}; in memory it would need "
         f"{bytes_text(outlook.plain_bytes)} and take {seconds_text(outlook.plain_s)}"
     )
 
 
-def _means(outlook: Outlook) -> str:
+def _means(predicted: Prediction, plain_s: float) -> str:
     """What makes it fit."""
-    made_again = outlook.predicted is not None and outlook.predicted.compute_s > _MORE * outlook.plain_s
-    moved = outlook.predicted is not None and outlook.predicted.bytes_out > 0
-    if made_again:
-        return "moving and recomputing" if moved else "recomputing"
-    return "moving"
+    if predicted.compute_s <= _MORE * plain_s:
+        return "moving"
+    return "moving and recomputing" if predicted.bytes_out else "recomputing"
 
 
 def _why_not(answer: Answer) -> str:

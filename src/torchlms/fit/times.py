@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 _MOST_TOLL_S = 50e-6  # that two marks cost
 # Below this share of the growth that the batch would ask for, the device waited for the program.
-_OUTGROWN = 1.25  # times as long as in proportion to the batch
 _BUSY = 0.5
+_OUTGROWN = 1.25  # times as long as in proportion to the batch
 
 
 def eased(tape: Tape, step_s: float) -> Tape:
@@ -47,12 +47,17 @@ def _toll_s(times_s: np.typing.NDArray[np.float64], step_s: float) -> float:
 
 def kept_busy(scale: Scale) -> bool:
     """Whether the step grew with its batch, as it does on a busy device."""
-    small_s, large_s = (sum(op.time_s for op in tape.ops) for tape in (scale.small, scale.large))
+    small_s, large_s = _steps_s(scale)
     asked = scale.large_batch / scale.small_batch - 1
     return large_s - small_s >= _BUSY * asked * small_s
 
 
 def outgrew_its_batch(scale: Scale) -> bool:
     """Whether the step grew by far more than its batch, as where other work was in the way of one."""
-    small_s, large_s = (sum(op.time_s for op in tape.ops) for tape in (scale.small, scale.large))
+    small_s, large_s = _steps_s(scale)
     return large_s > _OUTGROWN * small_s * scale.large_batch / scale.small_batch
+
+
+def _steps_s(scale: Scale) -> tuple[float, float]:
+    """What the step took at the smaller batch, and at the larger."""
+    return sum(op.time_s for op in scale.small.ops), sum(op.time_s for op in scale.large.ops)
