@@ -31,6 +31,7 @@ from torchlms.eager.engine import Engine
 from torchlms.eager.install import Installation
 from torchlms.eager.kinds import StorageKinds
 from torchlms.eager.labels import ModuleLabels
+from torchlms.eager.leaves import hand_back_leaves
 from torchlms.eager.optimizer import OptimizerGuard
 from torchlms.eager.verifier import Verifier
 from torchlms.errors import NotSupported
@@ -185,6 +186,7 @@ class LMS:
         self._kinds.label()
         undo.callback(self._kinds.unlabel)
         self._guard.put_on(undo)
+        hand_back_leaves(undo)
         self._director = Director(
             machine=machine,
             budget=tiers,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
@@ -87,6 +89,31 @@ def test_chains_views_and_in_place_ops(spill_dir: Path) -> None:
 
     stats = assert_same(middle, spill_dir)
     assert stats["replayed_ops"]
+
+
+def test_a_chain_longer_than_the_stack(spill_dir: Path) -> None:
+    """The stack is deep enough for what the backward pass itself does, and not for a call in each link."""
+
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(40):
+            x = F.silu(x)
+        return x
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        deep = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+        try:
+            loss.backward()
+        finally:
+            sys.setrecursionlimit(deep)
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    stats = assert_same(middle, spill_dir, loop, 4_500_000)
+    assert stats["plan"]["recompute"]["values"] > 200  # type: ignore[index]
 
 
 def test_random_numbers_are_drawn_again_and_leave_the_generator_as_it_was(spill_dir: Path) -> None:
@@ -192,6 +219,28 @@ def test_a_write_that_nobody_sees_is_found_out(spill_dir: Path) -> None:
         return F.relu(F.silu(x) + table)
 
     assert_same(middle, spill_dir)
+
+
+def test_a_source_whose_memory_numpy_has(spill_dir: Path) -> None:
+    """What numpy writes later is in the values that it has, and not in those made of them before."""
+    views = []
+
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        wave = torch.tanh(x)
+        views.append(wave.detach().numpy())
+        return F.relu(wave + 0.5) * 2
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        while views:
+            views.pop()[:] *= 0.5
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    assert_same(middle, spill_dir, loop, 1_900_000)
 
 
 def test_several_backwards_over_one_graph(spill_dir: Path) -> None:

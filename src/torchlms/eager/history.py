@@ -9,12 +9,15 @@ its cell, a cell its calls, a call the cells it read: what nobody can ask for an
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchlms.eager.private import counts_writes_first
 from torchlms.eager.tensors import is_plain
 from torchlms.eager.writes import written_tensors
 
@@ -40,6 +43,7 @@ class Cell:
     counter: torch.Tensor | None = None  # shares that tensor's version, and holds none of its memory
     value: int = -1  # the tape's id while recording, if the storage could be held
     size_bytes: int = 0
+    announced: int = 0  # writes that torch has counted and that have not happened yet
     readers: list[weakref.ref[Slot]] | None = None  # dropped, and made from this
 
     def accounts_for(self, writes: int, version: int) -> bool:
@@ -96,12 +100,21 @@ def results_of(result: Any) -> list[torch.Tensor | None]:
     return [result if isinstance(result, torch.Tensor) else None]
 
 
-def readers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Slot]:
-    """The dropped slots whose recipe reads something that ``func`` is about to write."""
-    found: list[Slot] = []
-    for tensor in written_tensors(func, args, kwargs):
-        if is_plain(tensor):
-            cell = marked(tensor.untyped_storage())
-            if cell is not None and cell.readers:
-                found += [slot for reader in cell.readers if (slot := reader()) is not None]
-    return found
+def cells_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cell]:
+    """The cells of what ``func`` is about to write, as far as they are known."""
+    plain = (tensor for tensor in written_tensors(func, args, kwargs) if is_plain(tensor))
+    found = {id(cell): cell for tensor in plain if (cell := marked(tensor.untyped_storage())) is not None}
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def about_to_write(func: Any, cells: list[Cell]) -> Iterator[None]:
+    """While what reads ``cells`` is made again before ``func`` writes them."""
+    announced = int(counts_writes_first(func))
+    for cell in cells:
+        cell.announced = announced
+    try:
+        yield
+    finally:
+        for cell in cells:
+            cell.announced = 0

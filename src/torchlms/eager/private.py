@@ -365,3 +365,12 @@ def hide_from_compiler(*functions: Any) -> bool:
     for function in functions:
         mark(function.__code__, strategy(action.SKIP, action.SKIP))
     return True
+
+
+def counts_writes_first(func: Any) -> bool:
+    """Whether torch counts what ``func`` writes before it runs, and not after.
+
+    Assumes that an op made by ``torch.library.custom_op`` does, and no other.
+    """
+    definitions = getattr(sys.modules.get("torch._library.custom_ops"), "OPDEFS", {})
+    return getattr(func, "_schema", None) is not None and func._schema.name in definitions

@@ -71,7 +71,7 @@ class Recipe:
         slot = ref.cell.slot() if ref.cell.slot is not None else None
         # A write that the mode did not see, from another thread or a compiled region, still counts.
         whole = ref.writes == len(ref.cell.history) and ref.version == ref.cell.saved_version
-        if slot is not None and slot is not target and whole:
+        if slot is not None and slot is not target and whole and not slot.given_away():
             self.slots[id(ref.cell)] = (ref.cell, slot)
             return True
         return self._follow_or_ask(ref, target)

@@ -60,7 +60,7 @@ def _drawn_again(generator: torch.Generator, state: torch.Tensor) -> Iterator[No
 
 def _unchanged(ref: Ref, lasting: torch.Tensor, storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """The bytes of a parameter or buffer as they were read, also if it lies elsewhere by now."""
-    if lasting._version == ref.version and storage.nbytes() == ref.cell.size_bytes:
+    if lasting._version - ref.cell.announced == ref.version and storage.nbytes() == ref.cell.size_bytes:
         return storage
     raise ReplayFailed(
         f"a parameter or buffer of shape {list(ref.shape)} was changed between forward and backward, unseen "
@@ -142,7 +142,8 @@ class _Replay:
         return empty.set_(storage, ref.offset, ref.shape, ref.strides)  # type: ignore[call-overload]
 
     def _slot(self, ref: Ref) -> Slot:
-        counter = ref.cell.counter
-        if len(ref.cell.history) != ref.writes or (counter is not None and counter._version != ref.version):
+        cell = ref.cell
+        version = cell.counter._version - cell.announced if cell.counter is not None else ref.version
+        if len(cell.history) != ref.writes or version != ref.version:
             raise ReplayFailed(f"a saved tensor of shape {list(ref.shape)} was written after it was read")
         return self._recipe.slots[id(ref.cell)][1]

@@ -139,6 +139,10 @@ class Slot:
             and can_be_emptied(held)
         )
 
+    def given_away(self) -> bool:
+        """Whether numpy or another process has the memory, too, and may write to it unseen."""
+        return self._held is not None and not self._held.untyped_storage().resizable()
+
     def storage(self) -> torch.UntypedStorage:
         """Where the bytes lie; needs device bytes."""
         assert self._held is not None
@@ -241,6 +245,9 @@ class Slot:
         self.owner.moved(self)
 
     def _remake(self) -> None:
+        """Make the bytes again; what they are made from and was dropped itself, before."""
+        for source in _dropped_before(self):
+            source.take()
         assert self.recipe is not None
         made = self.owner.remake(self, self.recipe)
         storage = made.untyped_storage()
@@ -343,6 +350,23 @@ class Slot:
 
 
 hide_from_compiler(Slot.__del__)
+
+
+def _dropped_before(last: Slot) -> list[Slot]:
+    """The dropped values that ``last`` is made from, each after those that it is made from itself: in a loop,
+    for a chain of them may be longer than Python's stack is deep."""
+    order: list[Slot] = []
+    met: set[int] = set()
+    waiting = [(last, False)]
+    while waiting:
+        slot, ready = waiting.pop()
+        if ready:
+            order.append(slot)
+        elif slot.recipe is not None and id(slot) not in met:
+            met.add(id(slot))
+            waiting.append((slot, True))
+            waiting.extend((source, False) for _, source in reversed(slot.recipe.slots.values()))
+    return order[:-1]
 
 
 def can_be_emptied(tensor: torch.Tensor) -> bool:
