@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
+from torchlms.core.curve import occupancy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torchlms.core.curve import Bytes
-    from torchlms.core.schedule import Move
+    from torchlms.core.moves import Move
 
 
 def left_over(excess: Bytes, moves: Iterable[Move]) -> Bytes:
     """The excess at each op when each move is away from its start to its stop."""
-    left: Bytes = excess.copy()
-    for move in moves:
-        left[move.start : move.stop] -= move.size_bytes
-    return left
+    away = list(moves)
+    return excess - occupancy(
+        len(excess),
+        [move.start for move in away],
+        [move.stop for move in away],
+        [move.size_bytes for move in away],
+    )
 
 
 def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ()) -> list[Move] | None:
@@ -30,8 +33,9 @@ def cover(excess: Bytes, ranked: Sequence[Move], *, always: Iterable[Move] = ())
     left = left_over(excess, fixed)
     taken: list[Move] = []
     for move in ranked:
-        if left[move.start : move.stop].max(initial=0) > 0:
-            left[move.start : move.stop] -= move.size_bytes
+        window = left[move.start : move.stop]
+        if window[window.argmax()] > 0:
+            window -= move.size_bytes
             taken.append(move)
     if (left > 0).any():
         return None
@@ -42,8 +46,9 @@ def _thin(left: Bytes, taken: list[Move]) -> list[Move]:
     """Drop what is not needed, the last taken first."""
     kept = []
     for move in reversed(taken):
-        if np.max(left[move.start : move.stop]) + move.size_bytes <= 0:
-            left[move.start : move.stop] += move.size_bytes
+        window = left[move.start : move.stop]
+        if window[window.argmax()] + move.size_bytes <= 0:
+            window += move.size_bytes
         else:
             kept.append(move)
     return kept[::-1]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torchlms.core.plan import Choice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torchlms.core.plan import Decision
     from torchlms.core.tape import Stretch, Tape
@@ -87,7 +87,7 @@ def smallest_budget(tape: Tape) -> int:
     return int(floor_curve(tape).max(initial=0))
 
 
-def occupancy(count: int, starts: list[int], stops: list[int], sizes: list[int]) -> Bytes:
+def occupancy(count: int, starts: Sequence[int], stops: Sequence[int], sizes: Sequence[int]) -> Bytes:
     """Sum of the sizes over ``start <= i < stop`` for each ``0 <= i < count``."""
     steps = np.zeros(count + 1, dtype=np.int64)
     weights = np.array(sizes, dtype=np.int64)

@@ -193,6 +193,8 @@ def _present_at(source: Value, op: int) -> Value:
         for stretch in source.idle
         if not (stretch.start >= op and not wraps(stretch))
     )
+    if idle == source.idle and op <= source.death:
+        return source  # as it is
     return replace(source, idle=idle, movable=source.movable and bool(idle), death=max(source.death, op))
 
 

@@ -77,6 +77,7 @@ def plan(
     limit_bytes = budget.device_bytes - headroom_bytes
     compute_s = sum(op.time_s for op in tape.ops)
     ranked = _ranked(tape, rules, pace)
+    fingerprint = tape.fingerprint
 
     def make(drops: Sequence[Value], effort: float) -> Plan:
         made = plan_moves(
@@ -87,6 +88,7 @@ def plan(
             headroom_bytes=headroom_bytes,
             elbow=elbow,
             effort=effort,
+            fingerprint=fingerprint,
         )
         return replace(made, predicted=paced(made.predicted, tape, pace, _load(made, drops)))
 
@@ -134,15 +136,18 @@ class _Trials:
         self._make = make
         self._least_s = least_s  # what a step takes with a set of drops, if it never waits
         self._made: dict[frozenset[int], Plan | None] = {}
+        self._searched: set[frozenset[int]] = set()  # with the whole effort
         self._refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
         self.best: tuple[Value, ...] = ()
 
     def of(self, drops: Sequence[Value], effort: float = LOOK) -> bool:
-        """Whether ``drops`` are better than all that was tried before. They are looked at once, unless
-        it is with the whole effort."""
+        """Whether ``drops`` are better than all that was tried before. They are looked at once, and once
+        more with the whole effort."""
         key = _key(drops)
-        if key in self._made and effort < 1:
+        if key in (self._made if effort < 1 else self._searched):
             return False
+        if effort >= 1:
+            self._searched.add(key)
         before = self.cost_s
         if effort < 1 and self._least_s(drops) >= before:
             self._made[key] = None
@@ -305,7 +310,7 @@ def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -
         if decision.value < len(tape.values)
     )
     decisions = sorted((*kept, *dropped), key=lambda decision: decision.value)
-    return replace(moves, fingerprint=tape.fingerprint, decisions=tuple(decisions))
+    return replace(moves, decisions=tuple(decisions))
 
 
 def _ops_text(count: int) -> str:

@@ -12,19 +12,21 @@ The search is deterministic: its effort is counted in work, not in seconds.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from torchlms.core.bound import lower_bound
+from torchlms.core.cover import left_over
 from torchlms.core.curve import smallest_budget, wraps
 from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.held import with_held
+from torchlms.core.moves import Move, Slot
 from torchlms.core.pace import NOTICED, Load
 from torchlms.core.plan import Budget, Decision, Plan
 from torchlms.core.rules import Rules, leavers
-from torchlms.core.schedule import Course, Move, Slot
+from torchlms.core.schedule import Course
 from torchlms.core.search import decision_of, search
 from torchlms.core.simulate import Simulator, prediction
 from torchlms.core.tiers import Places, Room
@@ -44,6 +46,20 @@ _SMALL = 1 / 2048  # of the budget: moving such a value takes the program as lon
 _STALLS = 1e-3  # of the compute time, for which it may be worth its while
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is to be planned: what could leave, and under what limit."""
+
+    simulator: Simulator
+    course: Course
+    candidates: Sequence[Move]
+    budget: Budget
+    rules: Rules
+    fingerprint: str
+    smallest_bytes: int
+    effort: float
+
+
 def plan(
     tape: Tape,
     machine: Machine,
@@ -53,42 +69,39 @@ def plan(
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
     effort: float = 1.0,
+    fingerprint: str = "",
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``, or less if
     the rules ask for more headroom.
 
     ``elbow`` is free memory that ops and copies are given beyond that where it can be had; ``effort`` is
-    how long to search, as a share of the usual. Moves nothing when everything fits, unless a rule demands
-    it. The step time is the best found, not a proven optimum; ``lower_bound`` says how far off it can be.
-    Stretches that wrap around the end of the tape stay on the device. Raises BudgetTooSmall or
-    HostBudgetTooSmall when there is no such plan.
+    how long to search, as a share of the usual; ``fingerprint`` that of the plan, if not the tape's. Moves
+    nothing when everything fits, unless a rule demands it. The step time is the best found, not a proven
+    optimum; ``lower_bound`` says how far off it can be. Stretches that wrap around the end of the tape stay
+    on the device. Raises BudgetTooSmall or HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
-
-    def of(least_bytes: int) -> Plan:
-        return _plan(
-            tape,
-            machine,
-            budget,
-            rules,
-            least_bytes,
-            headroom_bytes=headroom_bytes,
-            elbow=elbow,
-            effort=effort,
-        )
-
+    headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
+    task = _task(
+        Simulator(tape, machine),
+        budget,
+        rules,
+        headroom_bytes=headroom_bytes,
+        elbow=elbow,
+        fingerprint=fingerprint or tape.fingerprint,
+        effort=effort,
+    )
     least_bytes = max(rules.min_bytes, int(_SMALL * budget.device_bytes))
-    any_small = any(rules.min_bytes <= value.size_bytes < least_bytes for value in tape.values if value.idle)
-    if not any_small:
-        best = of(rules.min_bytes)
+    if not any(rules.min_bytes <= move.size_bytes < least_bytes for move in task.candidates):
+        best = _plan(task, rules.min_bytes)
     else:
         try:
-            best = of(least_bytes)
+            best = _plan(task, least_bytes)
         except HostBudgetTooSmall:
-            best = of(rules.min_bytes)  # fewer bytes may do where smaller values leave
+            best = _plan(task, rules.min_bytes)  # fewer bytes may do where smaller values leave
         else:
             if effort >= 1 and best.predicted.stall_s > _STALLS * best.predicted.compute_s:
-                best = min(best, of(rules.min_bytes), key=_cost_s)
+                best = min(best, _plan(task, rules.min_bytes), key=_cost_s)
     return replace(best, plan_s=time.perf_counter() - started_s)
 
 
@@ -97,49 +110,53 @@ def _cost_s(plan: Plan) -> float:
     return plan.predicted.step_s + NOTICED.lap_s(Load(len(plan.moves)))
 
 
-def _plan(
-    tape: Tape,
-    machine: Machine,
+def _task(
+    simulator: Simulator,
     budget: Budget,
     rules: Rules,
-    least_bytes: int,
     *,
     headroom_bytes: int,
     elbow: Elbow,
+    fingerprint: str,
     effort: float,
-) -> Plan:
-    """The plan that moves values of at least ``least_bytes``, and smaller ones only where it must."""
-    simulator = Simulator(tape, machine)
-    headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
+) -> _Task:
+    """Raises BudgetTooSmall where no plan could do."""
+    tape = simulator.tape
     limit_bytes = budget.device_bytes - headroom_bytes
     candidates = _candidates(simulator, rules)
     floor = _floor(simulator.baseline, candidates)
     if len(floor) and floor.max() > limit_bytes:
         raise _too_small(simulator, floor, budget, headroom_bytes)
-    needed = simulator.baseline + np.minimum(_room_for_new(tape, elbow), limit_bytes - floor)
     course = Course(
         tuple(op.time_s for op in tape.ops),
-        needed,
+        simulator.baseline + np.minimum(_room_for_new(tape, elbow), limit_bytes - floor),
         limit_bytes,
         elbow.flying,
         ahead_ops=rules.reload_ahead_ops,
         within_ops=rules.within_ops,
         waits_out=rules.waits_out,
     )
-    worthy = _worth_moving(needed, candidates, (least_bytes, rules.min_bytes), limit_bytes)
-    found = search(simulator, course, worthy, _room(machine, budget), effort=effort)
-    decisions = tuple(_decision(slot, found.places) for slot in found.slots)
-    timeline = simulator.run(decisions)
+    smallest_bytes = int(floor.max(initial=0)) + headroom_bytes
+    return _Task(simulator, course, candidates, budget, rules, fingerprint, smallest_bytes, effort)
+
+
+def _plan(task: _Task, least_bytes: int) -> Plan:
+    """The plan that moves values of at least ``least_bytes``, and smaller ones only where it must."""
+    simulator, course, tape = task.simulator, task.course, task.simulator.tape
+    worthy = _worth_moving(
+        course.baseline, task.candidates, (least_bytes, task.rules.min_bytes), course.limit_bytes
+    )
+    found = search(simulator, course, worthy, _room(simulator.machine, task.budget), effort=task.effort)
     return Plan(
-        fingerprint=tape.fingerprint,
+        fingerprint=task.fingerprint,
         torch=tape.torch,
         device=tape.device,
-        budget=budget,
-        decisions=decisions,
+        budget=task.budget,
+        decisions=tuple(_decision(slot, found.places) for slot in found.slots),
         predicted=prediction(
-            timeline, arena_bytes=found.places.arena_bytes, spill_bytes=found.places.spill_bytes
+            found.timeline, arena_bytes=found.places.arena_bytes, spill_bytes=found.places.spill_bytes
         ),
-        smallest_bytes=int(floor.max(initial=0)) + headroom_bytes,
+        smallest_bytes=task.smallest_bytes,
         model=tape.model,
     )
 
@@ -177,10 +194,7 @@ def _move(simulator: Simulator, value: Value, index: int, *, forced: str) -> Mov
 
 def _floor(baseline: Bytes, candidates: Sequence[Move]) -> Bytes:
     """The curve with all candidates away: ``floor_curve``, as far as the rules permit."""
-    floor: Bytes = baseline.copy()
-    for move in candidates:
-        floor[move.start : move.stop] -= move.size_bytes
-    return floor
+    return left_over(baseline, candidates)
 
 
 def _room_for_new(tape: Tape, elbow: Elbow) -> Bytes:

@@ -7,6 +7,8 @@ from heapq import heappop, heappush
 
 OUT, IN = 0, 1
 
+_Waiting = tuple[float, int, float]  # ready from, number, seconds of work
+
 
 class Link:
     """Two first-come-first-served queues. While both are busy each runs at its share of its lone rate.
@@ -19,7 +21,7 @@ class Link:
     def __init__(self, out_share: float, in_share: float) -> None:
         self._shares = (out_share, in_share)
         self._now_s = 0.0
-        self._waiting: tuple[list[tuple[float, int, float]], ...] = ([], [])
+        self._waiting: tuple[list[_Waiting], list[_Waiting]] = ([], [])
         self._current = [-1, -1]
         self._left_s = [0.0, 0.0]
         self.start_s: dict[int, float] = {}
@@ -31,9 +33,28 @@ class Link:
 
     def end_of(self, copy: int) -> float:
         """When ``copy`` ends."""
-        while copy not in self.end_s:
-            self._advance()
-        return self.end_s[copy]
+        ends_s, current, (out_waiting, in_waiting) = self.end_s, self._current, self._waiting
+        while copy not in ends_s:
+            out_busy = out_waiting or current[OUT] >= 0
+            in_busy = in_waiting or current[IN] >= 0
+            if out_busy and not in_busy:
+                self._finish_next(OUT)
+            elif in_busy and not out_busy:
+                self._finish_next(IN)
+            else:
+                self._advance()
+        return ends_s[copy]
+
+    def _finish_next(self, direction: int) -> None:
+        """The same as ``_advance`` until one copy has ended, where the other direction has none at all."""
+        copy, left_s, now_s = self._current[direction], self._left_s[direction], self._now_s
+        if copy < 0:
+            ready_s, copy, left_s = heappop(self._waiting[direction])
+            if ready_s > now_s:
+                now_s = max(now_s + (ready_s - now_s), ready_s)  # as the sum there is rounded
+            self.start_s[copy] = now_s
+        self._now_s = self.end_s[copy] = now_s + left_s
+        self._current[direction] = -1
 
     def _advance(self) -> None:
         """Go on to the next moment at which a copy starts or ends."""

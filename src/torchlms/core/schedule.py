@@ -10,19 +10,22 @@ is exact: a schedule never puts an op above the limit if letting all of its move
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
+from torchlms.core.curve import occupancy
+from torchlms.core.moves import Move, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torchlms.core.curve import Bytes, Seconds
+    from torchlms.core.curve import Bytes
 
 NEVER = -1
 
@@ -31,31 +34,6 @@ NEVER = -1
 RELEASE_SLACK = 0.10
 
 NOTHING_DUE: Mapping[Move, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Move:
-    """One value's one idle stretch, and what its copies cost when nothing else runs.
-
-    On a machine without a link ``out_s`` and ``in_s`` are 0 and only the disk times count.
-    """
-
-    value: int
-    stretch: int
-    size_bytes: int
-    start: int
-    stop: int
-    idle_s: float
-    out_s: float
-    in_s: float
-    write_s: float
-    read_s: float
-    forced: str = ""  # the rule that demands it
-
-    @property
-    def copies_s(self) -> float:
-        """Link seconds out and in; without a link, disk seconds."""
-        return (self.out_s + self.in_s) or (self.write_s + self.read_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +47,7 @@ class Lead:
         return max(self.seconds, self.copies * copy_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Course:
     """What every schedule of one tape shares: seconds of each op, bytes with nothing moved, the limit.
 
@@ -87,15 +65,11 @@ class Course:
     within_ops: int | None = None
     waits_out: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One move with its place in time and its tier."""
-
-    move: Move
-    on_disk: bool
-    release_op: int
-    reload_op: int
+    @cached_property
+    def excess(self) -> list[int]:
+        """Bytes above the limit at each op with nothing moved."""
+        excess: list[int] = (self.baseline - self.limit_bytes).tolist()
+        return excess
 
 
 def schedule(
@@ -125,7 +99,7 @@ def schedule(
 
 def _release(
     course: Course, moves: Sequence[Move], on_disk: frozenset[Move], due: Mapping[Move, int]
-) -> tuple[list[int], Seconds]:
+) -> tuple[list[int], list[float]]:
     """Release ops (NEVER where the copy was too late to be of use), and the clock before each op."""
     walk = _Forward(course, moves, on_disk, due)
     walk.run()
@@ -140,7 +114,7 @@ class _Forward:
     ) -> None:
         count = len(course.op_s)
         self._op_s = course.op_s
-        self._excess: list[int] = (course.baseline - course.limit_bytes).tolist()
+        self._excess = course.excess
         self._moves = moves
         self._on_disk = on_disk
         self._pending: tuple[deque[int], deque[int]] = (deque(), deque())  # HOST, DISK; each by end
@@ -159,23 +133,20 @@ class _Forward:
                 last_op = move.start if course.waits_out else due.get(move, move.stop - 1)
                 self._last_calls.setdefault(last_op, []).append(index)
         self.releases = [NEVER] * len(moves)
-        self.moments_s = np.zeros(count + 1)
+        self.moments_s: list[float] = []
 
     def run(self) -> None:
         """Every op, and before it everything that happens at its moment, in the simulator's order."""
-        host, disk = self._pending
-        begins = sorted({*self._starts, *self._last_calls})
-        count, op = len(self._op_s), 0
-        while op < count:
-            if host or disk or op in self._starts or op in self._last_calls:
-                self._run_op(op, host, disk)
-                op += 1
-            else:
-                begin = bisect_left(begins, op)
-                op = self._pass_by(op, begins[begin] if begin < len(begins) else count)
-        self.moments_s[count] = self._clock_s
+        op, count = 0, len(self._op_s)
+        for begin in (*sorted({*self._starts, *self._last_calls}), count):
+            while op < begin and (op := self._pass_by(op, begin)) < begin:
+                op = self._run_op(op)
+            if begin < count:
+                op = self._run_op(begin)
+        self.moments_s.append(self._clock_s)
 
-    def _run_op(self, op: int, host: deque[int], disk: deque[int]) -> None:
+    def _run_op(self, op: int) -> int:
+        host, disk = self._pending
         if op in self._starts:
             self._issue(op)
         self._away_bytes -= self._returning[op]
@@ -190,26 +161,54 @@ class _Forward:
                 assert self._excess[op] <= self._away_bytes, "the moves do not cover the excess"
                 break
             self._let_go(self._first_to_end().popleft(), op, wait=True)
-        self.moments_s[op] = self._clock_s
+        self.moments_s.append(self._clock_s)
         self._clock_s += self._op_s[op]
+        return op + 1
 
-    def _pass_by(self, first: int, stop: int) -> int:
-        """All ops before ``stop``, where nothing is on its way and nothing begins."""
+    def _pass_by(self, op: int, stop: int) -> int:
+        """Go by ops at which nothing happens; the next at which something may, or ``stop``, before which
+        nothing begins."""
+        host, disk = self._pending
+        if not host and not disk:
+            return self._pass_by_all(op, stop)
+        free_s = math.inf
+        for queue in self._pending:
+            if queue:
+                free_s = min(free_s, self._free_s[queue[0]])
+                stop = min(stop, self._moves[queue[0]].stop)
+        return self._pass_by_until(op, stop, free_s)
+
+    def _pass_by_all(self, first: int, stop: int) -> int:
+        """Nothing is on its way."""
         self._away_bytes -= sum(self._returning[first:stop])
         clocks_s = list(accumulate(self._op_s[first:stop], initial=self._clock_s))
-        self.moments_s[first:stop] = clocks_s[:-1]
-        self._clock_s = clocks_s[-1]
+        self._clock_s = clocks_s.pop()
+        self.moments_s += clocks_s
         return stop
+
+    def _pass_by_until(self, op: int, stop: int, free_s: float) -> int:
+        """While no copy is taken off its queue, and what is away is enough."""
+        op_s, excess, returning, moments_s = self._op_s, self._excess, self._returning, self.moments_s
+        clock_s, away_bytes = self._clock_s, self._away_bytes
+        flying_bytes = self._flight_room * self._leaving_bytes
+        while op < stop and clock_s < free_s and excess[op] + flying_bytes <= away_bytes - returning[op]:
+            moments_s.append(clock_s)
+            away_bytes -= returning[op]
+            clock_s += op_s[op]
+            op += 1
+        self._clock_s, self._away_bytes = clock_s, away_bytes
+        return op
 
     def _issue(self, op: int) -> None:
         for index in self._starts[op]:
             move = self._moves[index]
+            on_disk = move in self._on_disk
             self._link_free_s = end_s = max(self._link_free_s, self._clock_s) + move.out_s
-            if move in self._on_disk:
+            if on_disk:
                 self._disk_free_s = end_s = max(self._disk_free_s, end_s) + move.write_s
             self._ends_s[index] = end_s
             self._free_s[index] = end_s + RELEASE_SLACK * (move.out_s or move.write_s)
-            self._pending[move in self._on_disk].append(index)
+            self._pending[on_disk].append(index)
             self._leaving_bytes += move.size_bytes
 
     def _ended(self, index: int, op: int) -> bool:
@@ -217,8 +216,10 @@ class _Forward:
         return self._free_s[index] <= self._clock_s or self._moves[index].stop <= op
 
     def _first_to_end(self) -> deque[int]:
-        queues = [queue for queue in self._pending if queue]
-        return min(queues, key=lambda queue: self._ends_s[queue[0]])
+        host, disk = self._pending
+        if host and disk:
+            return host if self._ends_s[host[0]] <= self._ends_s[disk[0]] else disk
+        return host or disk
 
     def _let_go(self, index: int, op: int, *, wait: bool = False) -> None:
         move = self._moves[index]
@@ -238,16 +239,15 @@ def _reload(
     course: Course,
     moves: Sequence[Move],
     releases: Sequence[int],
-    moments_s: Seconds,
+    moments_s: Sequence[float],
     on_disk: frozenset[Move],
     lead: Lead,
 ) -> list[int]:
     """Reload ops: in time for every deadline where memory has room, by need where it has not."""
-    limit_bytes = course.limit_bytes
-    bytes_at = course.baseline.copy()
-    for move, release_op in zip(moves, releases, strict=True):
-        bytes_at[release_op : move.stop] -= move.size_bytes
-    by_need = sorted(range(len(moves)), key=lambda index: (moves[index].stop, moves[index].value))
+    bytes_at = course.baseline - occupancy(
+        len(course.op_s), releases, [move.stop for move in moves], [move.size_bytes for move in moves]
+    )
+    by_need = sorted(range(len(moves)), key=[(move.stop, move.value) for move in moves].__getitem__)
     wished = _just_in_time(moves, by_need, moments_s, on_disk, lead)
     reloads = [0] * len(moves)
     last = [0, 0]  # by tier: a reload issued before one that is needed earlier would delay it
@@ -256,7 +256,7 @@ def _reload(
         wished_op = min(wished[index], move.stop - course.ahead_ops)
         reload_op = min(max(wished_op, releases[index] + 1, last[tier]), move.stop)
         coming_bytes = int(move.size_bytes * (1 + course.flight_room))
-        full = np.flatnonzero(bytes_at[reload_op : move.stop] > limit_bytes - coming_bytes)
+        full = (bytes_at[reload_op : move.stop] > course.limit_bytes - coming_bytes).nonzero()[0]
         if len(full):
             reload_op += int(full[-1]) + 1
         if course.within_ops is not None:
@@ -269,7 +269,7 @@ def _reload(
 def _just_in_time(
     moves: Sequence[Move],
     by_need: Sequence[int],
-    moments_s: Seconds,
+    moments_s: Sequence[float],
     on_disk: frozenset[Move],
     lead: Lead,
 ) -> list[int]:
@@ -278,15 +278,14 @@ def _just_in_time(
     Backward from the last need: each copy back ends when it is needed, or when the one after it on
     the same queue has to start.
     """
-    begins_s = np.zeros(len(moves))
-    link_s = disk_s = np.inf
+    ops = [0] * len(moves)
+    link_s = disk_s = math.inf
     for index in reversed(by_need):
         move = moves[index]
-        link_s = min(float(moments_s[move.stop]), link_s) - move.in_s
-        begin_s = link_s
+        copy_s = move.in_s
+        link_s = begin_s = min(moments_s[move.stop], link_s) - move.in_s
         if move in on_disk:
-            disk_s = min(disk_s, link_s) - move.read_s
-            begin_s = disk_s
-        begins_s[index] = begin_s - lead.before_s(move.in_s + move.read_s * (move in on_disk))
-    ops = np.searchsorted(moments_s, begins_s, side="right") - 1
-    return [int(op) for op in ops]
+            copy_s += move.read_s
+            disk_s = begin_s = min(disk_s, link_s) - move.read_s
+        ops[index] = bisect_right(moments_s, begin_s - lead.before_s(copy_s)) - 1
+    return ops

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from torchlms.core.cover import cover, left_over
+from torchlms.core.moves import Move, Slot
 from torchlms.core.plan import Choice, Decision
-from torchlms.core.schedule import NOTHING_DUE, Course, Lead, Move, Slot, schedule
+from torchlms.core.schedule import NOTHING_DUE, Course, Lead, schedule
 from torchlms.core.tiers import Places, Room, choose_disk, place_all
 from torchlms.errors import HostBudgetTooSmall
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torchlms.core.curve import Bytes
-    from torchlms.core.simulate import Simulator
+    from torchlms.core.simulate import Simulator, Timeline
 
 # Work one search may do, in units of about a microsecond: what one op or one move costs to schedule
 # and simulate, and what one candidate costs to be looked at for a cover.
@@ -45,10 +47,15 @@ SPARE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best schedule of a search and where its values go."""
+    """The best schedule of a search, where its values go, and the step that comes of it."""
 
     slots: tuple[Slot, ...]
     places: Places
+    timeline: Timeline
+
+
+# What a trial follows from: the moves and which of them are on disk, the lead, and what is due.
+_Key = tuple[frozenset[Move], frozenset[Move], Lead, frozenset[tuple[Move, int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class _Search:
         self._excess = course.baseline - course.limit_bytes
         self._floor = left_over(self._excess, candidates)
         self._work = 0
+        self._tried: set[_Key] = set()
         self._best: _Trial | None = None
         self._refusal: HostBudgetTooSmall | None = None
 
@@ -211,6 +219,8 @@ class _Search:
             if self._refusal is None or refusal.missing_bytes < self._refusal.missing_bytes:
                 self._refusal = refusal.with_traceback(None)
             return False
+        if self._was_tried(moves, on_disk, lead, due):
+            return False  # it was no better than what was best then, and that has only become better
         slots = tuple(schedule(self._course, moves, on_disk, lead, due))
         trial = self._trial(moves, slots, lead, due)
         if self._best is not None and trial.score_s >= self._best.score_s * (1 - 1e-9):
@@ -218,10 +228,18 @@ class _Search:
         self._best = trial
         return True
 
+    def _was_tried(
+        self, moves: Sequence[Move], on_disk: frozenset[Move], lead: Lead, due: Mapping[Move, int]
+    ) -> bool:
+        key = (frozenset(moves), on_disk, lead, frozenset(due.items()))
+        known = key in self._tried
+        self._tried.add(key)
+        return known
+
     def _trial(
         self, moves: Sequence[Move], slots: tuple[Slot, ...], lead: Lead, due: Mapping[Move, int]
     ) -> _Trial:
-        stall_s = self._simulator.stall_s(decision_of(slot) for slot in slots)
+        stall_s = self._simulator.stall_of(slots)
         compute_s = float(self._simulator.moments_s[-1])
         copies_s = sum(slot.move.copies_s for slot in slots)
         return _Trial(
@@ -243,26 +261,29 @@ class _Search:
         slots = self._best.slots
         if places.on_disk != {slot.move for slot in slots if slot.on_disk}:
             slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead, self._best.due))
-        return Found(self._unhurried(slots), places)
+        slots, timeline = self._unhurried(slots)
+        return Found(slots, places, timeline)
 
-    def _unhurried(self, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    def _unhurried(self, slots: tuple[Slot, ...]) -> tuple[tuple[Slot, ...], Timeline]:
         """The same with no copy back issued long before its queue gets to it: the step takes as long, and
-        the memory is not held meanwhile."""
-        timeline = self._simulator.run(decision_of(slot) for slot in slots)
+        the memory is not held meanwhile. And that step."""
+        timeline = self._simulator.play(slots)
         begins_s = {
             (transfer.value, transfer.stretch): transfer.start_s
             for transfer in timeline.transfers
             if transfer.direction == "in"
         }
+        starts_s = timeline.start_s.tolist()
         later = []
         for slot in slots:
             move = slot.move
-            early_s = begins_s[move.value, move.stretch] - QUEUED_S
-            op = int(np.searchsorted(timeline.start_s, early_s, side="right")) - 1
-            latest_op = move.stop - self._course.ahead_ops
-            later.append(replace(slot, reload_op=max(slot.reload_op, min(op, latest_op))))
-        stall_s = self._simulator.stall_s(decision_of(slot) for slot in later)
-        return tuple(later) if stall_s <= timeline.stall_s + ENOUGH * timeline.compute_s else slots
+            op = bisect_right(starts_s, begins_s[move.value, move.stretch] - QUEUED_S) - 1
+            reload_op = max(slot.reload_op, min(op, move.stop - self._course.ahead_ops))
+            later.append(Slot(move, slot.on_disk, slot.release_op, reload_op))
+        later_timeline = self._simulator.play(later)
+        if later_timeline.stall_s <= timeline.stall_s + ENOUGH * timeline.compute_s:
+            return tuple(later), later_timeline
+        return slots, timeline
 
 
 def decision_of(slot: Slot, *, offset_bytes: int = 0, reason: str = "") -> Decision:

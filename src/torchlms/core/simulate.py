@@ -21,16 +21,26 @@ and link, the host's own time to issue anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchlms.core.curve import baseline_curve, floor_curve, memory_curve, smallest_budget
+from torchlms.core.curve import (
+    baseline_curve,
+    floor_curve,
+    memory_curve,
+    ring_occupancy,
+    smallest_budget,
+    wraps,
+)
+from torchlms.core.moves import Move, Slot
 from torchlms.core.plan import Choice, Prediction
 from torchlms.core.walk import Transfer, Walk
+from torchlms.errors import NotSupported
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torchlms.core.curve import Bytes, Seconds
     from torchlms.core.machine import Machine
@@ -50,7 +60,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """One step in its steady state. Times count from the beginning of the step.
 
@@ -66,10 +76,16 @@ class Timeline:
     stall_s: float
     start_s: Seconds
     end_s: Seconds
-    transfers: tuple[Transfer, ...]
     bytes_out: int
     bytes_in: int
     disk_bytes: int
+    walk: Walk
+    begin_s: float  # of the walk's last lap, by its own clock
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The copies issued in the step, in order of issue."""
+        return self.walk.transfers(self.begin_s)
 
 
 def simulate(tape: Tape, machine: Machine, decisions: Iterable[Decision]) -> Timeline:
@@ -102,6 +118,7 @@ class Simulator:
         self.baseline = baseline_curve(tape)
         self.moments_s: Seconds = np.zeros(len(tape.ops) + 1)
         np.cumsum([op.time_s for op in tape.ops], out=self.moments_s[1:])
+        self._moments_s: list[float] = self.moments_s.tolist()
         self._copy_s: dict[int, tuple[float, float]] = {}
 
     def copy_s(self, size_bytes: int) -> tuple[float, float]:
@@ -112,13 +129,24 @@ class Simulator:
 
     def run(self, decisions: Iterable[Decision]) -> Timeline:
         """The timeline of one step."""
-        moves = [decision for decision in decisions if decision.choice is not Choice.KEEP]
-        curve = memory_curve(self.tape, moves, baseline=self.baseline)
+        slots, around = self._slots_of(decisions)
+        return self.play(slots, around=around)
+
+    def stall_s(self, decisions: Iterable[Decision]) -> float:
+        """Only what the compute queue waits in one step."""
+        slots, around = self._slots_of(decisions)
+        return self.stall_of(slots, around=around)
+
+    def play(self, slots: Sequence[Slot], *, around: bool = False) -> Timeline:
+        """``run`` for slots, as a search has them at hand; whether any goes around the end of the tape."""
+        sizes = [slot.move.size_bytes for slot in slots]
+        away = ring_occupancy(
+            len(self.tape.ops), [slot.release_op for slot in slots], [slot.reload_op for slot in slots], sizes
+        )
+        curve = self.baseline - away
         peak_op = int(curve.argmax()) if len(curve) else -1
-        sizes = [self.tape.values[move.value].size_bytes for move in moves]
-        on_disk = sum(size for size, move in zip(sizes, moves, strict=True) if move.choice is Choice.DISK)
-        walk = Walk(self, moves)
-        stalls_s, begin_s = walk.settle()
+        walk = Walk(self.machine, self._moments_s, slots)
+        stalls_s, begin_s = walk.settle(around=around)
         stall_s, compute_s = float(stalls_s.sum()), float(self.moments_s[-1])
         start_s = (self.moments_s + np.cumsum(stalls_s))[:-1]
         return Timeline(
@@ -130,14 +158,43 @@ class Simulator:
             stall_s=stall_s,
             start_s=start_s,
             end_s=start_s + np.diff(self.moments_s),
-            transfers=walk.transfers(begin_s),
             bytes_out=sum(sizes),
             bytes_in=sum(sizes),
-            disk_bytes=on_disk,
+            disk_bytes=sum(slot.move.size_bytes for slot in slots if slot.on_disk),
+            walk=walk,
+            begin_s=begin_s,
         )
 
-    def stall_s(self, decisions: Iterable[Decision]) -> float:
-        """Only what the compute queue waits in one step: all a search needs to know, in half the time."""
-        moves = [decision for decision in decisions if decision.choice is not Choice.KEEP]
-        stalls_s, _ = Walk(self, moves).settle()
+    def stall_of(self, slots: Sequence[Slot], *, around: bool = False) -> float:
+        """``stall_s`` likewise: all a search needs to know, in half the time."""
+        stalls_s, _ = Walk(self.machine, self._moments_s, slots).settle(around=around)
         return float(stalls_s.sum())
+
+    def _slots_of(self, decisions: Iterable[Decision]) -> tuple[list[Slot], bool]:
+        """A slot for each decision that moves, and whether any goes around the end of the tape."""
+        moving = [decision for decision in decisions if decision.choice is not Choice.KEEP]
+        around = any(wraps(self.tape.values[decision.value].idle[decision.stretch]) for decision in moving)
+        return [self._slot_of(decision) for decision in moving], around
+
+    def _slot_of(self, decision: Decision) -> Slot:
+        value, machine = self.tape.values[decision.value], self.machine
+        stretch, count = value.idle[decision.stretch], len(self.tape.ops)
+        if decision.choice not in (Choice.HOST, Choice.DISK):
+            raise NotSupported(f"the simulator cannot yet judge {decision.choice.value} (value {value.id})")
+        if decision.choice is Choice.HOST and not machine.link:
+            raise NotSupported("HOST means nothing on a machine whose device is the CPU; use DISK")
+        on_disk = decision.choice is Choice.DISK
+        out_s, in_s = self.copy_s(value.size_bytes)
+        move = Move(
+            value=value.id,
+            stretch=decision.stretch,
+            size_bytes=value.size_bytes,
+            start=stretch.start % count if wraps(stretch) else stretch.start,
+            stop=stretch.stop % count if wraps(stretch) else stretch.stop,
+            idle_s=0.0,
+            out_s=out_s,
+            in_s=in_s,
+            write_s=machine.disk_write_s(value.size_bytes) if on_disk else 0.0,
+            read_s=machine.disk_read_s(value.size_bytes) if on_disk else 0.0,
+        )
+        return Slot(move, on_disk, decision.release_op, decision.reload_op)

@@ -12,7 +12,7 @@ from torchlms.errors import HostBudgetTooSmall
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from torchlms.core.schedule import Move
+    from torchlms.core.moves import Move
 
 # A value on its way between disk and link lies in host memory: one in each of two halves.
 STAGING_HALVES = 2

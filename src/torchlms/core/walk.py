@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchlms.core.curve import wraps
-from torchlms.core.plan import Choice, Decision
+from torchlms.core.plan import Choice
 from torchlms.core.queues import IN, OUT, Disk, Link
-from torchlms.errors import NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchlms.core.curve import Seconds
-    from torchlms.core.simulate import Simulator
+    from torchlms.core.machine import Machine
+    from torchlms.core.moves import Slot
 
 # Laps until what wraps around the end is taken as settled. Without wrapping one lap is exact.
 SETTLING_LAPS = 4
+
+NONE = -1  # no copy whose end is not yet known
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,185 +39,161 @@ class Transfer:
     end_s: float
 
 
-@dataclass(slots=True)
 class _Copies:
-    """Where one decision's copies stand. Ends are 0 for what an earlier lap has long finished."""
+    """Where one direction's copies stand, by place of the slot. Ends are 0 for what an earlier lap has long
+    finished."""
 
-    decision: Decision
-    start: int
-    stop: int
-    size_bytes: int
-    out_copy: int = -1
-    in_copy: int = -1
-    out_issued_s: float = 0.0
-    in_issued_s: float = 0.0
-    out_start_s: float = -1.0
-    in_start_s: float = -1.0
-    out_end_s: float = 0.0
-    in_end_s: float = 0.0
+    def __init__(self, slots: int) -> None:
+        self.number = [NONE] * slots
+        self.issued_s = [0.0] * slots
+        self.start_s = [-1.0] * slots
+        self.end_s = [0.0] * slots
 
 
 # What happens at one moment, in order.
 ISSUE, RELEASE, RELOAD, NEED = range(4)
 
-# Op, which of the four, order among equals (reloads by need), value, index of the decision.
+# Op, which of the four, order among equals (reloads by need), value, place of the slot.
 _Event = tuple[int, int, int, int, int]
 
 
 class Walk:
     """One run over the laps. What each moment does, and in which order, is told in ``simulate``."""
 
-    def __init__(self, simulator: Simulator, moves: Sequence[Decision]) -> None:
-        self._simulator = simulator
-        self._link = Link(simulator.machine.out_share, simulator.machine.in_share)
-        self._has_link = bool(simulator.machine.link)
+    def __init__(self, machine: Machine, moments_s: Sequence[float], slots: Sequence[Slot]) -> None:
+        self._moments_s = moments_s
+        self._slots = slots
+        self._link = Link(machine.out_share, machine.in_share)
+        self._has_link = bool(machine.link)
         self._writes, self._reads = Disk(), Disk()
-        self._unwritten: list[_Copies] = []  # link copies issued whose disk write is not yet placed
+        self._unwritten: deque[int] = deque()  # link copies issued whose disk write is not yet placed
         self._clock_s = 0.0
-        self._count = 0
-        self._wraps = False
-        self._copies = [self._copies_of(move) for move in moves]
-        self._events = sorted(event for index in range(len(moves)) for event in self._events_of(index))
+        self._numbers = count()
+        self._out, self._in = _Copies(len(slots)), _Copies(len(slots))
+        self._events = self._in_order()
 
-    def settle(self) -> tuple[Seconds, float]:
-        """Walk until the lap repeats; what the clock waited at each moment of the last lap, its begin."""
-        begin_s, stalls_s = 0.0, np.zeros(len(self._simulator.moments_s))
-        for _ in range(SETTLING_LAPS if self._wraps else 1):
+    def settle(self, *, around: bool) -> tuple[Seconds, float]:
+        """Walk until the lap repeats; what the clock waited at each moment of the last lap, its begin.
+        ``around`` says that some slot goes around the end."""
+        begin_s, stalls_s = 0.0, np.zeros(len(self._moments_s))
+        for _ in range(SETTLING_LAPS if around else 1):
             begin_s, stalls_s = self._clock_s, self._lap()
         return stalls_s, begin_s
 
     def transfers(self, begin_s: float) -> tuple[Transfer, ...]:
         """The copies issued since ``begin_s``, in order of issue."""
-        made = [transfer for copies in self._copies for transfer in self._transfers_of(copies, begin_s)]
+        made = [
+            transfer for place in range(len(self._slots)) for transfer in self._transfers_of(place, begin_s)
+        ]
         return tuple(sorted(made, key=lambda transfer: transfer.issued_s))
 
-    def _copies_of(self, move: Decision) -> _Copies:
-        value = self._simulator.tape.values[move.value]
-        stretch = value.idle[move.stretch]
-        if move.choice not in (Choice.HOST, Choice.DISK):
-            raise NotSupported(f"the simulator cannot yet judge {move.choice.value} (value {move.value})")
-        if move.choice is Choice.HOST and not self._has_link:
-            raise NotSupported("HOST means nothing on a machine whose device is the CPU; use DISK")
-        count = len(self._simulator.tape.ops)
-        around = wraps(stretch)
-        self._wraps = self._wraps or around
-        start, stop = (
-            (stretch.start % count, stretch.stop % count) if around else (stretch.start, stretch.stop)
-        )
-        return _Copies(move, start, stop, value.size_bytes)
-
-    def _events_of(self, index: int) -> tuple[_Event, ...]:
-        copies = self._copies[index]
-        decision = copies.decision
-        until = copies.stop - decision.reload_op
-        if until < 0:
-            until += len(self._simulator.tape.ops)
-        return (
-            (copies.start, ISSUE, 0, decision.value, index),
-            (decision.release_op, RELEASE, 0, decision.value, index),
-            (decision.reload_op, RELOAD, until, decision.value, index),
-            (copies.stop, NEED, 0, decision.value, index),
-        )
+    def _in_order(self) -> list[_Event]:
+        """All events of a lap. Each of the four kinds is nearly sorted, which makes sorting all quick."""
+        ops, places = len(self._moments_s) - 1, list(enumerate(self._slots))
+        events = [(slot.move.start, ISSUE, 0, slot.move.value, place) for place, slot in places]
+        events += [(slot.release_op, RELEASE, 0, slot.move.value, place) for place, slot in places]
+        for place, slot in places:
+            until = slot.move.stop - slot.reload_op
+            events.append(
+                (slot.reload_op, RELOAD, until if until >= 0 else until + ops, slot.move.value, place)
+            )
+        events += [(slot.move.stop, NEED, 0, slot.move.value, place) for place, slot in places]
+        events.sort()
+        return events
 
     def _lap(self) -> Seconds:
         """One step; what the clock waited before each op (and, last, after all of them)."""
-        moments_s: list[float] = self._simulator.moments_s.tolist()
+        moments_s = self._moments_s
         stalls_s = [0.0] * len(moments_s)
         begin_s = self._clock_s
         stall_s = 0.0
-        for op, event, _, _, index in self._events:
-            copies = self._copies[index]
-            clock_s = self._clock_s = begin_s + moments_s[op] + stall_s
+        for op, event, _, _, place in self._events:
+            clock_s = begin_s + moments_s[op] + stall_s
             if event == ISSUE:
-                self._issue_out(copies)
+                self._issue_out(place, clock_s)
             elif event == RELOAD:
-                self._issue_in(copies)
+                self._issue_in(place, clock_s)
             else:
-                ready_s = self._out_end_s(copies) if event == RELEASE else self._in_end_s(copies)
+                ready_s = self._out_end_s(place) if event == RELEASE else self._in_end_s(place)
                 if ready_s > clock_s:
                     stalls_s[op] += ready_s - clock_s
                     stall_s += ready_s - clock_s
         self._clock_s = begin_s + moments_s[-1] + stall_s
         return np.array(stalls_s)
 
-    def _issue_out(self, copies: _Copies) -> None:
-        copies.out_issued_s = self._clock_s
-        copies.out_copy = -1
+    def _issue_out(self, place: int, clock_s: float) -> None:
+        out, slot = self._out, self._slots[place]
+        out.issued_s[place] = clock_s
         if not self._has_link:
-            write_s = self._simulator.machine.disk_write_s(copies.size_bytes)
-            copies.out_start_s, copies.out_end_s = self._writes.pass_through(
-                ready_s=self._clock_s, work_s=write_s
+            out.start_s[place], out.end_s[place] = self._writes.pass_through(
+                ready_s=clock_s, work_s=slot.move.write_s
             )
             return
-        copies.out_copy = self._number()
-        out_s, _ = self._simulator.copy_s(copies.size_bytes)
-        self._link.queue(OUT, copies.out_copy, ready_s=self._clock_s, work_s=out_s)
-        if copies.decision.choice is Choice.DISK:
-            self._unwritten.append(copies)
+        number = out.number[place] = next(self._numbers)
+        self._link.queue(OUT, number, ready_s=clock_s, work_s=slot.move.out_s)
+        if slot.on_disk:
+            self._unwritten.append(place)
 
-    def _out_end_s(self, copies: _Copies) -> float:
+    def _out_end_s(self, place: int) -> float:
         """When the copy out has ended. The disk takes writes in the order in which they were issued."""
-        if copies.out_copy < 0:
-            return copies.out_end_s
-        if copies.decision.choice is Choice.DISK:
-            while copies.out_copy >= 0:
-                self._write(self._unwritten.pop(0))
+        out = self._out
+        if out.number[place] == NONE:
+            return out.end_s[place]
+        if self._slots[place].on_disk:
+            while out.number[place] != NONE:
+                self._write(self._unwritten.popleft())
         else:
-            copies.out_end_s = self._link.end_of(copies.out_copy)
-            copies.out_start_s = self._link.start_s[copies.out_copy]
-            copies.out_copy = -1
-        return copies.out_end_s
+            self._leave_link(place)
+        return out.end_s[place]
 
-    def _write(self, copies: _Copies) -> None:
-        ready_s = self._link.end_of(copies.out_copy)
-        work_s = self._simulator.machine.disk_write_s(copies.size_bytes)
-        _, copies.out_end_s = self._writes.pass_through(ready_s=ready_s, work_s=work_s)
-        copies.out_start_s = self._link.start_s[copies.out_copy]
-        copies.out_copy = -1
+    def _leave_link(self, place: int) -> None:
+        out = self._out
+        out.end_s[place] = self._link.end_of(out.number[place])
+        out.start_s[place] = self._link.start_s[out.number[place]]
+        out.number[place] = NONE
 
-    def _issue_in(self, copies: _Copies) -> None:
-        copies.in_issued_s = self._clock_s
-        ready_s = max(self._clock_s, self._out_end_s(copies))
-        copies.in_start_s = -1.0
-        copies.in_copy = -1
-        if copies.decision.choice is Choice.DISK:
-            read_s = self._simulator.machine.disk_read_s(copies.size_bytes)
-            copies.in_start_s, ready_s = self._reads.pass_through(ready_s=ready_s, work_s=read_s)
-        copies.in_end_s = ready_s
+    def _write(self, place: int) -> None:
+        self._leave_link(place)
+        _, self._out.end_s[place] = self._writes.pass_through(
+            ready_s=self._out.end_s[place], work_s=self._slots[place].move.write_s
+        )
+
+    def _issue_in(self, place: int, clock_s: float) -> None:
+        back, slot = self._in, self._slots[place]
+        back.issued_s[place] = clock_s
+        ready_s = max(clock_s, self._out_end_s(place))
+        back.start_s[place] = -1.0
+        if slot.on_disk:
+            back.start_s[place], ready_s = self._reads.pass_through(ready_s=ready_s, work_s=slot.move.read_s)
+        back.end_s[place] = ready_s
         if self._has_link:
-            _, in_s = self._simulator.copy_s(copies.size_bytes)
-            copies.in_copy = self._number()
-            self._link.queue(IN, copies.in_copy, ready_s=ready_s, work_s=in_s)
+            number = back.number[place] = next(self._numbers)
+            self._link.queue(IN, number, ready_s=ready_s, work_s=slot.move.in_s)
 
-    def _in_end_s(self, copies: _Copies) -> float:
-        if copies.in_copy >= 0:
-            copies.in_end_s = self._link.end_of(copies.in_copy)
-            if copies.in_start_s < 0:
-                copies.in_start_s = self._link.start_s[copies.in_copy]
-            copies.in_copy = -1
-        return copies.in_end_s
+    def _in_end_s(self, place: int) -> float:
+        back = self._in
+        number = back.number[place]
+        if number != NONE:
+            back.end_s[place] = self._link.end_of(number)
+            if back.start_s[place] < 0:
+                back.start_s[place] = self._link.start_s[number]
+            back.number[place] = NONE
+        return back.end_s[place]
 
-    def _number(self) -> int:
-        self._count += 1
-        return self._count
-
-    def _transfers_of(self, copies: _Copies, begin_s: float) -> list[Transfer]:
+    def _transfers_of(self, place: int, begin_s: float) -> list[Transfer]:
         """Its two copies in the last lap, times counted from the beginning of that lap."""
-        out_end_s, in_end_s = self._out_end_s(copies), self._in_end_s(copies)
-        move = copies.decision
+        ends_s = self._out_end_s(place), self._in_end_s(place)
+        slot = self._slots[place]
         return [
             Transfer(
-                move.value,
-                move.stretch,
-                move.choice,
+                slot.move.value,
+                slot.move.stretch,
+                Choice.DISK if slot.on_disk else Choice.HOST,
                 direction,
-                copies.size_bytes,
-                issued_s - begin_s,
-                max(start_s, 0.0) - begin_s,
+                slot.move.size_bytes,
+                copies.issued_s[place] - begin_s,
+                max(copies.start_s[place], 0.0) - begin_s,
                 end_s - begin_s,
             )
-            for direction, issued_s, start_s, end_s in (
-                ("out", copies.out_issued_s, copies.out_start_s, out_end_s),
-                ("in", copies.in_issued_s, copies.in_start_s, in_end_s),
-            )
+            for direction, copies, end_s in (("out", self._out, ends_s[0]), ("in", self._in, ends_s[1]))
         ]
