@@ -109,11 +109,14 @@ class _Placed:
 
     def lowest_gap(self, lifetime: Lifetime, size_bytes: int) -> int:
         offset, end, start, stop = self._columns[:, : self._count]
-        meets = (start <= lifetime.stop) & (stop >= lifetime.start)
-        floors = np.concatenate(([0], np.maximum.accumulate(end[meets])))  # free from here ...
-        ceilings = offset[meets]  # ... to here; nothing above the last floor
-        fits = np.flatnonzero(ceilings - floors[:-1] >= size_bytes)
-        return int(floors[fits[0]] if len(fits) else floors[-1])
+        meets = ((start <= lifetime.stop) & (stop >= lifetime.start)).nonzero()[0]
+        ceilings = offset[meets]
+        if not len(meets) or ceilings[0] >= size_bytes:
+            return 0
+        floors = np.maximum.accumulate(end[meets])  # free from here to the next ceiling, the last one upwards
+        fits = ceilings[1:] - floors[:-1] >= size_bytes
+        first = int(fits.argmax()) if len(fits) else 0
+        return int(floors[first] if len(fits) and fits[first] else floors[-1])
 
     def add(self, lifetime: Lifetime, offset: int, size_bytes: int) -> None:
         count = self._count
