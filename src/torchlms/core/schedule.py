@@ -172,10 +172,10 @@ class _Forward:
         if not host and not disk:
             return self._pass_by_all(op, stop)
         free_s = math.inf
-        for queue in self._pending:
-            if queue:
-                free_s = min(free_s, self._free_s[queue[0]])
-                stop = min(stop, self._moves[queue[0]].stop)
+        if host:
+            free_s, stop = self._free_s[host[0]], min(stop, self._moves[host[0]].stop)
+        if disk:
+            free_s, stop = min(free_s, self._free_s[disk[0]]), min(stop, self._moves[disk[0]].stop)
         return self._pass_by_until(op, stop, free_s)
 
     def _pass_by_all(self, first: int, stop: int) -> int:
@@ -251,17 +251,20 @@ def _reload(
     wished = _just_in_time(moves, by_need, moments_s, on_disk, lead)
     reloads = [0] * len(moves)
     last = [0, 0]  # by tier: a reload issued before one that is needed earlier would delay it
+    limit_bytes, within_ops, taken = course.limit_bytes, course.within_ops, 1 + course.flight_room
     for index in by_need:
-        move, tier = moves[index], int(moves[index] in on_disk)
-        wished_op = min(wished[index], move.stop - course.ahead_ops)
-        reload_op = min(max(wished_op, releases[index] + 1, last[tier]), move.stop)
-        coming_bytes = int(move.size_bytes * (1 + course.flight_room))
-        full = (bytes_at[reload_op : move.stop] > course.limit_bytes - coming_bytes).nonzero()[0]
-        if len(full):
-            reload_op += int(full[-1]) + 1
-        if course.within_ops is not None:
-            reload_op = max(reload_op, move.stop - course.within_ops)
-        bytes_at[reload_op : move.stop] += coming_bytes
+        move = moves[index]
+        tier, stop = move in on_disk, move.stop
+        wished_op = min(wished[index], stop - course.ahead_ops)
+        reload_op = min(max(wished_op, releases[index] + 1, last[tier]), stop)
+        coming_bytes = int(move.size_bytes * taken)
+        if reload_op < stop:
+            full = (bytes_at[reload_op:stop] > limit_bytes - coming_bytes).nonzero()[0]
+            reload_op += int(full[-1]) + 1 if len(full) else 0
+        if within_ops is not None:
+            reload_op = max(reload_op, stop - within_ops)
+        if reload_op < stop:
+            bytes_at[reload_op:stop] += coming_bytes
         reloads[index] = last[tier] = reload_op
     return reloads
 
