@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "bench": BASE | {"eager", "memory", "report", "api", "rule_text", "outlet"},
     "fit": BASE | {"eager", "memory", "report", "api", "bench", "rule_text", "outlet"},
     "live": {"memory"},
-    "report_page": BASE | {"memory", "api", "fit", "outlet"},
+    "report_page": BASE | {"memory", "report", "api", "fit", "outlet"},
     "doctor": BASE | {"eager", "memory"},
     "runner": BASE
     | {"eager", "memory", "report", "api", "rule_text", "report_page", "outlet", "loudness", "live", "steps"},

@@ -10,8 +10,10 @@ from torchlms.core.rules import Rules, stayers
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torchlms.core.plan import Plan
-    from torchlms.core.tape import Tape
+    from torchlms.core.tape import Tape, Value
 
 _MOST_ROWS = 20
 
@@ -157,16 +159,9 @@ def _kept(tape: Tape, plan: Plan, rules: Rules | None) -> list[str]:
     least_bytes = rules.min_bytes if rules is not None else 0
     reasons: dict[str, list[int]] = {}
     for value in tape.values:
-        if value.saved < 0 or value.id in moved:
-            continue
-        why = value.why_not or "it fits, and going would cost more than others that go"
-        if not value.why_not and value.id in ruled:
-            why = f"kept by the rule {ruled[value.id]}"
-        elif not value.why_not and value.size_bytes < least_bytes:
-            why = f"smaller than min_bytes ({format_bytes(least_bytes)})"
-        elif not value.why_not and not moved:
-            why = "nothing has to go"
-        reasons.setdefault(why, []).append(value.size_bytes)
+        if value.saved >= 0 and value.id not in moved:
+            why = why_it_stays(value, ruled, least_bytes, some_go=bool(moved))
+            reasons.setdefault(why, []).append(value.size_bytes)
     found = sorted(reasons.items(), key=lambda entry: -sum(entry[1]))
     parts = [f"{len(sizes)} ({format_bytes(sum(sizes))}): {why}" for why, sizes in found]
     small = [tape.values[value].size_bytes for value in moved if tape.values[value].size_bytes < least_bytes]
@@ -179,6 +174,20 @@ def _kept(tape: Tape, plan: Plan, rules: Rules | None) -> list[str]:
         else []
     )
     return [*(["saved values that stay: " + "; ".join(parts)] if parts else []), *could_not]
+
+
+def why_it_stays(value: Value, ruled: Mapping[int, str], least_bytes: int, *, some_go: bool) -> str:
+    """Why a value that could have left stays on the device, or why it could not.
+
+    ``ruled`` are the values that a rule keeps, by id, each with that rule.
+    """
+    if value.why_not:
+        return value.why_not
+    if value.id in ruled:
+        return f"kept by the rule {ruled[value.id]}"
+    if value.size_bytes < least_bytes:
+        return f"smaller than min_bytes ({format_bytes(least_bytes)})"
+    return "it fits, and going would cost more than others that go" if some_go else "nothing has to go"
 
 
 def _moved(tape: Tape, plan: Plan) -> list[str]:

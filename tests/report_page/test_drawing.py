@@ -127,6 +127,17 @@ def test_what_a_rule_keeps_is_named_with_the_rule() -> None:
     assert reasons == {"kept by the rule keep_ops 'aten.*'"}
 
 
+def test_what_stays_is_told_with_what_leaving_would_take() -> None:
+    """As in ``report()``, and each value by its own figures."""
+    one = run("host")
+    assert one.plan is not None
+    gone = {move.value for move in one.plan.moves}
+    stays = [row for row in value_rows(step_of(one)) if row.idle_s and row.value not in gone]
+    reasons = [row.reason for row in stays if row.reason.startswith("it fits, and going would cost more")]
+    assert len(set(reasons)) > 1
+    assert all("idle" in reason and "copies" in reason for reason in reasons)
+
+
 def test_the_chosen_point() -> None:
     one = run("host")
     assert one.plan is not None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torchlms.core.curve import Bytes
+    from torchlms.core.machine import Machine
     from torchlms.core.plan import Decision
     from torchlms.core.simulate import Timeline
     from torchlms.core.tape import Tape
@@ -27,7 +28,8 @@ class Step:
     ``core/drops.py``): its ops are those of the recording, values made again come after the recorded ones.
 
     ``plain_bytes`` is the memory at each op with nothing moved, ``plain_s`` the sum of the op times.
-    ``ruled`` are the values that a rule keeps, by id, each with that rule.
+    ``ruled`` are the values that a rule keeps, by id, each with that rule; below ``least_bytes`` nothing
+    leaves unless it must.
     """
 
     recorded: Tape
@@ -37,7 +39,9 @@ class Step:
     timeline: Timeline
     plain_bytes: Bytes
     plain_s: float
+    machine: Machine
     ruled: Mapping[int, str]
+    least_bytes: int
 
     @property
     def choices(self) -> dict[int, Choice]:
@@ -54,6 +58,7 @@ def step_of(run: Run) -> Step:
     decisions = run.plan.moves if run.plan is not None else ()
     drops = tuple(move for move in decisions if move.choice is Choice.RECOMPUTE)
     moves = tuple(move for move in decisions if move.choice is not Choice.RECOMPUTE)
+    rules = Rules.read(run.options.get("rules", {}))
     tape = with_drops(run.tape, [run.tape.values[drop.value] for drop in drops])
     return Step(
         recorded=run.tape,
@@ -63,5 +68,7 @@ def step_of(run: Run) -> Step:
         timeline=simulate(tape, run.machine, moves),
         plain_bytes=baseline_curve(run.tape),
         plain_s=sum(op.time_s for op in run.tape.ops),
-        ruled=stayers(Rules.read(run.options.get("rules", {})), run.tape),
+        machine=run.machine,
+        ruled=stayers(rules, run.tape),
+        least_bytes=rules.min_bytes,
     )

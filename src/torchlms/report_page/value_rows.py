@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from torchlms.core.drops import droppable, replay_s
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Kind
+from torchlms.core.units import seconds_text
+from torchlms.report import why_it_stays
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     from torchlms.report_page.step import Step
 
 MOST_ROWS = 1200
-_NO_REASON = "may leave; the plan does not need it to"
 _LASTING = (Kind.PARAMETER, Kind.BUFFER, Kind.STATE)
 
 
@@ -81,31 +83,45 @@ def module_rows(rows: Sequence[ValueRow], *, depth: int = 1) -> tuple[ModuleRow,
 
 
 def _row(step: Step, moments_s: Sequence[float], value: Value, decision: Decision | None) -> ValueRow:
-    choice = decision.choice if decision is not None else Choice.KEEP
     # Where a value is made again, its sources have to be there: their stretches end earlier on that tape.
     idle = step.tape.values[value.id].idle or value.idle
     if decision is not None and decision.stretch < len(idle):
         idle = (idle[decision.stretch],)
+    idle_s = _idle_s(moments_s, idle)
     return ValueRow(
         value.id,
         value.module,
         value.op,
         value.kind.value,
         value.size_bytes,
-        choice.value,
-        _idle_s(moments_s, idle),
-        decision.reason if decision is not None else value.why_not or _why_kept(step, value),
+        (decision.choice if decision is not None else Choice.KEEP).value,
+        idle_s,
+        decision.reason if decision is not None else _why_kept(step, value, idle_s),
     )
 
 
-def _why_kept(step: Step, value: Value) -> str:
-    if value.id in step.ruled:
-        return f"kept by the rule {step.ruled[value.id]}"
-    if value.movable:
-        return _NO_REASON
-    return (
-        "does not move in this version" if value.kind in _LASTING else "never idle, or not saved for backward"
-    )
+def _why_kept(step: Step, value: Value, idle_s: float) -> str:
+    if value.movable or value.why_not:
+        why = why_it_stays(value, step.ruled, step.least_bytes, some_go=bool(step.moves or step.drops))
+        free = value.movable and value.id not in step.ruled
+        return f"{why}: {_to_go(step, value, idle_s)}" if free else why
+    if value.kind in _LASTING:
+        return "does not move in this version"
+    return "never idle, or not saved for backward"
+
+
+def _to_go(step: Step, value: Value, idle_s: float) -> str:
+    """What it would take for the value to leave."""
+    machine, size_bytes = step.machine, value.size_bytes
+    said = [f"idle {seconds_text(idle_s)}"]
+    if machine.link:
+        said.append(f"copies {seconds_text(machine.out_s(size_bytes) + machine.in_s(size_bytes))}")
+    elif machine.disk_write_bytes_per_s and machine.disk_read_bytes_per_s:
+        copies_s = machine.disk_write_s(size_bytes) + machine.disk_read_s(size_bytes)
+        said.append(f"copies {seconds_text(copies_s)}")
+    if droppable(step.recorded, value):
+        said.append(f"making it again {seconds_text(replay_s(step.recorded, value))}")
+    return ", ".join(said)
 
 
 def _idle_s(moments_s: Sequence[float], idle: Sequence[Stretch]) -> float:
