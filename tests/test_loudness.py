@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import forked
+from torchlms import loudness
 
 LEVELS = ["debug", "info", "warning", "error"]
 PROGRAM = """
@@ -32,3 +33,15 @@ def test_each_level(wanted: str, shown: list[str], tmp_path: Path) -> None:
     choices = "debug, info, warning, error, off"
     line = f"torchlms: TORCHLMS_LOG=nonsense is no level: choose from {choices}; this is info"
     assert told == ([line] if wanted == "nonsense" else [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "heard"),
+    [("", "", "warning"), ("", "debug", "debug"), ("info", "debug", "info")],
+)
+def test_softly(asked: str, environment: str, heard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a verb says of its own accord is not so loud as what a program asked for."""
+    monkeypatch.setenv(loudness.VARIABLE, environment)
+    with loudness.softly(asked):
+        assert loudness.wanted_level() == loudness.LEVELS[heard]
+    assert os.environ[loudness.VARIABLE] == environment

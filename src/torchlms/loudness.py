@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torchlms.errors import BadOption
@@ -45,6 +47,17 @@ def choose(name: str) -> None:
     if name:
         read_level(name)
         os.environ[VARIABLE] = name
+
+
+@contextlib.contextmanager
+def softly(name: str) -> Iterator[None]:
+    """Meanwhile, the log from the level ``name`` on; else from that of the environment, or warnings."""
+    before = os.environ.get(VARIABLE, "")
+    choose(name or ("" if before else "warning"))
+    try:
+        yield
+    finally:
+        os.environ[VARIABLE] = before
 
 
 def show_log() -> None:

@@ -227,9 +227,20 @@ def test_a_signal_from_outside(number: signal.Signals, tmp_path: Path) -> None:
     script = "import time\nprint('ready', flush=True)\nfor _ in range(1000):\n    time.sleep(0.02)\n"
     (tmp_path / "x.py").write_text(script)
     ends = []
+
+    def heed() -> None:
+        """Also where whoever runs the tests has these ignored, as ``nohup`` does."""
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
     for command in ([sys.executable], [sys.executable, "-m", "torchlms", "run", "--quiet"]):
         with subprocess.Popen(
-            [*command, "x.py"], cwd=tmp_path, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+            [*command, "x.py"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=-1,
+            stderr=-1,
+            text=True,
+            preexec_fn=heed,
         ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

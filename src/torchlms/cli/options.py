@@ -39,6 +39,10 @@ Snapshot = Annotated[
 ]
 Csv = Annotated[File, typer.Option("--csv", help="Write one row per step to this file.")]
 Log = Annotated[str, typer.Option(help="What LMS says: debug, info, warning, error or off. Default: info.")]
+FitLog = Annotated[
+    str,
+    typer.Option(help="What LMS says while recording: debug, info, warning, error, off. Default: warning."),
+]
 SaveRun = Annotated[File, typer.Option(help="Write the record of the run, for torchlms report.")]
 CudnnBenchmark = Annotated[bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its algorithms.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms whose bits repeat.")]
