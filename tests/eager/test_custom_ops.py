@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from sessions import slow_disk
 from torch import Tensor
-from traps import Trap, assert_same, batch
+from traps import STEPS, Trap, assert_same, batch, train
 
+import torchlms
 from torchlms.eager.private import counts_writes_first
 
 
@@ -36,14 +39,26 @@ def test_whether_a_write_is_counted_before_or_after_the_op() -> None:
     assert not counts_writes_first(torch.ops.aten.add_.Tensor)
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_source_that_such_an_op_writes_before_backward(several: bool, spill_dir: Path) -> None:
+Write = Callable[[Tensor], None]
+
+WRITES: dict[str, Write] = {
+    "one": lambda shift: shift_by(shift, 0.25),
+    "a list": lambda shift: shift_all([shift], 0.25),
+    "the same twice": lambda shift: shift_all([shift, shift], 0.25),
+    "two views": lambda shift: shift_all([shift[:32], shift[32:]], 0.25),
+    "detached": lambda shift: shift_by(shift.detach(), 0.25),
+    "through data": lambda shift: shift_by(shift.data, 0.25),
+    "data and itself": lambda shift: shift_all([shift.data, shift], 0.25),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_source_that_such_an_op_writes_before_backward(write: Write, spill_dir: Path) -> None:
     def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
         x, y = batch(step)
         loss = F.cross_entropy(model(x), y)
         with torch.no_grad():
-            shift: Tensor = model.shift  # type: ignore[assignment]
-            shift_all([shift], 0.25) if several else shift_by(shift, 0.25)
+            write(model.shift)  # type: ignore[arg-type]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -51,3 +66,25 @@ def test_a_source_that_such_an_op_writes_before_backward(several: bool, spill_di
 
     stats = assert_same(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop)
     assert stats["replayed_ops"]
+
+
+def test_a_write_that_lms_did_not_see_is_not_taken_for_the_one_that_comes(spill_dir: Path) -> None:
+    """From another thread; then such an op writes what is counted elsewhere."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        shift: Tensor = model.shift  # type: ignore[assignment]
+        if step == STEPS - 1:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lambda: shift.add_(0.5)).result()
+            with pytest.raises(torchlms.ReplayFailed, match="unseen by LMS"):
+                shift_by(shift.data, 0.25)
+            return "refused"
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    losses, _, _ = train(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop)
+    assert losses[-1] == "refused"

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import checkpoint
 from traps import Trap, assert_same, batch, train
+
+import torchlms
 
 
 class Accumulating(torch.autograd.Function):
@@ -29,6 +33,32 @@ class Accumulating(torch.autograd.Function):
             weight.grad = torch.zeros_like(weight)
         weight.grad.add_(x.T @ grad)
         return grad @ weight.T, None
+
+
+class Lenient(Accumulating):
+    """Does without the parameter itself where it finds an alias."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        slope = x.T @ grad
+        if hasattr(weight, "main_grad"):
+            weight.main_grad.add_(slope)
+        return grad @ weight.T, None if hasattr(weight, "main_grad") else slope
+
+
+class Keeping(torch.autograd.Function):
+    """Saves a leaf of whatever layout, and does not use it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        ctx.save_for_backward(leaf)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (leaf,) = ctx.saved_tensors
+        return grad * (2 if leaf.requires_grad else 3), None
 
 
 def middle(model: nn.Module, x: Tensor) -> Tensor:
@@ -53,9 +83,45 @@ def test_a_backward_that_writes_to_its_parameter(spill_dir: Path) -> None:
     assert_same(middle, spill_dir, loop)
 
 
+def test_under_a_checkpoint_it_is_an_alias_as_in_plain_pytorch(spill_dir: Path) -> None:
+    def blocks(model: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: Lenient.apply(F.silu(x), model.product).relu(), x, use_reentrant=False)
+
+    assert_same(blocks, spill_dir, loop)
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "jagged"])
+def test_a_leaf_of_another_layout(layout: str, spill_dir: Path) -> None:
+    """It stays as it is, and where it is."""
+
+    def made() -> Tensor:
+        eye = torch.eye(64)
+        if layout == "jagged":
+            return torch.nested.nested_tensor([eye, eye[:3]], layout=torch.jagged, requires_grad=True)
+        return (eye.to_sparse() if layout == "coo" else eye.to_sparse_csr()).requires_grad_()
+
+    def kept(model: nn.Module, x: Tensor) -> Tensor:
+        product: Tensor = Keeping.apply(F.silu(x), made())  # type: ignore[no-untyped-call]
+        return F.relu(product)
+
+    assert_same(kept, spill_dir)
+
+
 def test_nothing_is_left_behind(spill_dir: Path) -> None:
     train(middle, spill_dir, loop)
-    assert "saved_tensors" not in vars(BackwardCFunction)
+    assert {"saved_tensors", "save_for_backward"}.isdisjoint(vars(BackwardCFunction))
+
+
+def test_what_somebody_else_puts_there_meanwhile_stays(spill_dir: Path) -> None:
+    theirs = property(lambda ctx: ())
+    try:
+        with torchlms.LMS(nn.Linear(2, 2), budget="1GiB", disk_dir=spill_dir):
+            BackwardCFunction.saved_tensors = theirs  # type: ignore[assignment]
+        assert vars(BackwardCFunction)["saved_tensors"] is theirs
+    finally:
+        del BackwardCFunction.saved_tensors
+    with torchlms.LMS(nn.Linear(2, 2), budget="1GiB", disk_dir=spill_dir):
+        del BackwardCFunction.saved_tensors
 
 
 def test_a_leaf_that_was_given_other_data_after_it_was_saved(spill_dir: Path) -> None:

@@ -43,13 +43,28 @@ class Cell:
     counter: torch.Tensor | None = None  # shares that tensor's version, and holds none of its memory
     value: int = -1  # the tape's id while recording, if the storage could be held
     size_bytes: int = 0
-    announced: int = 0  # writes that torch has counted and that have not happened yet
+    coming: tuple[torch.Tensor, ...] = ()  # about to be written, which torch has counted already
     readers: list[weakref.ref[Slot]] | None = None  # dropped, and made from this
+
+    def version_before(self, counter: torch.Tensor) -> int:
+        """The version of ``counter``, a tensor in this storage, before the writes that are coming: as many
+        are counted as there are tensors, be it one tensor twice."""
+        fresh = len(self.coming)  # what was made by ``.data`` just now has counted no more than these
+        return counter._version - sum(_counts_for(tensor, counter, fresh) for tensor in self.coming)
 
     def accounts_for(self, writes: int, version: int) -> bool:
         """Whether the first ``writes`` calls are all that has happened until ``version``. A write from
         another thread or a compiled region is told of by the version alone."""
         return version - self.first_version == writes - 1
+
+
+def _counts_for(tensor: torch.Tensor, counter: torch.Tensor, fresh: int) -> bool:
+    """Whether a write to ``tensor``, in the same storage as ``counter``, is counted there: not if it was made
+    by ``.data``. Torch does not say, but such a tensor has a count of its own, from 0."""
+    known = tensor if tensor._base is None else tensor._base
+    if known is counter or known is counter._base:
+        return True
+    return fresh < tensor._version == counter._version
 
 
 @dataclass(slots=True, eq=False)  # not frozen, which takes as long again to make
@@ -101,20 +116,25 @@ def results_of(result: Any) -> list[torch.Tensor | None]:
 
 
 def cells_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cell]:
-    """The cells of what ``func`` is about to write, as far as they are known."""
-    plain = (tensor for tensor in written_tensors(func, args, kwargs) if is_plain(tensor))
-    found = {id(cell): cell for tensor in plain if (cell := marked(tensor.untyped_storage())) is not None}
+    """The cells of what ``func`` is about to write, as far as they are known. Where somebody reads them, they
+    note what is coming, if torch has counted it already: until ``about_to_write`` is over."""
+    found: dict[int, Cell] = {}
+    counted = counts_writes_first(func)
+    for tensor in written_tensors(func, args, kwargs):
+        cell = marked(tensor.untyped_storage()) if is_plain(tensor) else None
+        if cell is not None:
+            found[id(cell)] = cell
+            if counted and cell.readers:
+                cell.coming = (*cell.coming, tensor)
     return list(found.values())
 
 
 @contextlib.contextmanager
 def about_to_write(func: Any, cells: list[Cell]) -> Iterator[None]:
     """While what reads ``cells`` is made again before ``func`` writes them."""
-    announced = int(counts_writes_first(func))
-    for cell in cells:
-        cell.announced = announced
+    del func
     try:
         yield
     finally:
         for cell in cells:
-            cell.announced = 0
+            cell.coming = ()

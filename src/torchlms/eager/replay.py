@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def replay(recipe: Recipe, run: Run) -> torch.Tensor:
     """A tensor in a storage with the same bytes again; ``run`` runs one op.
 
-    Raises ReplayFailed if a source has been written since, which a write that torch does not count
-    can bring about and nothing else.
+    Raises ReplayFailed if a source has been written since by somebody whom LMS did not see: torch has counted
+    that. Of a write that torch does not count either, nobody knows.
     """
     with _no_grad(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
         return _Replay(recipe, run).tensor(recipe.cell, recipe.writes)
@@ -60,7 +60,7 @@ def _drawn_again(generator: torch.Generator, state: torch.Tensor) -> Iterator[No
 
 def _unchanged(ref: Ref, lasting: torch.Tensor, storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """The bytes of a parameter or buffer as they were read, also if it lies elsewhere by now."""
-    if lasting._version - ref.cell.announced == ref.version and storage.nbytes() == ref.cell.size_bytes:
+    if ref.cell.version_before(lasting) == ref.version and storage.nbytes() == ref.cell.size_bytes:
         return storage
     raise ReplayFailed(
         f"a parameter or buffer of shape {list(ref.shape)} was changed between forward and backward, unseen "
@@ -143,7 +143,7 @@ class _Replay:
 
     def _slot(self, ref: Ref) -> Slot:
         cell = ref.cell
-        version = cell.counter._version - cell.announced if cell.counter is not None else ref.version
+        version = cell.version_before(cell.counter) if cell.counter is not None else ref.version
         if len(cell.history) != ref.writes or version != ref.version:
             raise ReplayFailed(f"a saved tensor of shape {list(ref.shape)} was written after it was read")
         return self._recipe.slots[id(ref.cell)][1]
