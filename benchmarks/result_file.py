@@ -307,22 +307,9 @@ def why_stale(name: str, result: dict[str, Any]) -> str:
     old = [entry["way"] for entry in result["entries"] if not code.made(entry)]
     if not old:
         return ""
-    changed = _changed_files(result)
-    if row.moves_alone and all(entry.get("code") == result.get("code") for entry in _ours(result)):
-        changed = [file for file in changed if file not in provenance.NOT_FOR_MOVES]
-        if not changed and all(entry.get("driver") == code.driver for entry in result["entries"]):
-            return ""
+    now = {file: text[:12] for file, text in provenance.code_files().items()}
+    then = result.get("code_files", {})
+    changed = sorted(file for file in {*now, *then} if now.get(file) != then.get(file))
     if any(entry.get("driver") != code.driver for entry in result["entries"]):
         changed.append("benchmarks/")
     return f"{', '.join(old)}: {', '.join(changed) or 'code'} changed"
-
-
-def _ours(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for entry in result["entries"] if entry.get("lms")]
-
-
-def _changed_files(result: dict[str, Any]) -> list[str]:
-    """What LMS runs depend on and is not as it was when the result was last written."""
-    now = {file: text[:12] for file, text in provenance.code_files().items()}
-    then = result.get("code_files", {})
-    return sorted(file for file in {*now, *then} if now.get(file) != then.get(file))

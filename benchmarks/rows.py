@@ -97,11 +97,6 @@ class Row:
     def cuda(self) -> bool:
         return self.options.device == "cuda"
 
-    @property
-    def moves_alone(self) -> bool:
-        """Whether nothing is dropped and made again."""
-        return not self.options.recompute
-
     def definition(self) -> dict[str, Any]:
         """What a result of this row depends on, as plain data; another definition, another row."""
         told = asdict(replace(self.options, way=Way.LMS))

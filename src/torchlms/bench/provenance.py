@@ -36,9 +36,6 @@ _PRESENTATION = ("cli", "report", "report_page", "sweep", "fit", "runner", "doct
 # Results that are of one code from beginning to end.
 _WHOLE = ("torchlms.bench/", "torchlms.faults/", "torchlms.soak/", "torchlms.sanitizer/")
 
-# A run that moves alone, of a network without custom Functions, never comes here: a test sees to that.
-NOT_FOR_MOVES = tuple(f"eager/{name}.py" for name in ("history", "leaves", "provenance", "recipe", "replay"))
-
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)
 

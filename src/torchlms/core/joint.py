@@ -300,7 +300,7 @@ def _joined(tape: Tape, machine: Machine, drops: Sequence[Value], moves: Plan) -
             release_op=dropped_while(value).start,
             reload_op=returns[value.id],
             reason=f"made again by {_ops_text(len(value.recipe))} in {seconds_text(replay_s(tape, value))}; "
-            f"copies would take {seconds_text(_copies_s(machine, value.size_bytes))}",
+            f"copies would take {seconds_text(machine.copies_s(value.size_bytes))}",
         )
         for value in drops
     )
@@ -321,11 +321,3 @@ def _instead(tape: Tape, value: Value) -> str:
     if not droppable(tape, value):
         return ""
     return f"; making it again would take {seconds_text(replay_s(tape, value))}"
-
-
-def _copies_s(machine: Machine, size_bytes: int) -> float:
-    if machine.link:
-        return machine.out_s(size_bytes) + machine.in_s(size_bytes)
-    if not machine.disk_write_bytes_per_s or not machine.disk_read_bytes_per_s:
-        return float("inf")
-    return machine.disk_write_s(size_bytes) + machine.disk_read_s(size_bytes)

@@ -63,6 +63,15 @@ class Machine:
     def disk_read_s(self, size_bytes: int) -> float:
         return size_bytes / self.disk_read_bytes_per_s
 
+    def copies_s(self, size_bytes: int) -> float:
+        """Seconds for ``size_bytes`` out and back, by the link or, without one, by the disk; infinite where
+        there is neither."""
+        if self.link:
+            return self.out_s(size_bytes) + self.in_s(size_bytes)
+        if not self.disk_write_bytes_per_s or not self.disk_read_bytes_per_s:
+            return float("inf")
+        return self.disk_write_s(size_bytes) + self.disk_read_s(size_bytes)
+
     def save(self, path: str | Path) -> None:
         save_record(self, path)
 

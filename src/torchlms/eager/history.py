@@ -115,26 +115,20 @@ def results_of(result: Any) -> list[torch.Tensor | None]:
     return [result if isinstance(result, torch.Tensor) else None]
 
 
-def cells_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cell]:
-    """The cells of what ``func`` is about to write, as far as they are known. Where somebody reads them, they
-    note what is coming, if torch has counted it already: until ``about_to_write`` is over."""
+@contextlib.contextmanager
+def about_to_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Cell]]:
+    """The cells of what ``func`` is about to write and somebody reads. Meanwhile they know what is coming, if
+    torch has counted it already."""
     found: dict[int, Cell] = {}
     counted = counts_writes_first(func)
     for tensor in written_tensors(func, args, kwargs):
         cell = marked(tensor.untyped_storage()) if is_plain(tensor) else None
-        if cell is not None:
+        if cell is not None and cell.readers:
             found[id(cell)] = cell
-            if counted and cell.readers:
+            if counted:
                 cell.coming = (*cell.coming, tensor)
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def about_to_write(func: Any, cells: list[Cell]) -> Iterator[None]:
-    """While what reads ``cells`` is made again before ``func`` writes them."""
-    del func
     try:
-        yield
+        yield list(found.values())
     finally:
-        for cell in cells:
+        for cell in found.values():
             cell.coming = ()

@@ -10,7 +10,7 @@ import torch
 
 from torchlms.core.tape import Phase
 from torchlms.eager import private
-from torchlms.eager.history import about_to_write, cells_written
+from torchlms.eager.history import about_to_write
 from torchlms.eager.ladder import asked_bytes, starved_engine
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import tensors_in
@@ -315,10 +315,7 @@ class Watcher:
 
 def _make_readers_real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before ``func`` writes: make again what would later be made from what it overwrites."""
-    cells = [cell for cell in cells_written(func, args, kwargs) if cell.readers]
-    if not cells:
-        return
-    with about_to_write(func, cells):
+    with about_to_write(func, args, kwargs) as cells:
         for reader in [reader for cell in cells for reader in cell.readers or ()]:
             slot = reader()
             if slot is not None and slot.where is Where.DROPPED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -112,12 +113,9 @@ def _why_kept(step: Step, value: Value, idle_s: float) -> str:
 
 def _to_go(step: Step, value: Value, idle_s: float) -> str:
     """What it would take for the value to leave."""
-    machine, size_bytes = step.machine, value.size_bytes
     said = [f"idle {seconds_text(idle_s)}"]
-    if machine.link:
-        said.append(f"copies {seconds_text(machine.out_s(size_bytes) + machine.in_s(size_bytes))}")
-    elif machine.disk_write_bytes_per_s and machine.disk_read_bytes_per_s:
-        copies_s = machine.disk_write_s(size_bytes) + machine.disk_read_s(size_bytes)
+    copies_s = step.machine.copies_s(value.size_bytes)
+    if math.isfinite(copies_s):
         said.append(f"copies {seconds_text(copies_s)}")
     if droppable(step.recorded, value):
         said.append(f"making it again {seconds_text(replay_s(step.recorded, value))}")
