@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test pytest more slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
+.PHONY: help env demo test pytest long more slow lint trainers trainers-env format bench docs suites figures loops stale wheel test-torch clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -49,6 +49,9 @@ test: $(READY)   ## the environment, ruff, mypy and the tests
 
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
 	$(PY) -m pytest -v $(SHARED) $(ARGS)
+
+long: $(READY)   ## the tests that take longer than most (tests/long.txt); CI runs them at its end
+	$(PY) -m pytest -v $(SHARED) -m 'long and not more and not slow' $(ARGS)
 
 lint: $(READY)   ## ruff and mypy
 	$(PY) -m ruff check .

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests import forked
+from tests import forked, long
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 FROZEN = 1_000_000_000  # objects, more than a test makes
 count_frozen = gc.get_freeze_count
+LISTED = long.listed()
 GRACE_S = 2.0  # how long a thread or a copy in flight may take to end after its test
 
 # The user's own cache (machine rates, spill files) is neither read nor written, also not by child processes.
@@ -59,7 +60,14 @@ LONG = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before `-m` is applied
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = [item.nodeid for item in items]
+    if config.args == config.getini("testpaths") and (gone := long.gone(names)):
+        raise pytest.UsageError(f"{long.LIST.name} lists what is no test any more: {', '.join(gone)}")
+    for item in items:
+        if item.nodeid in LISTED:
+            item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
     if torch.cuda.is_available():
         return
