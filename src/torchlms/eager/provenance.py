@@ -78,7 +78,7 @@ class Provenance:
             if self._ours(tensor) and self._cell(tensor).slot is None:
                 slot = self._hold(tensor)
                 if slot is not None:
-                    self.saved(tensor, slot)
+                    self.saved(tensor, slot, memoryless_alias(tensor, self._hollow(tensor.dtype)))
                     self._held.append(slot)
 
     def release(self) -> None:
@@ -113,13 +113,13 @@ class Provenance:
             if self._ours(tensor) and self._known(tensor):
                 self._cell(tensor).history.append(Call(func, (), {}, op, False))
 
-    def saved(self, tensor: torch.Tensor, slot: Slot) -> None:
-        """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``."""
+    def saved(self, tensor: torch.Tensor, slot: Slot, alias: torch.Tensor) -> None:
+        """Autograd saved ``tensor``: from now on the bytes of its storage can be had from ``slot``. ``alias``
+        shares the tensor's version counter, and holds none of its memory."""
         cell = slot.cell = self._cell(tensor)
         cell.slot = weakref.ref(slot)
         cell.saved_version = tensor._version
-        # The storage holds its cell, so that what the cell holds must not hold the storage.
-        cell.counter = memoryless_alias(tensor, self._hollow(tensor.dtype))
+        cell.counter = alias
 
     def _refs(self, item: Any, found: list[Ref]) -> Any:
         """``item`` with a reference in place of each tensor, which also goes to ``found``."""

@@ -33,41 +33,45 @@ class Kept:
 
 
 class Saved:
-    """A tensor in a slot's storage, at the version at which it was saved.
+    """A view of a slot's storage: where in it, of what type, and at which version it was saved."""
 
-    As long as the storage is where it was, ``alias`` is the tensor, and the slot knows that it is ours. When
-    the bytes leave, it is emptied; it shares the tensor's version counter all the time.
-    """
+    __slots__ = ("alias", "dtype", "offset", "shape", "slot", "strides", "version")
 
-    __slots__ = ("__weakref__", "alias", "layout", "slot", "version")
-
-    def __init__(self, slot: Slot, tensor: torch.Tensor) -> None:
+    def __init__(self, slot: Slot, tensor: torch.Tensor, alias: torch.Tensor) -> None:
+        """``alias`` shares ``tensor``'s version counter and holds none of its memory."""
         self.slot = slot
+        self.alias = alias
         self.version = tensor._version
-        self.alias = tensor.detach()
-        # Once emptied: offset, shape and strides in the storage.
-        self.layout: tuple[int, torch.Size, tuple[int, ...]] | None = None
-        slot.seen_by(self)
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.strides = tensor.stride()
+        self.offset = tensor.storage_offset()
 
     def check(self) -> None:
         if self.alias._version != self.version:
-            shape = self.alias.shape if self.layout is None else self.layout[1]
-            raise _modified(self.alias, shape, self.version)
-
-    def empty(self) -> None:
-        """Let go of the storage, which is about to go."""
-        alias = self.alias
-        self.layout = (int(alias.storage_offset()), alias.shape, alias.stride())
-        alias.data = alias.new_empty(0)
+            raise _modified(self.alias, self.shape, self.version)
 
     def rebuild(self) -> torch.Tensor:
         """The tensor, same shape, strides, offset and bits; waits for a copy if one is under way."""
         storage = self.slot.take()
         rebuilt = self.alias.detach()  # shares the version: a backward that writes to it is noticed
-        if self.layout is not None:
+        held = self.slot.held()
+        if self._is_like(held):
+            rebuilt.data = held
+        else:
             empty = self.alias.new_empty(0)
-            rebuilt.data = empty.set_(storage, *self.layout)  # type: ignore[call-overload]
+            rebuilt.data = empty.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload]
         return rebuilt
+
+    def _is_like(self, held: torch.Tensor) -> bool:
+        """Whether ``held``, in the same storage, is what was saved. Most often it is: the slot was made for
+        it, and it has not left. A tensor made from it costs half as much as one made from the storage."""
+        return (
+            held.dtype is self.dtype
+            and held.shape == self.shape
+            and held.storage_offset() == self.offset
+            and held.stride() == self.strides
+        )
 
 
 def memoryless_alias(tensor: torch.Tensor, hollow: torch.Tensor) -> torch.Tensor:

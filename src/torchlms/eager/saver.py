@@ -10,7 +10,7 @@ import torch
 from torchlms.core.tape import Phase
 from torchlms.eager import private
 from torchlms.eager.ladder import EVERYTHING_BYTES
-from torchlms.eager.saved import Kept, Saved
+from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.slot import Slot, Where, find
 from torchlms.eager.tensors import is_plain
 
@@ -60,7 +60,8 @@ class Saver:
                 self._note_kept(tensor)
                 # A leaf may be given other data, which plain PyTorch reads; anything else holds its graph.
                 return Kept(tensor if tensor.is_leaf else tensor.detach())
-            return Saved(self._slot_of(tensor), tensor)
+            alias = memoryless_alias(tensor, self.hollow(tensor.dtype))
+            return Saved(self._slot_of(tensor, alias), tensor, alias)
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
@@ -100,7 +101,7 @@ class Saver:
         # A copy is aligned like any new tensor, and CPU kernels may change bits with alignment.
         return self._device.is_cuda or storage.data_ptr() % _CPU_ALIGNMENT == 0
 
-    def _slot_of(self, tensor: torch.Tensor) -> Slot:
+    def _slot_of(self, tensor: torch.Tensor, alias: torch.Tensor) -> Slot:
         """The slot of ``tensor``'s storage, which a tensor saved earlier may have got already."""
         engine, storage = self._engine, tensor.untyped_storage()
         slot = find(storage, engine)
@@ -110,10 +111,10 @@ class Saver:
             engine.accounts.add(tensor)
             slot = Slot(engine, tensor)
         if not slot.saved:
-            self._enroll(slot, tensor)
+            self._enroll(slot, tensor, alias)
         return slot
 
-    def _enroll(self, slot: Slot, tensor: torch.Tensor) -> None:
+    def _enroll(self, slot: Slot, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Autograd has saved ``tensor``, of a slot that no saved tensor had until now."""
         now = self._engine.now
         slot.saved = True
@@ -122,7 +123,7 @@ class Saver:
         now.ordinal += 1
         self._engine.enrolled(slot)
         if now.provenance is not None and self._told_of(slot):
-            now.provenance.saved(tensor, slot)
+            now.provenance.saved(tensor, slot, alias)
         if now.recorder is not None:
             now.recorder.saved(slot)
         if now.follower is not None:

@@ -3,9 +3,9 @@
 [Note: A value leaves only when nobody else holds it]
 Plain autograd saves references: every saver of a storage sees its bytes as they are at backward.
 So all savers of one storage share one slot, and its bytes leave the device only while no tensor
-but the slot's own and its savers' refers to the storage (``alone``). Then nobody can write to it behind
-our back, declared or not, and letting go of it frees memory for certain. The link from storage to slot
-lives in the storage's own Python object, which dies with it: an address is never a key.
+but the slot's own refers to the storage (``alone``). Then nobody can write to it behind our back,
+declared or not, and letting go of it frees memory for certain. The link from storage to slot lives
+in the storage's own Python object, which dies with it: an address is never a key.
 
 States, and what is held in each:
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from torchlms.eager.history import Cell
     from torchlms.eager.owner import SlotOwner
     from torchlms.eager.recipe import Recipe
-    from torchlms.eager.saved import Saved
     from torchlms.memory.device import Copy
     from torchlms.memory.store import Place
 
@@ -73,7 +72,6 @@ class Slot:
         "place",
         "recipe",
         "saved",
-        "savers",
         "size_bytes",
         "used_at",
         "used_in",
@@ -89,7 +87,6 @@ class Slot:
         self.saved = ordinal >= 0  # by autograd, and not only held for a recipe
         self._held: torch.Tensor | None = tensor.detach()
         self._whole = False  # a view of all bytes is made when somebody asks for one, and few do
-        self.savers: list[weakref.ref[Saved]] = []  # that have a tensor in the storage, each of them one
         self.size_bytes = int(storage.nbytes())
         # Lengths and places: torch's own code keeps their address from one op to the next (packed sequences).
         self.indices = tensor.dtype in (torch.int32, torch.int64)
@@ -126,21 +123,9 @@ class Slot:
         return (
             self.where is Where.HELD
             and held is not None
-            and not others_hold(held.untyped_storage(), ours=1 + len(self.savers))
+            and not others_hold(held.untyped_storage(), ours=1)
             and not storage_object_held(held)
         )
-
-    def seen_by(self, saver: Saved) -> None:
-        """Know of one more tensor in the storage, which is emptied before the storage goes."""
-        self.savers.append(weakref.ref(saver, self.savers.remove))
-
-    def _empty_savers(self) -> None:
-        """From here on none of our own tensors but ``_held`` is in the storage."""
-        savers, self.savers = self.savers, []
-        for reference in savers:
-            saver = reference()
-            if saver is not None:
-                saver.empty()
 
     def lendable(self) -> bool:
         """Whether only tensors hold the storage, so that it can be emptied under them; not where the program
@@ -158,10 +143,14 @@ class Slot:
         """Whether numpy or another process has the memory, too, and may write to it unseen."""
         return self._held is not None and not self._held.untyped_storage().resizable()
 
+    def held(self) -> torch.Tensor:
+        """A tensor in the storage, of whatever kind; needs device bytes."""
+        assert self._held is not None
+        return self._held
+
     def storage(self) -> torch.UntypedStorage:
         """Where the bytes lie; needs device bytes."""
-        assert self._held is not None
-        return self._held.untyped_storage()
+        return self.held().untyped_storage()
 
     def let_go(self) -> bool:
         """Whether the program has let go of the storage, be it emptied or not."""
@@ -176,7 +165,6 @@ class Slot:
     def move_to(self, target: torch.Tensor) -> None:
         """Copy the bytes to ``target``, on the compute queue, and live there; needs ``at_rest``."""
         assert self.bytes is not None
-        self._empty_savers()
         target.copy_(self.bytes)
         self.bytes = target
         link(target.untyped_storage(), self)
@@ -186,7 +174,6 @@ class Slot:
 
     def lend(self) -> None:
         """From here on the slot may leave although the program holds it; needs ``lendable``."""
-        self._empty_savers()
         self.lent = True
         self.owner.lends(self)
 
@@ -221,13 +208,12 @@ class Slot:
     def _leave(self) -> None:
         """Let the device bytes go; what lies in ``place`` is the value from here on."""
         self.owner.leaving(self)
-        self._empty_savers()
         held = self._held
         assert held is not None
         lent = self.lent and others_hold(held.untyped_storage(), ours=1)
         self.emptied = held if lent else None
+        self.where = Where.AWAY  # before the bytes go: an interrupt may come in between
         self.bytes = None
-        self.where = Where.AWAY
         if lent:  # last: whatever interrupts us, the bytes come back in this storage
             held.untyped_storage().resize_(0)
             self.owner.resized(held)
@@ -258,9 +244,8 @@ class Slot:
         self.owner.leaving(self)
         self.recipe = recipe
         recipe.read_by(self)
-        self._empty_savers()
+        self.where = Where.DROPPED  # before the bytes go: an interrupt may come in between
         self.bytes = None
-        self.where = Where.DROPPED
         self.owner.moved(self)
 
     def _remake(self) -> None:
