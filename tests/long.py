@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
-LONG_S = 1.2
+LONG_S = 1.0
 _TOOK = re.compile(r"^([\d.]+)s call +(\S.*)$", re.MULTILINE)
 
 

@@ -16,7 +16,6 @@ from sessions import (
     STEPS,
     Session,
     assert_same_bits,
-    more,
     new_session,
     open_lms,
     outcome,
@@ -674,9 +673,10 @@ def test_a_plan_is_for_the_rule_that_it_was_made_with(spill_dir: Path) -> None:
         run_lms(SKIPS, budget_bytes, spill_dir, rules=SMALL, plan=plans[True])
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "options",
-    [{}, more({"plan": False})],
+    [{}, {"plan": False}],
     ids=["planned", "unplanned"],
 )
 def test_lengths_of_packed_sequences_stay(spill_dir: Path, options: dict[str, Any]) -> None:

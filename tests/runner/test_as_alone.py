@@ -257,6 +257,7 @@ def test_an_interrupt_that_the_script_handles(tmp_path: Path) -> None:
     assert under_lms("x.py", cwd=tmp_path).status == 4
 
 
+@pytest.mark.more
 def test_settings_before_the_import_of_torch(tmp_path: Path) -> None:
     """Torch reads some of them when it is imported, so that nobody may import it before the script."""
     (tmp_path / "x.py").write_text(

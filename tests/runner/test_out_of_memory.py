@@ -60,7 +60,7 @@ CASES = {
     [
         pytest.param("a small language model", marks=pytest.mark.slow),
         pytest.param("language_model", marks=pytest.mark.slow),
-        "regression",
+        pytest.param("regression", marks=pytest.mark.more),
         pytest.param("images", marks=pytest.mark.slow),
     ],
 )
