@@ -269,9 +269,10 @@ def _list_stale(folder: Path) -> int:
     for name, made in suites.load(folder / suites.FILE.name).items():
         if why := suites.why_stale(made):
             stale[f"suites, {name}"] = why
-    for path in provenance.stale_results(folder):  # faults, long runs and the sanitizers have no rows
-        if path.stem not in rows and path.name != suites.FILE.name:
-            stale[path.stem] = "the package has changed"
+    for path in provenance.stale_results(folder):  # those that are no rows: long runs, rows on busy hosts
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name not in rows and path.name != suites.FILE.name:
+            stale[name] = "the package has changed"
     for name, why in stale.items():
         print(f"{name}: {why}")
     return 1 if stale else 0
