@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FROZEN = 1_000_000_000  # objects, more than a test makes
 count_frozen = gc.get_freeze_count
-LISTED = long.listed()
 GRACE_S = 2.0  # how long a thread or a copy in flight may take to end after its test
 
 # The user's own cache (machine rates, spill files) is neither read nor written, also not by child processes.
@@ -53,7 +52,7 @@ def pytest_report_header() -> list[str]:
 
 
 # Files that take long, or whose tests do: with a whole file for each worker, whoever gets one last ends last.
-LONG = (
+FIRST = (
     "matrix/test_matrix.py", "runner/test_training.py", "runner/test_out_of_memory.py", "test_collector.py",
     "test_suites.py", "test_soak.py", "bench/test_runner.py", "eager/test_recompute.py",
     "eager/test_loops.py", "test_lean_import.py",
@@ -62,13 +61,14 @@ LONG = (
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is applied
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    names = [item.nodeid for item in items]
-    if config.args == config.getini("testpaths") and (gone := long.gone(names)):
-        raise pytest.UsageError(f"{long.LIST.name} lists what is no test any more: {', '.join(gone)}")
+    listed = long.listed()
+    gone = listed.difference(item.nodeid for item in items)
+    if gone and config.args == config.getini("testpaths"):
+        raise pytest.UsageError(f"{long.LIST.name} lists what is no test any more: {', '.join(sorted(gone))}")
     for item in items:
-        if item.nodeid in LISTED:
+        if item.nodeid in listed:
             item.add_marker(pytest.mark.long)
-    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(FIRST))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
@@ -20,11 +19,6 @@ _TOOK = re.compile(r"^([\d.]+)s call +(\S.*)$", re.MULTILINE)
 
 def listed() -> frozenset[str]:
     return frozenset(LIST.read_text().splitlines())
-
-
-def gone(names: Iterable[str]) -> list[str]:
-    """What is listed and is no test any more."""
-    return sorted(listed() - set(names))
 
 
 def write(said: str) -> None:
