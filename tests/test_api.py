@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -308,6 +309,18 @@ def test_more_than_the_machine_has(budget: str | int, spill_dir: Path) -> None:
 def test_sizes_that_can_be_read(budget: Any, host_budget: Any, spill_dir: Path) -> None:
     with open_lms(make_model(), spill_dir, budget=budget, host_budget=host_budget, disk_budget="1GB") as lms:
         assert lms.stats()["budget_bytes"] > 10**8
+
+
+@pytest.mark.parametrize("name", ["host_budget", "disk_budget"])
+def test_more_than_is_free_is_said_and_not_counted_on(
+    name: str, spill_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "torchlms"):
+        lms = open_lms(make_model(), spill_dir, **{name: "900 TiB"})
+        with lms:
+            store = lms._engine.store  # type: ignore[union-attr]
+            assert getattr(store, f"{name}_bytes") < 900 << 40
+    assert f"{name}: 900.0 TiB were asked for" in caplog.text
 
 
 def test_a_model_on_two_devices() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tapes import GIB, MIB, Network, chain, cpu, gpu
 
+from torchlms.core.calibrate import AS_MEASURED, Rates
 from torchlms.core.headroom import headroom_bytes, lean_bytes
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget
@@ -166,6 +167,41 @@ def test_a_rough_plan_that_may_drop_pins_no_host_memory(settled: bool, recompute
     made._adopt(engine_of(routine, asked), routine, chain(80, time_s=20e-3), plan)
     assert asked == [0 if recompute and not settled else plan.predicted.arena_bytes]
     assert plan.predicted.arena_bytes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("rates", "more_headroom", "drops"),
+    [
+        (AS_MEASURED, 0.3, True),
+        (AS_MEASURED, 0.3, False),
+        (AS_MEASURED, 0.0, False),
+        (Rates(copies=0.3), 0.0, True),
+        (Rates(ops=0.5), 0.0, True),
+    ],
+    ids=["roomier", "roomier by moving alone", "moving alone", "slow copies", "fast ops"],
+)
+def test_no_contender_pins_more_than_was_said_or_moves_to_disk_instead(
+    recompute: bool, rates: Rates, more_headroom: float, drops: bool
+) -> None:
+    tape = chain(80, time_s=2e-3)
+    made = maker(budget=Budget(4 * GIB, 64 * GIB, 64 * GIB), recompute=recompute)
+    first = made.first(tape, rough=False)
+    other = made.other(tape, rates, first=first, drops=drops, more_headroom=more_headroom)
+    assert other is not None or more_headroom, "at other speeds there is always the first"
+    if other is not None:
+        assert other.predicted.arena_bytes <= 1.05 * first.predicted.arena_bytes
+        assert other.predicted.spill_bytes <= first.predicted.spill_bytes
+        assert other.budget == made.budget
+
+
+def test_on_the_cpu_the_disk_is_the_only_tier_and_contenders_may_take_more_of_it() -> None:
+    tape = chain(80, time_s=20e-3)
+    made = maker(cpu(), budget=Budget(4 * GIB, 0, 64 * GIB))
+    first = made.first(tape, rough=False)
+    other = made.other(tape, AS_MEASURED, first=first, more_headroom=0.1)
+    assert other is not None
+    assert other.predicted.spill_bytes > first.predicted.spill_bytes
 
 
 def test_a_given_plan_with_which_nothing_moves_is_timed_first() -> None:

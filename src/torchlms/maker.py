@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Added where the headroom that a plan leaves proves too little: a share of the budget.
 _MORE_HEADROOM = 0.015
-_HOST_FOR_MORE = 1.05  # of the host memory of the plan before, for one with more room
+_MORE_HOST = 1.05  # of the host memory that was said to be pinned: no contender takes more
 _WORTH_TRYING = 0.97  # of the step time with more headroom
 # As fast as copies are taken to be while the times of the ops are rough: those go to memory that is not
 # pinned, and the ops seem to take longer than they do, as if they hid more.
@@ -83,19 +83,17 @@ class Maker:
         tape: Tape,
         rates: Rates,
         *,
+        first: Plan,
         like: Plan | None = None,
         drops: bool = True,
         more_headroom: float = 0.0,
     ) -> Plan | None:
         """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or, without
-        ``drops``, one that only moves. With more room it rather drops more than take more host memory than
-        ``like``. None where there is no such plan."""
+        ``drops``, one that only moves. It takes hardly more host memory than ``first``, with which was said
+        how much will be pinned. None where there is no such plan."""
         machine = scaled(self.machine, rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
-        budget = self.budget
-        if like is not None and more_headroom and self.rules.recompute:
-            most_bytes = int(_HOST_FOR_MORE * like.predicted.arena_bytes)
-            budget = replace(budget, host_bytes=min(budget.host_bytes, most_bytes))
+        budget = self._as_said(first)
         try:
             made = self._make(
                 stretched(tape, rates.ops),
@@ -109,6 +107,17 @@ class Maker:
         except LMSError:
             return None
         return replace(made, budget=self.budget)
+
+    def _as_said(self, first: Plan) -> Budget:
+        """The budget for a plan that is only tried."""
+        if not self.machine.link:
+            return self.budget
+        said = first.predicted
+        return replace(
+            self.budget,
+            host_bytes=min(self.budget.host_bytes, int(_MORE_HOST * said.arena_bytes)),
+            disk_bytes=min(self.budget.disk_bytes, said.spill_bytes),
+        )
 
     def _lean_or(self, plan: Plan, tape: Tape) -> Plan:
         """A plan with less headroom, if that might be clearly faster: evictions will tell (``again``)."""

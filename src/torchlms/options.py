@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from torchlms.memory.device import read_device, supported
 from torchlms.memory.disk import default_directory
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_option
 from torchlms.rule_text import with_sizes
+
+log = logging.getLogger("torchlms")
 
 Size = str | int | float | None
 PlanSource = Plan | str | os.PathLike[str] | bool | None
@@ -140,9 +143,19 @@ def _read_verify(verify: bool | int) -> int:
 
 
 def _or_share(name: str, size: Size, available_bytes: int, share: float) -> int:
+    """What may be used of a tier: no more than there is, whatever was asked for."""
     if size is None:
         return int(share * available_bytes)
-    return parse_option(name, size, whole_bytes=available_bytes, or_none=True)
+    asked_bytes = parse_option(name, size, whole_bytes=available_bytes, or_none=True)
+    if asked_bytes > available_bytes:
+        log.warning(
+            "%s: %s were asked for, and %s are free, %s less: that is what there is to use",
+            name,
+            format_bytes(asked_bytes),
+            format_bytes(available_bytes),
+            format_bytes(asked_bytes - available_bytes, up=True),
+        )
+    return min(asked_bytes, available_bytes)
 
 
 def _read_plan(source: PlanSource) -> Plan | None:

@@ -71,6 +71,11 @@ class Race:
     over: bool = False
 
     @property
+    def first(self) -> Plan:
+        """The plan that the others are tried against."""
+        return self.contenders[0].plan
+
+    @property
     def running(self) -> Contender:
         return self.contenders[-1]
 

@@ -129,14 +129,14 @@ class Referee:
 
     def _contender(self, tape: Tape, race: Race) -> Contender | None:
         """A plan that was not tried yet and might be faster than the best so far; None ends the race."""
-        maker, best = self._maker, race.winner()
+        maker, best, first = self._maker, race.winner(), race.first
         predicted_s = lap_s(tape, foretold(tape, maker.machine, best.plan, race.rates).step_s)
         pinched = best.program is not None and best.program.pinches
         slower = best.median_s > (1 + (_UNPINCHED if pinched else _AS_PREDICTED)) * predicted_s
         if not race.roomier and maker.machine.link and slower and not best.starved:
             # The allocator has to close holes; a plan that leaves more free lets it be.
             race.roomier = True
-            made = maker.other(tape, race.rates, like=best.plan, more_headroom=_ROOMIER)
+            made = maker.other(tape, race.rates, first=first, like=best.plan, more_headroom=_ROOMIER)
             if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare", race.rates)
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
@@ -144,12 +144,12 @@ class Referee:
             race.rates = self._explanation(tape, best)
             # A program that is too slow for its device needs other drops, and not some more of the same.
             like = best.plan if race.rates.pace is None else None
-            made = maker.other(tape, race.rates, like=like)
+            made = maker.other(tape, race.rates, first=first, like=like)
             if made is not None and not race.knows(made):
                 return Contender(made, str(race.rates), race.rates)
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
-        made = maker.other(tape, race.rates, drops=False)
+        made = maker.other(tape, race.rates, first=first, drops=False)
         if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
             return None
         return Contender(made, _MOVES_ONLY, race.rates)

@@ -15,6 +15,7 @@ import torchlms
 from torchlms.eager import private
 from torchlms.eager.engine import Engine
 from torchlms.eager.follower import NEVER
+from torchlms.eager.provenance import Provenance
 
 aten = torch.ops.aten
 ADD, MUL, ADD_ = aten.add.Tensor, aten.mul.Tensor, aten.add_.Tensor
@@ -27,7 +28,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     with torchlms.LMS(model, budget="1GiB", disk_dir=tmp_path, recompute=True) as lms:
         engine = lms._engine
         assert engine is not None
-        program = SimpleNamespace(quiet=[None] * 4)
+        program = SimpleNamespace(quiet=[None] * 4, leaves_out=lambda clock, name: True)
         engine.now.follower = SimpleNamespace(program=program, due=NEVER, catch_up=_nothing)  # type: ignore[assignment]
         engine.now.plainly = engine.now.backward_seen = True
         engine.now.look_ahead()
@@ -76,14 +77,29 @@ def test_another_op_in_its_place_is_watched(engine: Engine, watched: list[Any]) 
     assert watched == [ADD, MUL, MUL]
 
 
-def test_writes_are_always_watched_where_something_may_be_dropped(engine: Engine, watched: list[Any]) -> None:
+def test_writes_are_always_watched_where_the_program_drops_something(
+    engine: Engine, watched: list[Any]
+) -> None:
+    engine.now.provenance = Provenance(
+        device=torch.device("cpu"), kinds=engine.kinds, hold=engine.saver.hold, hollow=engine.saver.hollow
+    )
     lap(engine, ADD_)
     lap(engine, ADD_)
     assert watched == [ADD_, ADD_]
-    engine.recompute = False
+    engine.now.provenance = None
     lap(engine, ADD_)
     lap(engine, ADD_)
     assert watched == [ADD_] * 3
+
+
+def test_nothing_is_quiet_while_the_graph_of_another_program_has_dropped_something(
+    engine: Engine, watched: list[Any]
+) -> None:
+    lap(engine, ADD_, MUL)
+    engine.dropped.add(-1)
+    lap(engine, ADD_, MUL)
+    engine.dropped.clear()
+    assert watched == [ADD_, MUL] * 2
 
 
 def test_what_is_due_is_done_first(engine: Engine, watched: list[Any]) -> None:

@@ -370,6 +370,22 @@ def test_evaluation_in_inference_mode_between_forward_and_backward(spill_dir: Pa
     assert stats["replayed_ops"]
 
 
+def test_a_backward_pass_in_inference_mode(spill_dir: Path) -> None:
+    """PyTorch allows that: what was saved before is no inference tensor, whatever has become of it since."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        with torch.inference_mode():
+            loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    stats = assert_same(lambda model, x: F.relu(F.silu(x) * 2 + 1), spill_dir, loop)
+    assert stats["replayed_ops"]
+
+
 def test_a_graph_of_an_earlier_step_is_made_real_before_its_sources_are_written(spill_dir: Path) -> None:
     def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
         optimizer.zero_grad()

@@ -59,6 +59,7 @@ class FakeOwner(SlotOwner):
         self.copies: list[LateCopy] = []
         self.orphans: list[Any] = []
         self.refuse: BaseException | None = None
+        self.interrupt = False  # the next copy back, once it is under way
 
     def allocate(self, size_bytes: int) -> Tensor:
         if self.refuse is not None:
@@ -74,7 +75,15 @@ class FakeOwner(SlotOwner):
 
     def start_in(self, place: Any, target: Tensor, after: Any) -> Any:
         self.copies.append(LateCopy(place.bytes, target, self.log, "in", after))
+        if self.interrupt:
+            self.interrupt = False
+            raise KeyboardInterrupt
         return self.copies[-1]
+
+    def finish_copies(self) -> None:
+        self.log.append("finish copies")
+        for copy in self.copies:
+            copy.wait()
 
     def leaving(self, slot: Slot) -> None:
         assert slot.bytes is not None
@@ -189,6 +198,22 @@ def test_turned_back_and_fetched_again(owner: FakeOwner) -> None:
         assert slot.bytes is None
     assert place.freed == 0
     assert torch.equal(taken(slot), pattern)
+
+
+def test_interrupted_with_the_copy_back_under_way(owner: FakeOwner) -> None:
+    """The memory that it writes to is given up only when it has ended, and the next one brings the bytes."""
+    slot, pattern = new_slot(owner)
+    place = send(slot, owner)
+    slot.release()
+    owner.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        slot.fetch()
+    assert owner.copies[-1].ended
+    assert slot.where is Where.AWAY
+    assert (slot.copy_in, slot.bytes) == (None, None)
+    assert place.freed == 0
+    assert torch.equal(taken(slot), pattern)
+    assert place.freed == 1
 
 
 def test_others_keep_it_here(owner: FakeOwner) -> None:

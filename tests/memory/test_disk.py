@@ -443,6 +443,8 @@ def test_a_directory_that_cannot_be_used_is_our_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SpillError, match="cannot spill to"):
         SpillFile(tmp_path / "file", MIB)
+    with pytest.raises(SpillError, match="give another disk_dir"):
+        SpillFile(Path("/proc/nothing"), MIB)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SpillError, match="cannot spill to"):
         SpillFile(Path("/proc/self/fd"), MIB)

@@ -273,6 +273,9 @@ class Engine(SlotOwner):
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         return self.store.copy_in(place, target, after)
 
+    def finish_copies(self) -> None:
+        self.device.synchronize()
+
     def lends(self, slot: Slot) -> None:
         self.lent.add(slot)
 

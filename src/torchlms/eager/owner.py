@@ -26,6 +26,10 @@ class SlotOwner:
     def start_in(self, place: Place, target: torch.Tensor, after: Copy | None) -> Copy:
         raise NotImplementedError
 
+    def finish_copies(self) -> None:
+        """Wait for every copy that was started."""
+        raise NotImplementedError
+
     def remake(self, slot: Slot, recipe: Recipe) -> torch.Tensor:
         """Make the slot's bytes again: a tensor in the storage that has them."""
         raise NotImplementedError

@@ -65,6 +65,12 @@ class Saver:
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
+        if torch.is_inference_mode_enabled():  # around a backward pass; what it reads is no inference tensor
+            with torch.inference_mode(False), torch.no_grad():
+                return self._unpacked(saved)
+        return self._unpacked(saved)
+
+    def _unpacked(self, saved: Kept | Saved) -> torch.Tensor:
         saved.check()
         if self._engine.now.recorder is not None:
             self._engine.now.recorder.unpacked(saved)

@@ -225,13 +225,27 @@ class Slot:
         """Allocate device bytes and start the copy in."""
         assert self.where is Where.AWAY
         assert self.place is not None
-        target = self._room()
-        self.copy_in = self.owner.start_in(self.place, target, self.copy_out)
-        self.emptied = None
-        self.bytes = target
-        self.where = Where.COMING
+        target, emptied = self._room(), self.emptied
+        try:
+            self.copy_in = self.owner.start_in(self.place, target, self.copy_out)
+            self.emptied = None
+            self.bytes = target
+            self.where = Where.COMING
+        except BaseException:  # an interrupt, too, while the copy writes to what is about to be given up
+            self.owner.finish_copies()
+            self._be_away(emptied)
+            raise
         link(target.untyped_storage(), self)
         self.owner.moved(self)
+
+    def _be_away(self, emptied: torch.Tensor | None) -> None:
+        """As if no copy back had begun."""
+        self.where = Where.AWAY
+        self.copy_in = self.bytes = None
+        self.emptied = emptied
+        if emptied is not None:
+            emptied.untyped_storage().resize_(0)
+            self.owner.resized(emptied)
 
     def _room(self) -> torch.Tensor:
         """Device memory to come back to: the storage that the program was left with, if it still has it."""
@@ -290,8 +304,7 @@ class Slot:
             self._free_place()
         if self.lent:
             self.owner.regained(self)
-        assert self._held is not None
-        return self._held.untyped_storage()
+        return self.storage()
 
     def _come_home(self) -> None:
         if self.where is Where.DROPPED:

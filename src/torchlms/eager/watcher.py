@@ -60,7 +60,9 @@ class Watcher:
         now = engine.now
         clock = now.clock
         quiet = clock < now.quiet_until and now.quiet[clock] is func
-        if quiet and not (engine.orphans or engine.lent.any or self._guard.inside):
+        # A program that drops nothing heeds no writes, but the graph of another may wait for its backward.
+        strange = engine.dropped and now.provenance is None
+        if quiet and not (strange or engine.orphans or engine.lent.any or self._guard.inside):
             return self._run_quietly(now, func, args, kwargs)
         if engine.dead:
             return func(*args, **kwargs)
@@ -142,7 +144,7 @@ class Watcher:
 
     def _note_quiet(self, now: MicroStep, func: Any, *, writes: bool) -> None:
         """Here the program runs ``func``, and nobody needs to know: next time it is only run."""
-        heeded = self._guard.inside or (writes and self._engine.recompute)
+        heeded = self._guard.inside or (writes and now.provenance is not None)
         if now.plainly and now.clock < len(now.quiet) and not heeded and not self._careful(func):
             now.quiet[now.clock] = func
 

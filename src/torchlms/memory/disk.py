@@ -68,7 +68,7 @@ class SpillFile:
             remove_stale(directory)
             self._files = _Files(directory)
         except OSError as error:
-            raise _spill_error(error, f"cannot spill to {directory}") from error
+            raise _spill_error(error, f"cannot spill to {directory}", "give another disk_dir") from error
         if budget_bytes is None:
             budget_bytes = int(disk_free_bytes(directory) * (1 - _LEAVE_FREE))
         self.directory = self._files.directory
@@ -220,7 +220,8 @@ class SpillFile:
         except OSError as cause:
             verb = "write" if transfer.write else "read"
             where = self.directory / _FILE
-            error = _spill_error(cause, f"cannot {verb} {size_bytes} bytes at {offset} of {where}")
+            failed = f"cannot {verb} {size_bytes} bytes at {offset} of {where}"
+            error = _spill_error(cause, failed, "free some of that disk, or give another disk_dir")
             error.__cause__ = cause
         except Exception as cause:  # whatever it is, it belongs to whoever waits
             error = cause
@@ -456,5 +457,5 @@ def _round_up(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _spill_error(error: OSError, doing: str) -> SpillError:
-    return SpillError(error.errno or errno.EIO, f"{doing}: {error.strerror or error}")
+def _spill_error(error: OSError, failed: str, advice: str) -> SpillError:
+    return SpillError(error.errno or errno.EIO, f"{failed}: {error.strerror or error}. To go on, {advice}")
