@@ -285,7 +285,7 @@ ROWS: dict[str, Row] = {
                 recompute=False,
             ),
             steps=5,
-            rivals=(CAPPED, CHECKPOINT),
+            rivals=(CAPPED, CHECKPOINT, CHECKPOINT_OFFLOAD, SAVE_ON_CPU),
             targets=ALWAYS,
             seconds=150,
         ),
