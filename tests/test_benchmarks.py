@@ -353,12 +353,14 @@ def test_stale_results_say_what_changed(
 def test_what_has_no_rows_may_be_stale_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, schema, code in (
         ("faults-cpu", "faults/1", provenance.code_hash()),
+        ("planning", "planning/1", "0" * 64),
         ("sanitizer", "sanitizer/1", "0" * 64),
         ("soak-cuda", "soak/2", "0" * 64),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"schema": f"torchlms.{schema}", "code": code}))
     assert run.main(["--stale", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().out.splitlines() == [
+        "planning: the package has changed",
         "sanitizer: the package has changed",
         "soak-cuda: the package has changed",
     ]

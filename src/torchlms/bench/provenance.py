@@ -34,7 +34,7 @@ _NOT_MEASURED = {
 _PRESENTATION = ("cli", "report", "report_page", "sweep", "fit", "runner", "doctor", "integrations", "steps")
 
 # Results that are of one code from beginning to end.
-_WHOLE = ("torchlms.bench/", "torchlms.faults/", "torchlms.soak/", "torchlms.sanitizer/")
+_WHOLE = tuple(f"torchlms.{name}/" for name in ("bench", "faults", "soak", "sanitizer", "planning"))
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)
