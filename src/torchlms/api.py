@@ -21,7 +21,7 @@ from torchlms.check import check_step
 from torchlms.core.bound import lower_bound
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES, page_bytes
 from torchlms.core.machine import CopyTime, Machine
-from torchlms.core.plan import Budget, Plan
+from torchlms.core.plan import Plan
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.director import Director
@@ -173,7 +173,7 @@ class LMS:
     def _open(self, undo: ExitStack, device: CudaDevice | CpuDevice, machine: Machine) -> None:
         """Build and install everything; ``undo`` gets the opposite of each act, run last to first."""
         options = self._options
-        tiers = self._tiers(options, device)
+        tiers = options.tiers(**_room(device))
         store = Store(
             device,
             host_budget_bytes=tiers.host_bytes,
@@ -226,13 +226,6 @@ class LMS:
         if self._model is not None and isinstance(device, CudaDevice):  # a CPU is never left alone
             self._listen(self._model, undo)
         self._engine = engine
-
-    @staticmethod
-    def _tiers(options: Options, device: CudaDevice | CpuDevice) -> Budget:
-        if isinstance(device, CudaDevice):
-            return options.tiers(whole_bytes=device.total_bytes, available_bytes=device.available_bytes())
-        available_bytes = host_available_bytes()
-        return options.tiers(whole_bytes=available_bytes, available_bytes=available_bytes)
 
     def _listen(self, model: torch.nn.Module, undo: ExitStack) -> None:
         hook = _ForwardHook(self._before_forward)
@@ -304,14 +297,16 @@ class LMS:
         engine, director, installation = self._engine, self._director, self._installation
         if engine is None or director is None or installation is None or engine.dead:
             raise NotSupported("set_budget() needs an LMS that is on: call it inside the with block")
-        tiers = self._tiers(replace(self._options, budget=budget, plan=None), engine.device)
-        engine.shrink_to(tiers.device_bytes)
-        director.rebudget(tiers)
+        options = replace(self._options, budget=budget, plan=None)
+        device_bytes = options.device_bytes(**_room(engine.device))
+        engine.shrink_to(device_bytes)
+        # The other tiers stay: what waits there now is ours, and no longer among what is free.
+        director.rebudget(replace(director.budget, device_bytes=device_bytes))
         engine.routines.plan_again()
         if self._aside:
             self._aside = False
             installation.put_on()
-        log.info("the budget is %s from here on", format_bytes(tiers.device_bytes))
+        log.info("the budget is %s from here on", format_bytes(device_bytes))
 
     def reclaim(self) -> int:
         """Have everything leave the device that can, now; returns the bytes freed. It comes back when it is
@@ -452,6 +447,13 @@ def measured_machine(
     fields = dataclasses.asdict(found)
     fields["link"] = tuple(CopyTime(*point) for point in found.link)
     return Machine(**fields)
+
+
+def _room(device: CudaDevice | CpuDevice) -> dict[str, int]:
+    """What the device has, and what of that is to be had."""
+    if isinstance(device, CudaDevice):
+        return {"whole_bytes": device.total_bytes, "available_bytes": device.available_bytes()}
+    return dict.fromkeys(("whole_bytes", "available_bytes"), host_available_bytes())
 
 
 def _use_remappable_segments(undo: ExitStack, device: CudaDevice, budget_bytes: int) -> None:

@@ -90,10 +90,12 @@ class Maker:
     ) -> Plan | None:
         """Another plan, for other rates or with more room: one that may drop what ``like`` drops, or, without
         ``drops``, one that only moves. It takes hardly more host memory than ``first``, with which was said
-        how much will be pinned. None where there is no such plan."""
+        how much will be pinned; but where other rates make drops dearer, more may move instead. None where
+        there is no such plan."""
         machine = scaled(self.machine, rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
-        budget = self._as_said(first)
+        free = self.rules.recompute and drops and not more_headroom
+        budget = self.budget if free else self._as_said(first)
         try:
             made = self._make(
                 stretched(tape, rates.ops),

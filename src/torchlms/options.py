@@ -95,6 +95,16 @@ class Options:
 
     def tiers(self, *, whole_bytes: int, available_bytes: int) -> Budget:
         """Bytes on each tier, given what the device has in all and what of that is to be had."""
+        return Budget(
+            device_bytes=self.device_bytes(whole_bytes=whole_bytes, available_bytes=available_bytes),
+            host_bytes=_or_share("host_budget", self.host_budget, host_available_bytes(), _HOST_SHARE),
+            disk_bytes=_or_share(
+                "disk_budget", self.disk_budget, disk_free_bytes(self.disk_dir), _DISK_SHARE
+            ),
+        )
+
+    def device_bytes(self, *, whole_bytes: int, available_bytes: int) -> int:
+        """The device's part of ``tiers``."""
         if self.budget is None:
             device_bytes = available_bytes
         else:
@@ -109,13 +119,7 @@ class Options:
                 f"the plan given was made for {format_bytes(self.plan.budget.device_bytes)}, more than the "
                 f"budget of {format_bytes(device_bytes)}: leave plan= out to make a new one"
             )
-        return Budget(
-            device_bytes=device_bytes,
-            host_bytes=_or_share("host_budget", self.host_budget, host_available_bytes(), _HOST_SHARE),
-            disk_bytes=_or_share(
-                "disk_budget", self.disk_budget, disk_free_bytes(self.disk_dir), _DISK_SHARE
-            ),
-        )
+        return device_bytes
 
 
 def _check_directory(path: Path) -> None:

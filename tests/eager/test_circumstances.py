@@ -28,6 +28,7 @@ from torch import Tensor
 
 import torchlms
 from torchlms.eager.slot import Where
+from torchlms.eager.tensors import hollow, new_bytes
 from torchlms.memory.disk import ALIGNMENT_BYTES, CHUNK_BYTES
 
 MLP = NETWORKS["mlp"]
@@ -126,6 +127,15 @@ def test_values_come_and_go_under_any_switch(switch: Any, spill_dir: Path) -> No
     found, away = saved_and_back(switch())
     assert found == plain[1:]
     assert away > 0
+
+
+def test_memory_to_come_back_to_is_no_inference_tensor() -> None:
+    """Such a one cannot be written once inference mode has ended."""
+    with torch.inference_mode():
+        found = [new_bytes(64, torch.device("cpu")), hollow(torch.float32, torch.device("cpu"))]
+    assert not any(tensor.is_inference() for tensor in found)
+    assert [tensor.requires_grad for tensor in found] == [False, False]
+    found[0].fill_(1)
 
 
 EDGES = [512, ALIGNMENT_BYTES, ALIGNMENT_BYTES + 4, CHUNK_BYTES - 4, CHUNK_BYTES, 2 * CHUNK_BYTES + 4092]

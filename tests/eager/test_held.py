@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,12 @@ from torchlms.core.held import with_held
 from torchlms.core.plan import Choice
 from torchlms.core.tape import Phase
 from torchlms.core.validate import validate
+from torchlms.eager import private
 from torchlms.eager.lent import Lent
 from torchlms.eager.orphans import Bereft
 from torchlms.eager.slot import Where, find
 from torchlms.memory.disk import SpillFile
+from torchlms.memory.store import Store
 
 HELD = {**SMALL, "held": True}
 BOTH = {**HELD, "recompute": True}
@@ -497,6 +500,47 @@ def test_interrupted_while_it_is_emptied(spill_dir: Path, monkeypatch: pytest.Mo
                 interrupted.setattr(engine, "resized", stop)
                 with pytest.raises(KeyboardInterrupt):
                     slot.release()
+            assert torch.equal(waiting[0], before)
+
+        for step in range(4):
+            looking(look)(session, step)
+    assert outcome(session).differences(run_plain(SKIPS, steps=4)) == []
+
+
+def test_interrupted_as_it_begins_to_come_back(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program's storage is emptied again only when nobody writes to it any more, and then it is."""
+    session = new_session(SKIPS)
+    with open_lms(session, int(0.9 * plain_peak(SKIPS)), spill_dir, rules=HELD) as lms:
+        engine = lms._engine
+        assert engine is not None
+        store, read, ended = engine.store, engine.store._read_cpu, []
+
+        def slowly(*args: Any) -> None:
+            time.sleep(0.05)
+            read(*args)
+            ended.append(True)
+
+        def begin_and_stop(*args: Any) -> None:
+            Store.copy_in(store, *args)
+            raise KeyboardInterrupt
+
+        def look(waiting: list[Tensor]) -> None:
+            slot = find(waiting[0].untyped_storage(), engine)
+            assert slot is not None
+            before = waiting[0].clone()
+            slot.lend()
+            slot.send(store.place(slot.size_bytes))
+            slot.release()
+            del ended[:]
+            with monkeypatch.context() as interrupted:
+                interrupted.setattr(store, "_read_cpu", slowly)
+                interrupted.setattr(store, "copy_in", begin_and_stop)
+                with pytest.raises(KeyboardInterrupt):
+                    slot.fetch()
+            assert ended
+            assert slot.where is Where.AWAY
+            with private.unwatched():
+                assert waiting[0].untyped_storage().nbytes() == 0
             assert torch.equal(waiting[0], before)
 
         for step in range(4):

@@ -54,6 +54,7 @@ def test_the_first_stays_unless_another_is_clearly_faster() -> None:
     assert Race([first, near]).winner() is first
     assert Race([first, near, fast]).winner() is fast
     assert Race([first, late]).winner() is first, "not done yet"
+    assert Race([first, fast]).first is first.plan
     assert not late.done
     assert fast.done
     assert "first 1000.0 ms" in Race([first, fast]).result()

@@ -10,6 +10,7 @@ from sessions import Session, ledger_of, new_session, open_lms, outcome, plain_p
 from small_networks import NETWORKS
 
 import torchlms
+from torchlms import options
 from torchlms.core.plan import Choice
 
 MLP = NETWORKS["mlp"]
@@ -43,6 +44,22 @@ def test_down_and_up_again_between_steps(spill_dir: Path) -> None:
             plain_step(session, step)
         assert moved(lms) == few
     assert outcome(session).differences(run_plain(MLP, steps=16)) == []
+
+
+def test_the_other_tiers_stay(spill_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits on the disk is ours: it is no longer free, and not to be taken off."""
+    session = new_session(MLP)
+    with open_lms(session, ROOMY, spill_dir, disk_budget="4MiB") as lms:
+        for step in range(4):
+            plain_step(session, step)
+        monkeypatch.setattr(options, "disk_free_bytes", lambda path: 0)
+        lms.set_budget(TIGHT)
+        assert lms._director is not None
+        assert lms._director.budget.disk_bytes == 4 << 20
+        for step in range(4, 8):
+            plain_step(session, step)
+        assert moved(lms)
+    assert outcome(session).differences(run_plain(MLP, steps=8)) == []
 
 
 @pytest.mark.parametrize("when", [0, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ def train(
     spill_dir: Path | None,
     loop: Loop = usual,
     budget_bytes: int = 1_500_000,
+    **options: Any,
 ) -> tuple[list[str], list[Tensor], dict[str, object]]:
     torch.manual_seed(3)
     model = Trap(middle)
@@ -66,7 +68,8 @@ def train(
         losses = [loop(model, optimizer, step) for step in range(STEPS)]
         stats: dict[str, object] = {}
     else:
-        with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=DROPPING) as lms:
+        given = {"budget": budget_bytes, "disk_dir": spill_dir, "rules": DROPPING, **options}
+        with torchlms.LMS(model, optimizer, **given) as lms:
             losses = [loop(model, optimizer, step) for step in range(STEPS)]
             stats = {**lms.stats(), "plan made": lms.plan, "tape": lms.tape}
     return losses, [item.detach().clone() for item in model.state_dict().values()], stats
@@ -77,9 +80,10 @@ def assert_same(
     spill_dir: Path,
     loop: Loop = usual,
     budget_bytes: int = 1_500_000,
+    **options: Any,
 ) -> dict[str, object]:
     plain_losses, plain_state, _ = train(middle, None, loop)
-    losses, state, stats = train(middle, spill_dir, loop, budget_bytes)
+    losses, state, stats = train(middle, spill_dir, loop, budget_bytes, **options)
     assert losses == plain_losses
     assert all(torch.equal(left, right) for left, right in zip(state, plain_state, strict=True))
     return stats

@@ -274,7 +274,7 @@ class Engine(SlotOwner):
         return self.store.copy_in(place, target, after)
 
     def finish_copies(self) -> None:
-        self.device.synchronize()
+        self.store.finish()
 
     def lends(self, slot: Slot) -> None:
         self.lent.add(slot)

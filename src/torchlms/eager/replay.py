@@ -16,6 +16,7 @@ from torchlms.eager.backends import Backends
 from torchlms.eager.history import Call, Cell, Ref, results_of
 from torchlms.eager.private import below_autograd, outside_vmap
 from torchlms.eager.recipe import Recipe
+from torchlms.eager.tensors import out_of_inference
 from torchlms.eager.traits import takes_generator
 from torchlms.errors import LMSError, ReplayFailed
 
@@ -31,12 +32,14 @@ def replay(recipe: Recipe, run: Run) -> torch.Tensor:
     Raises ReplayFailed if a source has been written since by somebody whom LMS did not see: torch has counted
     that. Of a write that torch does not count either, nobody knows.
     """
-    with _no_grad(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
+    with _no_gradients(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
         return _Replay(recipe, run).tensor(recipe.cell, recipe.writes)
 
 
-def _no_grad() -> contextlib.AbstractContextManager[None]:
-    """No gradients, which in most backward passes is how things stand."""
+def _no_gradients() -> contextlib.AbstractContextManager[None]:
+    """No gradients, which in most backward passes is how things stand; and no inference mode."""
+    if torch.is_inference_mode_enabled():
+        return out_of_inference()
     return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
 
 

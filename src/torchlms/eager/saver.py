@@ -12,7 +12,8 @@ from torchlms.eager import private
 from torchlms.eager.ladder import EVERYTHING_BYTES
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.slot import Slot, Where, find
-from torchlms.eager.tensors import is_plain
+from torchlms.eager.tensors import hollow as new_hollow
+from torchlms.eager.tensors import is_plain, out_of_inference
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -66,7 +67,7 @@ class Saver:
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
         if torch.is_inference_mode_enabled():  # around a backward pass; what it reads is no inference tensor
-            with torch.inference_mode(False), torch.no_grad():
+            with out_of_inference():
                 return self._unpacked(saved)
         return self._unpacked(saved)
 
@@ -166,8 +167,7 @@ class Saver:
         """A tensor of ``dtype`` on our device without any bytes."""
         hollow = self._hollows.get(dtype)
         if hollow is None:
-            hollow = torch.empty(0, dtype=dtype, device=self._device.torch_device)
-            self._hollows[dtype] = hollow
+            hollow = self._hollows[dtype] = new_hollow(dtype, self._torch_device)
         return hollow
 
     # -- what is kept ------------------------------------------------------------------------

@@ -259,8 +259,8 @@ class Slot:
         self.recipe = recipe
         recipe.read_by(self)
         self.where = Where.DROPPED  # before the bytes go: an interrupt may come in between
-        self.bytes = None
         self.owner.moved(self)
+        self.bytes = None
 
     def _remake(self) -> None:
         """Make the bytes again; what they are made from and was dropped itself, before."""

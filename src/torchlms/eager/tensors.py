@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
+@contextlib.contextmanager
+def out_of_inference() -> Iterator[None]:
+    """No gradients, but no inference mode either: what is made here may be read and written later on."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def hollow(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor without any bytes, and no inference tensor: those cannot be written later on."""
+    with out_of_inference() if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        return torch.empty(0, dtype=dtype, device=device)
+
+
 def unwritten(size_bytes: int, device: torch.device) -> torch.UntypedStorage:
     """New memory, with whatever lies there. ``torch.empty`` would write over all of it where the program asks
     for deterministic algorithms: for the blocks of a large convolution that takes as long as an op."""
@@ -52,5 +66,5 @@ def new_bytes(size_bytes: int, device: torch.device) -> torch.Tensor:
 
 def whole(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of ``storage``."""
-    empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    empty = hollow(torch.uint8, storage.device)
     return empty.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]

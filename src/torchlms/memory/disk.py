@@ -221,7 +221,8 @@ class SpillFile:
             verb = "write" if transfer.write else "read"
             where = self.directory / _FILE
             failed = f"cannot {verb} {size_bytes} bytes at {offset} of {where}"
-            error = _spill_error(cause, failed, "free some of that disk, or give another disk_dir")
+            free = "free some of that disk, or " if transfer.write else ""
+            error = _spill_error(cause, failed, f"{free}give another disk_dir")
             error.__cause__ = cause
         except Exception as cause:  # whatever it is, it belongs to whoever waits
             error = cause

@@ -304,6 +304,13 @@ class Store:
         arena = Arena(size_bytes, pinned=False)
         return Place("host", 0, size_bytes, arena, arena.close)
 
+    def finish(self) -> None:
+        """Wait for every copy that was started."""
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.shutdown(wait=True)
+        self.device.synchronize()
+
     def _pool(self) -> ThreadPoolExecutor:
         self._require_open()
         if self._workers is None:
