@@ -311,6 +311,19 @@ def test_sizes_that_can_be_read(budget: Any, host_budget: Any, spill_dir: Path) 
         assert lms.stats()["budget_bytes"] > 10**8
 
 
+@pytest.mark.parametrize("size", ["1e400", 10**400, "9e18 KB"], ids=["1e400", "10**400", "9e18 KB"])
+@pytest.mark.parametrize("name", ["budget", "host_budget", "disk_budget"])
+def test_more_than_any_memory_has(name: str, size: str | int, spill_dir: Path) -> None:
+    with pytest.raises(torchlms.BadOption, match="no memory has as many bytes"):
+        open_lms(make_model(), spill_dir, **{name: size})
+
+
+@pytest.mark.parametrize("disk_dir", ["", "/tmp/\0x", "/proc/spill"])
+def test_a_directory_that_cannot_be(disk_dir: str) -> None:
+    with pytest.raises(torchlms.BadOption, match="disk_dir"):
+        torchlms.LMS(make_model(), budget=BUDGET, disk_dir=disk_dir)
+
+
 @pytest.mark.parametrize("name", ["host_budget", "disk_budget"])
 def test_more_than_is_free_is_said_and_not_counted_on(
     name: str, spill_dir: Path, caplog: pytest.LogCaptureFixture
@@ -336,12 +349,11 @@ def test_a_model_on_two_devices() -> None:
         (None, "meta", torchlms.NotSupported),
         (None, "xpu:0", torchlms.NotSupported),
         (None, "banana", torchlms.BadOption),
+        (None, object(), torchlms.BadOption),
         (nn.Linear(2, 2), "meta", torchlms.BadOption),
     ],
 )
-def test_devices_that_cannot_be(
-    model: nn.Module | None, device: str | None, error: type, spill_dir: Path
-) -> None:
+def test_devices_that_cannot_be(model: nn.Module | None, device: Any, error: type, spill_dir: Path) -> None:
     with pytest.raises(error):
         open_lms(model, spill_dir, device=device)
 

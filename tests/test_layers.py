@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "loudness": {"errors"},
     "outlet": {"errors"},
     "uninterrupted": set(),
-    "memory": {"errors"},
+    "memory": {"errors", "uninterrupted"},
     "eager": BASE | {"memory"},
     "options": BASE | {"memory", "rule_text"},
     "race": {"core", "eager"},

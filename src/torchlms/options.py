@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,11 @@ class Options:
             )
         if not isinstance(rules, (Rules, dict, type(None))):
             raise BadOption(f"rules={rules!r}: give a Rules, or a dict such as {{'min_bytes': 1048576}}")
-        if not isinstance(disk_dir, (str, os.PathLike, type(None))):
+        if (
+            not isinstance(disk_dir, (str, os.PathLike, type(None)))
+            or str(disk_dir) == ""
+            or "\0" in str(disk_dir)
+        ):
             raise BadOption(f"disk_dir={disk_dir!r}: give a path")
         if disk_dir is not None:
             _check_directory(Path(disk_dir))
@@ -131,6 +136,10 @@ def _check_directory(path: Path) -> None:
         raise BadOption(f"disk_dir={str(path)!r}: {there} is not a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadOption(f"disk_dir={str(path)!r}: no permission to write in {there}")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:  # where root may do all, and the filesystem can do nothing
+        raise BadOption(f"disk_dir={str(path)!r}: no file can be made in {there}: {error.strerror}") from None
 
 
 def _read_rules(rules: Rules | dict[str, Any] | None, recompute: bool | None) -> Rules:

@@ -51,6 +51,7 @@ def test_machines_round_trip(machine: Machine) -> None:
         ("[]", "is not a plan file: it holds no record of torchlms"),
         ('{"schema": "torchlms.run/1"}', "is not a plan file: it holds a torchlms.run/1"),
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ('{"schema": "torchlms.plan/9"}', "has schema 'torchlms.plan/9'"),
         ('{"schema": "torchlms.plan/2"}', "is not a complete plan file"),
         ('{"schema": "torchlms.plan/2", "colour": 3}', "unknown field 'colour'"),

@@ -127,6 +127,25 @@ def test_fit_makes_exactly_the_room_that_is_missing() -> None:
     assert not house.ladder.fit(10 * MIB + 1)
 
 
+def test_the_collector_looks_once_more_before_anything_is_refused() -> None:
+    """However often it found nothing: what lies in a cycle now may be what is missing."""
+    house = House(10 * MIB)
+    house.add("held", 8 * MIB, held=True)
+    looks = []
+    house.ladder._collect = lambda: looks.append(1)
+    for _ in range(3):
+        assert not house.ladder.fit(4 * MIB)
+    before = len(looks)
+    assert house.ladder.reclaim(1) == 0
+    assert len(looks) == before, "nothing is refused yet"
+
+    def free() -> None:
+        house.ledger.live_bytes -= house.slots.pop().size_bytes
+
+    house.ladder._collect = free
+    assert house.ladder.fit(4 * MIB)
+
+
 def test_a_full_disk_lets_smaller_values_pass() -> None:
     house = House(100 * MIB)
     house.room_bytes = 3 * MIB

@@ -86,6 +86,31 @@ def test_a_disk_that_is_full_from_the_start(spill_dir: Path, monkeypatch: pytest
     assert_training_can_go_on(progress, spill_dir)
 
 
+@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("rules", [{}, {"recompute": False}], ids=["", "moving alone"])
+def test_once_there_is_room_again_the_same_block_goes_on(
+    at: int, rules: dict[str, Any], spill_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that failed leaves nothing that takes memory from the next try."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "on purpose")
+
+    progress = Progress(new_session(MLP))
+    with open_lms(progress.session, BUDGET, spill_dir, rules={"min_bytes": 1024, **rules}):
+        progress.train(at)
+        with monkeypatch.context() as patched:
+            for call in ("posix_fallocate", "pwrite"):
+                patched.setattr(os, call, full)
+            with pytest.raises((torchlms.HostBudgetTooSmall, torchlms.SpillError)):
+                progress.train(6)
+        assert progress.finished == at
+        torch.set_rng_state(progress.generator)
+        progress.session.optimizer.zero_grad()
+        progress.train(6)
+    assert outcome(progress.session).differences(run_plain(MLP)) == []
+
+
 @pytest.mark.parametrize("disk_budget", [4096, "200KB"])
 def test_a_disk_budget_that_is_too_small(disk_budget: int | str, spill_dir: Path) -> None:
     progress = Progress(new_session(MLP))

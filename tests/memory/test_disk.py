@@ -439,6 +439,19 @@ def test_a_forked_child_that_exits_normally_removes_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_an_interrupt_while_it_is_opened_leaves_no_descriptor(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            SpillFile(tmp_path, MIB)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert names(tmp_path) == []
+
+
 def test_a_directory_that_cannot_be_used_is_our_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SpillError, match="cannot spill to"):

@@ -47,6 +47,8 @@ def from_json(kind: Any, data: Any) -> Any:
         inner = [arm for arm in typing.get_args(kind) if arm is not type(None)]
         return None if data is None else from_json(inner[0], data)
     if origin is tuple:
+        if not isinstance(data, list):
+            raise ValueError(f"{str(data)[:40]} where a list belongs")
         arms = typing.get_args(kind)
         if len(arms) == 2 and arms[1] is Ellipsis:
             return tuple(from_json(arms[0], item) for item in data)
@@ -80,7 +82,7 @@ def load_record(cls: type[T], path: str | Path, *, schema: str) -> T:
         data = json.loads(Path(path).read_text())
     except OSError as error:
         raise PlanMismatch(f"cannot read {name} file {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanMismatch(f"{path} is not JSON, so not a {name} file: {error}") from error
     found = data.get("schema") if isinstance(data, dict) else None
     if str(found).partition("/")[0] != schema.partition("/")[0]:

@@ -19,6 +19,7 @@ class SparedCollector:
 
     def __init__(self) -> None:
         self._on = False
+        self._looked = False  # everywhere, in the middle of a step: nothing is passed by until it is over
         self._due = 0  # lesser collections after which a full one comes, usually
 
     def put_on(self, undo: ExitStack) -> None:
@@ -38,11 +39,22 @@ class SparedCollector:
             gc.unfreeze()
             gc.collect()
             gc.freeze()
+            self._looked = False
+
+    def look_everywhere(self) -> None:
+        """Now, in the middle of a step. What that has made so far is not passed by: should the step fail, its
+        exception may hold all of it in a cycle."""
+        if self._on:
+            gc.unfreeze()
+        gc.collect()
+        self._looked = True
 
     def look_now(self) -> None:
         """A step is over and its objects are gone: a full collection that is due soon comes now, and not in
         the middle of the next step."""
-        if self._due and gc.isenabled() and 2 * gc.get_count()[2] >= self._due:
+        if self._looked:
+            self.pass_by_more()
+        elif self._due and gc.isenabled() and 2 * gc.get_count()[2] >= self._due:
             gc.collect()
 
     def _come_seldom(self, undo: ExitStack) -> None:

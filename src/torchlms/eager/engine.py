@@ -88,7 +88,7 @@ class Engine(SlotOwner):
         self.guard.may_look_away = self._may_look_away
         self.sizes = ResultSizes()
         self.rooms = ConvolutionRoom(self.sizes)
-        self.ladder = Ladder(device, store, self, self.sizes, budget_bytes, self.collector.pass_by_more)
+        self.ladder = Ladder(device, store, self, self.sizes, budget_bytes, self.collector.look_everywhere)
         self.holes = Holes(device, self)
         self.accounts = Accounts(device, self.ladder)
         self.prover = Prover(self)

@@ -95,9 +95,12 @@ class Ladder:
             freed += freed_here
             left += freed_here > 0
         if not freed:
-            freed = self._collect_garbage()
+            freed = self._collect_garbage(refusing=full is not None)
         if not freed and full is not None:
-            raise full
+            try:
+                raise full
+            finally:
+                full = None  # a frame that holds its own exception keeps all that the frames above it hold
         if freed:
             self.reclaims += 1
             self.single_reclaims += left == 1
@@ -105,10 +108,11 @@ class Ladder:
             self.reclaimed_bytes += freed
         return freed
 
-    def _collect_garbage(self) -> int:
+    def _collect_garbage(self, *, refusing: bool = False) -> int:
         """The last that can be done: tensors in cycles that nobody holds any more may have been among what
-        the collector passed by. Once in a step at most, and more and more seldom while it finds none."""
-        if self._steps < self._collect_from:
+        the collector passed by. Once in a step at most, and more and more seldom while it finds none; but
+        always before something is refused for want of memory."""
+        if self._steps < self._collect_from and not refusing:
             return 0
         before_bytes = self.device.allocated_bytes()
         self._collect()
@@ -147,8 +151,10 @@ class Ladder:
         """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
         while True:
             over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
-            if over_bytes <= 0 or not self.reclaim(over_bytes, operands):
-                return over_bytes <= 0
+            if over_bytes <= 0:
+                return True
+            if not (self.reclaim(over_bytes, operands) or self._collect_garbage(refusing=True)):
+                return False
 
     def allocate(self, size_bytes: int, operands: Operands | None = None) -> torch.Tensor:
         """Device memory for a value that comes back, for an op with ``operands`` if it is known."""
@@ -161,7 +167,8 @@ class Ladder:
                 return new_bytes(size_bytes, self.device.torch_device)
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
-            if not self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
+            want_bytes = max(size_bytes, _ROUND_BYTES)
+            if not (self.reclaim(want_bytes, operands) or self._collect_garbage(refusing=True)):
                 raise self._no_way_back(size_bytes, operands)
 
     def _victims(self, operands: Operands | None) -> Iterator[Slot]:
@@ -206,7 +213,7 @@ class Ladder:
 
         ``begin_again`` is called before each: it undoes what the last one changed (a generator's offset)."""
         want_bytes = max(want_bytes, _ROUND_BYTES)
-        while self.reclaim(want_bytes, (args, kwargs)):
+        while self.reclaim(want_bytes, (args, kwargs)) or self._collect_garbage(refusing=True):
             self.retries += 1
             if begin_again is not None:
                 begin_again()

@@ -307,11 +307,12 @@ class Watcher:
     def _where(self) -> str:
         """The module whose op runs now, by the stack, else by what is being recorded, or by the tape."""
         now, module = self._engine.now, self._engine.module_here()
-        if module or (now.recorder is None and now.follower is None):
+        if module or now.routine is None or now.strayed:
             return module
-        if now.follower is None:
-            return now.recorder.module if now.recorder is not None else ""
-        ops = now.follower.program.tape.ops
+        if now.recorder is not None:
+            return now.recorder.module
+        tape = now.follower.program.tape if now.follower is not None else now.routine.tape
+        ops = tape.ops if tape is not None else ()
         return ops[min(now.clock, len(ops) - 1)].module if ops else ""
 
 

@@ -217,9 +217,9 @@ class CpuDevice:
 
 def _in_use_already(device: torch.device, used_bytes: int, budget_bytes: int) -> BudgetTooSmall:
     return BudgetTooSmall(
-        f"{format_bytes(used_bytes)} of {device} are in use already, more than the budget of "
-        f"{format_bytes(budget_bytes)}: the smallest budget now is {format_bytes(used_bytes)} "
-        f"({used_bytes} bytes), or free tensors first",
+        f"{format_bytes(used_bytes)} of {device} are in use already, {used_bytes - budget_bytes} bytes more "
+        f"than the budget of {format_bytes(budget_bytes)}: the smallest budget now is "
+        f"{format_bytes(used_bytes)} ({used_bytes} bytes), or free tensors first",
         smallest_bytes=used_bytes,
     )
 
@@ -231,7 +231,7 @@ def read_device(device: torch.device | str | None) -> torch.device:
     """
     try:
         read = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise BadOption(f"device {device}: choose cuda, cuda:1 or cpu") from error
     if read.type != "cuda":
         return read

@@ -436,18 +436,18 @@ def _remove(pool: ThreadPoolExecutor, files: _Files, pid: int) -> None:
 
 def _open_direct(path: Path) -> int:
     """A descriptor that bypasses the page cache and has shown that it works; -1 when there is none."""
-    descriptor = -1
+    descriptor, works = -1, False
     page = mmap.mmap(-1, ALIGNMENT_BYTES)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         moved = os.pwrite(descriptor, page, 0), os.preadv(descriptor, [page], 0)
-        if moved == (ALIGNMENT_BYTES, ALIGNMENT_BYTES):
-            return descriptor
+        works = moved == (ALIGNMENT_BYTES, ALIGNMENT_BYTES)
     except OSError as error:
         _log.debug("no O_DIRECT for %s: %s", path, error)
-    if descriptor >= 0:
-        os.close(descriptor)
-    return -1
+    finally:  # an interrupt, too
+        if descriptor >= 0 and not works:
+            os.close(descriptor)
+    return descriptor if works else -1
 
 
 def _pread_into(descriptor: int, view: memoryview, offset: int) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UNLIMITED = -1
+_NO_SIZE = 1 << 63  # beyond what a pointer reaches
 
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _DECIMAL_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
@@ -78,7 +79,7 @@ def parse_bytes(value: str | int | float, *, whole_bytes: int | None = None) -> 
         size = _parse_text(value, whole_bytes)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadOption(f"cannot read {value!r} as a size: {_EXAMPLES}")
-    elif not math.isfinite(value):
+    elif isinstance(value, float) and not math.isfinite(value):
         raise BadOption(f"a size must be a finite number, not {value!r}: {_EXAMPLES}")
     else:
         size = Fraction(value)
@@ -86,6 +87,8 @@ def parse_bytes(value: str | int | float, *, whole_bytes: int | None = None) -> 
         raise BadOption(f"a size must be more than zero, not {value!r}: {_EXAMPLES}")
     if size < 1:
         raise BadOption(f"{value!r} is less than one byte; for a share of the whole write '80%', not 0.8")
+    if size >= _NO_SIZE:
+        raise BadOption(f"no memory has as many bytes as {str(value)[:20]!r} says: {_EXAMPLES}")
     return int(size)
 
 

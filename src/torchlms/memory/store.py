@@ -7,11 +7,13 @@ only after the copy out of the same bytes has ended.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ import torch
 from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.arena import Arena
 from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy, afresh
-from torchlms.memory.disk import SpillFile
+from torchlms.memory.disk import SpillFile, default_directory, remove_stale
 from torchlms.memory.limits import disk_free_bytes, format_bytes
+from torchlms.uninterrupted import uninterrupted
 
 SLAB_BYTES = 1 << 30
 _SPARE = 1.05
@@ -84,6 +87,8 @@ class Store:
         self.host_refusals = 0  # times that host memory within the budget was not to be had
         self.overflows = 0  # values that went to disk because host memory was full
         self.closed = False
+        with contextlib.suppress(OSError):
+            remove_stale(Path(disk_dir) if disk_dir is not None else default_directory())
         self._slabs_lock = threading.Lock()  # workers stage in slabs, too
         self._workers: ThreadPoolExecutor | None = None
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
@@ -136,6 +141,7 @@ class Store:
                 if self.device.is_cuda
                 else ""
             )
+            only = "" if self.device.is_cuda else " (host_budget is for GPUs)"
             free = f"{format_bytes(disk_free_bytes(spill.directory))} free"
             if spill.stopped_by:
                 free += f"; the spill file cannot grow: {spill.stopped_by}"
@@ -143,7 +149,7 @@ class Store:
             raise HostBudgetTooSmall(
                 f"{format_bytes(size_bytes)} more must leave {self.device.torch_device}, but {host}disk "
                 f"({format_bytes(spill.left_bytes)} left of {format_bytes(self.disk_budget_bytes)}, {free}) "
-                f"cannot hold them. More may have to leave later in the step: raise "
+                f"cannot hold them{only}. More may have to leave later in the step: raise "
                 f"{'host_budget or ' if host else ''}disk_budget, free disk space, or use a smaller batch",
                 # There may be room, but in pieces, or none on the disk itself.
                 missing_bytes=missing_bytes if missing_bytes > 0 else size_bytes,
@@ -198,7 +204,8 @@ class Store:
     def _open_spill(self) -> SpillFile:
         self._require_open()
         if self.spill is None:
-            self.spill = SpillFile(self.disk_dir, self.disk_budget_bytes)
+            with uninterrupted():  # else its descriptors may be nobody's
+                self.spill = SpillFile(self.disk_dir, self.disk_budget_bytes)
         return self.spill
 
     def _require_open(self) -> None:
