@@ -310,6 +310,28 @@ def _mode_bypass() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     return functools.partial(guard, keys)
 
 
+def _look_away() -> Callable[[], None]:
+    exclude = getattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", None)
+    key = getattr(torch._C, "DispatchKey", None)
+    if exclude is None or key is None:
+        return _look_on
+
+    def look_away() -> None:
+        exclude(key.Python, True)
+        exclude(key.PythonTLSSnapshot, True)
+
+    return look_away
+
+
+def _look_on() -> None:
+    """Where torch has no such switch."""
+
+
+# Have the ops of the node that runs in a backward pass bypass every dispatch mode, and the detaching of what
+# is unpacked for it, too. The engine gives each node the switches with which the pass began, so that this
+# ends with the node, however that ends. Only for saved-tensor hooks that run within a node.
+look_away = _look_away()
+
 # A context in which ops of this thread bypass every dispatch mode: for our own small ops in hooks.
 unwatched = _mode_bypass()
 
