@@ -172,6 +172,8 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
         return found
     if plain is not None:
         found["of_plain"] = found.pop("lms_of_plain")
+        if "waited_s" in plain and "waited_s" in lms:
+            found["of_plain_waited"] = plain["waited_s"] / lms["waited_s"]
         found["identity"] = identity = _identity(lms, plain)
         found["same_bits"] = identity["first_difference"] is None and identity["steps"] >= IDENTITY_STEPS
     found |= _rival_figures(row, entries, lms)

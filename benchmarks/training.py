@@ -15,13 +15,14 @@ import contextlib
 import gc
 import statistics
 import tempfile
+import time
 import traceback
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchlms.bench.clock import make_clock
 from torchlms.bench.flags import Flags, flags_set
 from torchlms.bench.networks import get_network
 from torchlms.bench.options import BenchOptions, Way
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _MOST_EXTRA_WARMUP = 50  # steps, while LMS still plans anew, learns where memory is tight, or races plans
 _CALM_STEPS = 6  # steps without a new plan before timing begins: the allocator has to settle, too
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
+_WAITED_STEPS = 5
 _ASIDE_ROUNDS = 4
 _ASIDE_LMS_WARMUP = 5  # recorded, settled, and some in which the allocator finds its sizes
 _NEED_BATCHES = (2048, 4096)
@@ -84,7 +86,6 @@ class Trainer:
     def __init__(self, options: BenchOptions) -> None:
         self.options = options
         self.workload: Workload = make(options)
-        self.clock = make_clock(self.workload.device)
         self.peak = AllocatorPeak(self.workload.device, each_step=False)
         self.seconds: list[float] = []
         self.losses: list[str] = []
@@ -93,13 +94,26 @@ class Trainer:
         self.timed_from = 0
 
     def step(self, count: int = 1) -> None:
+        """So many steps in a row, as in a loop that looks at its loss now and then: the device is waited for
+        at the end. A step takes from the end of the one before to its own, on the device."""
+        device, losses = self.workload.device, []
+        marks = [_mark(device)]
         for _ in range(count):
-            self.clock.start()
-            loss = self.workload.step()
-            self.seconds.append(self.clock.stop())
-            self.losses.append(float(loss.item()).hex())
+            losses.append(self.workload.step())
+            marks.append(_mark(device))
             self.peak.after_step()
             self.pinned_bytes = max(self.pinned_bytes, pinned_bytes_in_use())
+        self.losses += [float(loss.item()).hex() for loss in losses]
+        marks[-1].wait()
+        self.seconds += [later.since_s(earlier) for earlier, later in pairwise(marks)]
+
+    def waited_s(self, count: int = _WAITED_STEPS) -> float:
+        """The median of steps after each of which the device is waited for, as in a loop that looks at every
+        loss: the program cannot get ahead of it. They are not among the timed ones."""
+        for _ in range(count):
+            self.step()
+        waited_s, self.seconds = self.seconds[-count:], self.seconds[:-count]
+        return statistics.median(waited_s)
 
     def start_timing(self) -> None:
         """What follows is timed, what was before is warm-up."""
@@ -127,6 +141,37 @@ class Trainer:
             "whole_run_device_bytes": self.peak.whole_allocated_bytes,
             "whole_run_reserved_bytes": self.peak.whole_reserved_bytes,
         }
+
+
+class _HostMark:
+    """A moment on the CPU, where a step has ended when its call returns."""
+
+    def __init__(self) -> None:
+        self.at_s = time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def since_s(self, earlier: _HostMark) -> float:
+        return self.at_s - earlier.at_s
+
+
+class _DeviceMark:
+    """A moment in the work of the current stream."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def since_s(self, earlier: _DeviceMark) -> float:
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
+
+
+def _mark(device: torch.device) -> Any:
+    return _DeviceMark() if device.type == "cuda" else _HostMark()
 
 
 def make(options: BenchOptions) -> Workload:
@@ -221,6 +266,8 @@ def measure_plain(options: BenchOptions, warmup: int, steps: int, *, ledger: boo
     trainer.start_timing()
     trainer.step(steps)
     entry = trainer.entry(Way.NONE.value)
+    if options.device != "cpu":
+        entry["waited_s"] = trainer.waited_s()
     if options.device == "cpu" and ledger:
         plain = trainer.options
         del trainer
@@ -238,9 +285,12 @@ def measure_lms(options: BenchOptions, warmup: int, steps: int) -> dict[str, Any
         trainer.start_timing()
         trainer.step(steps)
         stats = dict(lms.stats())
+        entry = trainer.entry(Way.LMS.value)
+        if options.device != "cpu":
+            entry["waited_s"] = trainer.waited_s()
     figures = lms_figures(lms, stats, trainer)
     figures["while_timed"] = {name: stats[name] - before[name] for name in _TROUBLE}
-    return {**trainer.entry(Way.LMS.value), **figures}
+    return {**entry, **figures}
 
 
 @contextlib.contextmanager
