@@ -219,9 +219,12 @@ def _note(result: dict[str, Any], entry: dict[str, Any]) -> str:
         return f"batch {entry['batch_size']}: {entry['need_over_cap']:.2f} of the cap"
     if entry["way"] == "lms" and entry.get("state") == "aside":
         return "stepped aside"
-    if entry["way"] == "lms" and result["figures"].get("of_best"):
-        return f"{result['figures']['of_best']:.3f} of the best ({entry['best_s'] * 1e3:.1f} ms)"
     notes = []
+    if entry["way"] == "lms" and result["figures"].get("of_best"):
+        notes.append(f"{result['figures']['of_best']:.3f} of the best ({entry['best_s'] * 1e3:.1f} ms)")
+        if result["figures"].get("of_plain_waited"):
+            notes.append(f"{result['figures']['of_plain_waited']:.3f} of plain where each step is waited for")
+        return "; ".join(notes)
     if result["figures"].get(f"{entry['way']}_fits") is False:
         budget_bytes = (_entry(result, "lms") or {}).get("budget_bytes", 0)
         notes.append(f"does not fit in {budget_bytes / _GIB:.1f} GiB")

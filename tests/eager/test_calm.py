@@ -261,3 +261,52 @@ def test_an_exception_in_such_a_node_leaves_the_mode_on(
         assert seen
 
     steps(model, spill_dir, step)
+
+
+class Twice(Tensor):
+    """A tensor with a dispatch of its own, such as one of eight bits that a Function makes for a product."""
+
+    calls = 0
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Twice:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        Twice.calls += 1
+        return func(*(item.inner if isinstance(item, Twice) else item for item in args), **(kwargs or {}))
+
+
+class OwnDispatch(torch.autograd.Function):
+    """Saves plain tensors; its backward pass uses a mode and a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.exp())
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (saved,) = ctx.saved_tensors
+        with Other():
+            return torch.mul(Twice(saved), grads[0])
+
+
+@pytest.mark.usefixtures("device")
+def test_somebodys_own_function_keeps_its_own_dispatch(spill_dir: Path, looks: list[int]) -> None:
+    model = Middle()
+    model.middle = lambda x: OwnDispatch.apply(x * 0.1)
+    counts = []
+
+    def step(loss: Tensor) -> None:
+        before = Twice.calls
+        loss.backward()
+        counts.append(Twice.calls - before)
+
+    steps(model, spill_dir, step)
+    assert counts == [6] * 6
+    assert looks, "in the other nodes"

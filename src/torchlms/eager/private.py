@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES
 
@@ -57,6 +58,18 @@ def graph_task() -> int:
 def in_backward() -> bool:
     """Whether this thread runs a node of a backward pass just now."""
     return graph_task() != -1
+
+
+_current_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
+
+
+def in_native_node() -> bool:
+    """Whether this thread runs a node of a backward pass just now that torch itself has written: nobody's own
+    Function, nor a compiled one. False where torch does not tell."""
+    if _current_node is None or not in_backward():
+        return False
+    node = _current_node()
+    return node is not None and not isinstance(node, BackwardCFunction)
 
 
 def nodes_made() -> int:

@@ -94,11 +94,12 @@ class Saver:
         """[Note: Calm backward passes] That each op comes by costs more of the program's time than all else
         that we do, and the engine's detaching of what is unpacked comes by as well. Towards the end of a
         backward pass there is so much room that nothing runs out: there, what a node runs after it has asked
-        for a value goes unseen, unless somebody has to see writes."""
+        for a value goes unseen, unless somebody has to see writes. Not so what runs in somebody's own
+        Function: it may use modes and tensors with a dispatch of their own."""
         engine, now = self._engine, self._engine.now
         if now.clock < now.calm_from or engine.dropped or engine.lent.any or engine.orphans:
             return
-        if private.in_backward():
+        if private.in_native_node():
             private.look_away()
 
     # -- what gets a slot --------------------------------------------------------------------
