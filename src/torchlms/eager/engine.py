@@ -19,7 +19,7 @@ from torchlms.eager import private
 from torchlms.eager.accounts import Accounts
 from torchlms.eager.collector import SparedCollector
 from torchlms.eager.convolution import ConvolutionRoom
-from torchlms.eager.follower import NEVER, Follower
+from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder
 from torchlms.eager.lent import Lent, tried
@@ -49,7 +49,6 @@ from torchlms.memory.store import Place, Store
 log = logging.getLogger("torchlms")
 
 _KEPT_TIMES = 1000
-_NO_MORE = 0.05  # of the budget: the batch, and what the step has made when its first tensor is saved
 _FITTING_SHARE = 0.97  # of the budget; the rest is for holes
 
 
@@ -159,7 +158,6 @@ class Engine(SlotOwner):
             now.follower = Follower(
                 program, now.by_ordinal, self.store, self.holes, now.provenance, self.prover.prove
             )
-            now.calm_from = self._calm_from(program)
         now.look_ahead()
 
     def _begin_to_record(self, now: MicroStep) -> None:
@@ -254,17 +252,6 @@ class Engine(SlotOwner):
             return False
         self.guard.timer = self.now.timer
         return follower.program.roomy_at_end
-
-    def _calm_from(self, program: Program) -> int:
-        """From which op on a backward pass may run unseen, but for what is unpacked: nobody else watches or
-        has tensors of another make, nothing is to be learned or checked, and no more is on the device than
-        when the step was recorded."""
-        now = self.now
-        seen = now.learning or self.held or self.saver.met_foreign
-        if seen or not now.plainly or (self.verifier is not None and self.verifier.on):
-            return NEVER
-        more_bytes = self.device.allocated_bytes() - program.before_bytes
-        return program.calm_from if more_bytes <= _NO_MORE * self.ladder.budget_bytes else NEVER
 
     def _allocator_ooms(self) -> int:
         if not self.device.is_cuda:

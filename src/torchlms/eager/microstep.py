@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from torchlms.eager.follower import NEVER
 from torchlms.eager.graph import Graph
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ class MicroStep:
         "backward_seen",
         "began_s",
         "by_ordinal",
-        "calm_from",
         "clock",
         "follower",
         "graph",
@@ -71,7 +69,6 @@ class MicroStep:
         self.strayed = False  # from the program
         self.learning = False  # where the allocator remaps
         self.plainly = False  # ops only need an eye on running out of memory
-        self.calm_from = NEVER  # of the backward pass: what runs from this op on need not come by
         self.quiet: list[Any] = []  # ops of the program that need no more than that
         self.quiet_until = 0  # before this op nothing is due
         self.ooms_before = 0
@@ -96,5 +93,4 @@ class MicroStep:
         """The step is not what the program was made for: from here on nobody follows it."""
         self.strayed = True
         self.follower = None
-        self.calm_from = NEVER
         self.look_ahead()

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction
 
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES
 
@@ -58,18 +57,6 @@ def graph_task() -> int:
 def in_backward() -> bool:
     """Whether this thread runs a node of a backward pass just now."""
     return graph_task() != -1
-
-
-_current_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
-
-
-def in_native_node() -> bool:
-    """Whether this thread runs a node of a backward pass just now that torch itself has written: nobody's own
-    Function, nor a compiled one. False where torch does not tell."""
-    if _current_node is None or not in_backward():
-        return False
-    node = _current_node()
-    return node is not None and not isinstance(node, BackwardCFunction)
 
 
 def nodes_made() -> int:
@@ -322,28 +309,6 @@ def _mode_bypass() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     keys = key_set(key.Python) | key_set(key.PythonTLSSnapshot)
     return functools.partial(guard, keys)
 
-
-def _look_away() -> Callable[[], None]:
-    exclude = getattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", None)
-    key = getattr(torch._C, "DispatchKey", None)
-    if exclude is None or key is None:
-        return _look_on
-
-    def look_away() -> None:
-        exclude(key.Python, True)
-        exclude(key.PythonTLSSnapshot, True)
-
-    return look_away
-
-
-def _look_on() -> None:
-    """Where torch has no such switch."""
-
-
-# Have the ops of the node that runs in a backward pass bypass every dispatch mode, and the detaching of what
-# is unpacked for it, too. The engine gives each node the switches with which the pass began, so that this
-# ends with the node, however that ends. Only for saved-tensor hooks that run within a node.
-look_away = _look_away()
 
 # A context in which ops of this thread bypass every dispatch mode: for our own small ops in hooks.
 unwatched = _mode_bypass()

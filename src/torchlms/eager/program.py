@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
-from torchlms.core.curve import baseline_curve, before_bytes, memory_curve
+from torchlms.core.curve import baseline_curve
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.tape import Phase, Tape, Value
 from torchlms.eager.slot import UNUSED
@@ -61,7 +61,6 @@ class Expected:
 
 
 _ROOMY = 0.75  # of the budget: what stays below needs no eye on running out
-_CALM = 0.85  # of the budget, for the ops of a step that goes as it was recorded
 _LESSONS = 16
 _MORE_LESSONS = 2
 _DULL_LESSON = 3  # a step in which nothing new is learned counts for as many
@@ -121,8 +120,6 @@ class Program:
                     self.involved.add(value.saved)
                     self._hold_sources(value, decision.release_op)
         self.roomy_at_end = _peak_at_end(tape) <= _ROOMY * plan.budget.device_bytes
-        self.calm_from = _calm_from(tape, plan)
-        self.before_bytes = before_bytes(tape)
         self.drops = any(action.deed is Deed.DROP for action in actions)
         self.actions = sorted(actions, key=self._order)
         # By op, what runs there if all it needs is an eye on running out of memory; learned by the engine.
@@ -149,8 +146,6 @@ class Program:
         self.tape = replace(self.tape, resident_bytes=self.tape.resident_bytes + more_bytes)
         self.plan = replace(self.plan, predicted=replace(predicted, peak_device_bytes=peak_bytes))
         self.roomy_at_end = _peak_at_end(self.tape) <= _ROOMY * self.plan.budget.device_bytes
-        self.calm_from = _calm_from(self.tape, self.plan)
-        self.before_bytes += more_bytes
 
     def leaves_out(self, op: int, name: str) -> bool:
         """Whether op ``op`` is the one that the tape has there, and no recipe runs it again."""
@@ -266,20 +261,6 @@ def _actions(value: Value, decision: Decision) -> list[Action]:
         act(decision.release_op, Deed.RELEASE),
         act(decision.reload_op, Deed.FETCH),
     ]
-
-
-def _calm_from(tape: Tape, plan: Plan) -> int:
-    """From this op on until the backward pass ends there is so much room that nothing can run out, and
-    nothing is dropped any more."""
-    curve = memory_curve(tape, plan.moves)
-    busy = [
-        index
-        for index, op in enumerate(tape.ops)
-        if op.phase is not Phase.BETWEEN
-        and (op.phase is Phase.FORWARD or curve[index] > _CALM * plan.budget.device_bytes)
-    ]
-    remade = [move.reload_op for move in plan.moves if move.choice is Choice.RECOMPUTE]
-    return 1 + max([*busy[-1:], *remade], default=-1)
 
 
 def _peak_at_end(tape: Tape) -> int:

@@ -9,7 +9,6 @@ import torch
 
 from torchlms.core.tape import Phase
 from torchlms.eager import private
-from torchlms.eager.follower import NEVER
 from torchlms.eager.ladder import EVERYTHING_BYTES
 from torchlms.eager.saved import Kept, Saved, memoryless_alias
 from torchlms.eager.slot import Slot, Where, find
@@ -36,7 +35,6 @@ class Saver:
         self._torch_device = engine.device.torch_device
         self._met: tuple[tuple[int, ...], ...] = ()
         self._hollows: dict[torch.dtype, torch.Tensor] = {}
-        self.met_foreign = False  # a tensor whose ops may want to see their own dispatch
         self.empty_before_backward = False  # everything that may leaves before the next backward pass
 
     def pack(self, tensor: torch.Tensor) -> Kept | Saved:
@@ -55,7 +53,6 @@ class Saver:
             self._note_kept(tensor)
             return Kept(tensor)
         if kind not in _OWN_DISPATCH_FREE:
-            self.met_foreign = True
             return Kept(tensor.detach())  # whose detach may be its own, and must see its own dispatch
         with private.unwatched():
             if self._engine.dead:
@@ -86,21 +83,7 @@ class Saver:
         with private.unwatched():
             if not self._engine.dead:
                 self._note_use(saved.slot)
-            rebuilt = saved.rebuild()
-        self._look_away_if_calm()
-        return rebuilt
-
-    def _look_away_if_calm(self) -> None:
-        """[Note: Calm backward passes] That each op comes by costs more of the program's time than all else
-        that we do, and the engine's detaching of what is unpacked comes by as well. Towards the end of a
-        backward pass there is so much room that nothing runs out: there, what a node runs after it has asked
-        for a value goes unseen, unless somebody has to see writes. Not so what runs in somebody's own
-        Function: it may use modes and tensors with a dispatch of their own."""
-        engine, now = self._engine, self._engine.now
-        if now.clock < now.calm_from or engine.dropped or engine.lent.any or engine.orphans:
-            return
-        if private.in_native_node():
-            private.look_away()
+            return saved.rebuild()
 
     # -- what gets a slot --------------------------------------------------------------------
 
@@ -236,8 +219,6 @@ class Saver:
         again, now.backward_seen, now.backward = now.backward_seen, True, backward
         differentiable = private.in_backward() and torch.is_grad_enabled()  # else somebody only looks at it
         now.graph.gone_through(self._engine.guard.steps, goes_on=differentiable)
-        if differentiable or not private.sole_dispatch_mode() or private.compile_callback() is not None:
-            now.calm_from = NEVER
         if now.lap is not None and private.in_backward():
             private.at_end_of_backward(now.lap.end)
         if again:
