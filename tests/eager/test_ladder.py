@@ -127,23 +127,30 @@ def test_fit_makes_exactly_the_room_that_is_missing() -> None:
     assert not house.ladder.fit(10 * MIB + 1)
 
 
-def test_the_collector_looks_once_more_before_anything_is_refused() -> None:
+def test_the_collector_looks_once_more_before_an_op_is_refused() -> None:
     """However often it found nothing: what lies in a cycle now may be what is missing."""
     house = House(10 * MIB)
     house.add("held", 8 * MIB, held=True)
     looks = []
     house.ladder._collect = lambda: looks.append(1)
-    for _ in range(3):
-        assert not house.ladder.fit(4 * MIB)
+    x = torch.ones(MIB)
+
+    def make(where: str = "") -> None:
+        house.ladder.enter_in_ledger(torch.ops.aten.exp.default, (x,), {}, lambda: where)
+
+    for tries in range(1, 4):
+        with pytest.raises(BudgetTooSmall):
+            make()
+        assert len(looks) >= tries
     before = len(looks)
-    assert house.ladder.reclaim(1) == 0
-    assert len(looks) == before, "nothing is refused yet"
+    assert not house.ladder.fit(4 * MIB)
+    assert len(looks) == before, "no op is refused yet"
 
     def free() -> None:
         house.ledger.live_bytes -= house.slots.pop().size_bytes
 
     house.ladder._collect = free
-    assert house.ladder.fit(4 * MIB)
+    make()
 
 
 def test_a_full_disk_lets_smaller_values_pass() -> None:

@@ -95,7 +95,7 @@ class Ladder:
             freed += freed_here
             left += freed_here > 0
         if not freed:
-            freed = self._collect_garbage(refusing=full is not None)
+            freed = self._collect_garbage()
         if not freed and full is not None:
             try:
                 raise full
@@ -111,7 +111,7 @@ class Ladder:
     def _collect_garbage(self, *, refusing: bool = False) -> int:
         """The last that can be done: tensors in cycles that nobody holds any more may have been among what
         the collector passed by. Once in a step at most, and more and more seldom while it finds none; but
-        always before something is refused for want of memory."""
+        always before an op is refused. (A value that is to come back early may just as well come later.)"""
         if self._steps < self._collect_from and not refusing:
             return 0
         before_bytes = self.device.allocated_bytes()
@@ -144,17 +144,17 @@ class Ladder:
     ) -> None:
         """CPU: make room in the ledger for what ``func`` is going to return, before it runs."""
         need_bytes = sum(self.sizes.of(func, args, kwargs))
-        if need_bytes and not self.fit(need_bytes, (args, kwargs)):
+        if not need_bytes or self.fit(need_bytes, (args, kwargs)):
+            return
+        if not (self._collect_garbage(refusing=True) and self.fit(need_bytes, (args, kwargs))):
             raise self.refusal(func, args, kwargs, where, need_bytes)
 
     def fit(self, need_bytes: int, operands: Operands | None = None) -> bool:
         """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
         while True:
             over_bytes = self.device.allocated_bytes() + need_bytes - self.budget_bytes
-            if over_bytes <= 0:
-                return True
-            if not (self.reclaim(over_bytes, operands) or self._collect_garbage(refusing=True)):
-                return False
+            if over_bytes <= 0 or not self.reclaim(over_bytes, operands):
+                return over_bytes <= 0
 
     def allocate(self, size_bytes: int, operands: Operands | None = None) -> torch.Tensor:
         """Device memory for a value that comes back, for an op with ``operands`` if it is known."""
@@ -167,8 +167,7 @@ class Ladder:
                 return new_bytes(size_bytes, self.device.torch_device)
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
-            want_bytes = max(size_bytes, _ROUND_BYTES)
-            if not (self.reclaim(want_bytes, operands) or self._collect_garbage(refusing=True)):
+            if not self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
                 raise self._no_way_back(size_bytes, operands)
 
     def _victims(self, operands: Operands | None) -> Iterator[Slot]:
