@@ -36,9 +36,10 @@ from torchlms.core.plan import Choice
 from torchlms.core.tape import Phase
 from torchlms.core.validate import validate
 from torchlms.eager import private
+from torchlms.eager.engine import Engine
 from torchlms.eager.lent import Lent
 from torchlms.eager.orphans import Bereft
-from torchlms.eager.slot import Where, find
+from torchlms.eager.slot import Slot, Where, find
 from torchlms.memory.disk import SpillFile
 from torchlms.memory.store import Store
 
@@ -429,6 +430,15 @@ def test_what_is_inside_of_other_tensors_comes_back(
         assert sums == expected
 
 
+def lent(tensor: Tensor, engine: Engine) -> Slot:
+    """The slot of a tensor that the program holds, lent, and on its way out."""
+    slot = find(tensor.untyped_storage(), engine)
+    assert slot is not None
+    slot.lend()
+    slot.send(engine.store.place(slot.size_bytes))
+    return slot
+
+
 def test_a_storage_that_somebody_holds_is_not_turned_back(spill_dir: Path) -> None:
     """What was emptied once is not emptied again when somebody got hold of it on its way back."""
     session = new_session(SKIPS)
@@ -440,10 +450,7 @@ def test_a_storage_that_somebody_holds_is_not_turned_back(spill_dir: Path) -> No
         def look(waiting: list[Tensor]) -> None:
             nonlocal seen
             alias = waiting[0].detach()
-            slot = find(alias.untyped_storage(), engine)
-            assert slot is not None
-            slot.lend()
-            slot.send(engine.store.place(slot.size_bytes))
+            slot = lent(alias, engine)
             slot.release()
             assert slot.where is Where.AWAY
             slot.fetch()
@@ -491,11 +498,8 @@ def test_interrupted_while_it_is_emptied(spill_dir: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
 
         def look(waiting: list[Tensor]) -> None:
-            slot = find(waiting[0].untyped_storage(), engine)
-            assert slot is not None
             before = waiting[0].clone()
-            slot.lend()
-            slot.send(engine.store.place(slot.size_bytes))
+            slot = lent(waiting[0], engine)
             with monkeypatch.context() as interrupted:
                 interrupted.setattr(engine, "resized", stop)
                 with pytest.raises(KeyboardInterrupt):
@@ -525,11 +529,8 @@ def test_interrupted_as_it_begins_to_come_back(spill_dir: Path, monkeypatch: pyt
             raise KeyboardInterrupt
 
         def look(waiting: list[Tensor]) -> None:
-            slot = find(waiting[0].untyped_storage(), engine)
-            assert slot is not None
             before = waiting[0].clone()
-            slot.lend()
-            slot.send(store.place(slot.size_bytes))
+            slot = lent(waiting[0], engine)
             slot.release()
             del ended[:]
             with monkeypatch.context() as interrupted:
