@@ -72,20 +72,32 @@ def test_no_full_collection_within_a_step(tmp_path: Path) -> None:
     def note(phase: str, info: dict[str, Any]) -> None:
         looks[where] += phase == "start" and info["generation"] == 2
 
+    def step() -> None:
+        nonlocal where
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        where = "between"
+        optimizer.step()
+
+    with torchlms.LMS(model, optimizer, budget="16MiB", disk_dir=tmp_path) as lms:
+        for _ in range(6):
+            step()
+        plan = lms.plan
+    assert plan is not None and plan.moves
+
     model[2].register_forward_pre_hook(enter)  # by then the step before is over
     usual = gc.get_threshold()
     gc.set_threshold(20, 4, 10)
     try:
-        with torchlms.LMS(model, optimizer, budget="16MiB", disk_dir=tmp_path) as lms:
-            for step in range(20):
-                if step == 12:
-                    assert lms.stats()["plan"], "it follows a plan"
-                    gc.callbacks.append(note)
-                optimizer.zero_grad()
-                loss = model(batch).square().mean()
-                loss.backward()
-                where = "between"
-                optimizer.step()
+        # With a plan that is given: making another one takes objects as well, some of them within a step.
+        with torchlms.LMS(model, optimizer, budget="16MiB", disk_dir=tmp_path, plan=plan) as lms:
+            for _ in range(6):
+                step()
+            assert lms.stats()["plan"], "it follows the plan"
+            gc.callbacks.append(note)
+            for _ in range(8):
+                step()
             gc.callbacks.remove(note)
         assert gc.get_threshold() == (20, 4, 10)
     finally:
