@@ -84,7 +84,8 @@ def test_no_full_collection_within_a_step(tmp_path: Path) -> None:
         for _ in range(6):
             step()
         plan = lms.plan
-    assert plan is not None and plan.moves
+    assert plan is not None
+    assert plan.moves
 
     model[2].register_forward_pre_hook(enter)  # by then the step before is over
     usual = gc.get_threshold()
