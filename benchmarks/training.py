@@ -15,7 +15,6 @@ import contextlib
 import gc
 import statistics
 import tempfile
-import time
 import traceback
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -37,6 +36,7 @@ from torchlms.core.rules import Rules
 from torchlms.eager import private
 from torchlms.errors import LMSError
 from torchlms.memory.arena import pinned_bytes_in_use
+from torchlms.memory.device import open_device
 from torchlms.memory.limits import parse_bytes
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Trainer:
     def __init__(self, options: BenchOptions) -> None:
         self.options = options
         self.workload: Workload = make(options)
+        self._device = open_device(self.workload.device)
         self.peak = AllocatorPeak(self.workload.device, each_step=False)
         self.seconds: list[float] = []
         self.losses: list[str] = []
@@ -96,15 +97,15 @@ class Trainer:
     def step(self, count: int = 1) -> None:
         """So many steps in a row, as in a loop that looks at its loss now and then: the device is waited for
         at the end. A step takes from the end of the one before to its own, on the device."""
-        device, losses = self.workload.device, []
-        marks = [_mark(device)]
+        losses = []
+        marks = [self._device.mark()]
         for _ in range(count):
             losses.append(self.workload.step())
-            marks.append(_mark(device))
+            marks.append(self._device.mark())
             self.peak.after_step()
             self.pinned_bytes = max(self.pinned_bytes, pinned_bytes_in_use())
         self.losses += [float(loss.item()).hex() for loss in losses]
-        marks[-1].wait()
+        self._device.synchronize()
         self.seconds += [later.since_s(earlier) for earlier, later in pairwise(marks)]
 
     def waited_s(self, count: int = _WAITED_STEPS) -> float:
@@ -141,37 +142,6 @@ class Trainer:
             "whole_run_device_bytes": self.peak.whole_allocated_bytes,
             "whole_run_reserved_bytes": self.peak.whole_reserved_bytes,
         }
-
-
-class _HostMark:
-    """A moment on the CPU, where a step has ended when its call returns."""
-
-    def __init__(self) -> None:
-        self.at_s = time.perf_counter()
-
-    def wait(self) -> None:
-        pass
-
-    def since_s(self, earlier: _HostMark) -> float:
-        return self.at_s - earlier.at_s
-
-
-class _DeviceMark:
-    """A moment in the work of the current stream."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-    def since_s(self, earlier: _DeviceMark) -> float:
-        return float(earlier.event.elapsed_time(self.event)) / 1e3
-
-
-def _mark(device: torch.device) -> Any:
-    return _DeviceMark() if device.type == "cuda" else _HostMark()
 
 
 def make(options: BenchOptions) -> Workload:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +37,7 @@ from torchlms.errors import NotSupported
 from torchlms.loudness import show_log
 from torchlms.memory import probe
 from torchlms.memory.device import CpuDevice, CudaDevice, open_device
-from torchlms.memory.disk import default_directory
+from torchlms.memory.disk import directory_for
 from torchlms.memory.limits import format_bytes, host_available_bytes
 from torchlms.memory.store import Store
 from torchlms.options import Options, PlanSource, Size
@@ -442,8 +441,7 @@ def measured_machine(
     progress: Callable[[str], None] | None = None,
 ) -> Machine:
     """What this machine can do, from the cache or measured now (seconds)."""
-    directory = Path(disk_dir) if disk_dir is not None else default_directory()
-    found = probe.load_or_measure(device, directory, refresh=refresh, progress=progress)
+    found = probe.load_or_measure(device, directory_for(disk_dir), refresh=refresh, progress=progress)
     fields = dataclasses.asdict(found)
     fields["link"] = tuple(CopyTime(*point) for point in found.link)
     return Machine(**fields)

@@ -15,7 +15,7 @@ from torchlms.core.plan import Budget, Plan
 from torchlms.core.rules import Rules
 from torchlms.errors import BadOption, NotSupported, PlanMismatch
 from torchlms.memory.device import read_device, supported
-from torchlms.memory.disk import default_directory
+from torchlms.memory.disk import directory_for
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_option
 from torchlms.rule_text import with_sizes
 
@@ -91,7 +91,7 @@ class Options:
             budget=budget,
             host_budget=host_budget,
             disk_budget=disk_budget,
-            disk_dir=Path(disk_dir) if disk_dir is not None else default_directory(),
+            disk_dir=directory_for(disk_dir),
             plan=_read_plan(plan),
             planning=plan is not False,
             rules=_read_rules(rules, recompute),

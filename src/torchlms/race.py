@@ -58,6 +58,12 @@ class Contender:
     def done(self) -> bool:
         return len(self.laps_s) >= WARM_LAPS + TIMED_LAPS
 
+    def forget_laps(self) -> None:
+        """Be timed anew."""
+        for noted in (self.laps_s, self.values_s, self.again_s):
+            noted.clear()
+        self.starved_laps = self.remapped_laps = 0
+
 
 @dataclass(slots=True)
 class Race:
@@ -68,6 +74,7 @@ class Race:
     felt_heat: bool = False  # the ops have been timed once more
     calibrations: int = 0
     roomier: bool = False  # a plan with more room has been asked for
+    confirming: bool = False  # the winner runs once more, for its times were not as predicted
     over: bool = False
 
     @property

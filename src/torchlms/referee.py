@@ -107,25 +107,30 @@ class Referee:
     def _next_contender(self, engine: Engine, routine: Routine, race: Race) -> None:
         tape = routine.tape
         assert tape is not None
-        contender = self._contender(tape, race)
+        contender = self._contender(tape, race) if not race.confirming else None
         if contender is not None:
             race.contenders.append(contender)
             told = stretched(tape, contender.rates.ops)
             self._follow(engine, routine, Program(told, contender.plan, routine.trust), quietly=True)
             return
-        race.over = True
         if len(race.contenders) > 1:
             log.info("%s", race.result())
         winner = race.winner()
         ran_last, race.contenders = race.running, [winner]
+        race.over = race.confirming or not _off(tape, winner)
+        race.confirming = not race.over
         assert winner.program is not None
-        self._correct(tape, winner)
-        winner.program.plan = winner.plan
-        winner.program.tape = stretched(tape, winner.rates.ops)
+        if race.over:
+            self._correct(tape, winner)
+            winner.program.plan = winner.plan
+            winner.program.tape = stretched(tape, winner.rates.ops)
+        else:  # the machine may have been busy with something else, and nothing is to be learned of that
+            winner.forget_laps()
         if winner is not ran_last:
             winner.program.learn_anew()
             self._follow(engine, routine, winner.program)
-        self._settled()
+        if race.over:
+            self._settled()
 
     def _contender(self, tape: Tape, race: Race) -> Contender | None:
         """A plan that was not tried yet and might be faster than the best so far; None ends the race."""

@@ -169,6 +169,15 @@ def rows():
 def nothing():
     return 3
 
+def three():
+    return nn.Linear(5, 1), None, None
+
+def batch_first():
+    return nn.Linear(5, 1), 5
+
+def needy(width):
+    return nn.Linear(width, 1)
+
 constant = 3
 """
 
@@ -193,16 +202,30 @@ def test_a_users_own_network(user_module: str, factory: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "said"),
-    [("no_such_package:f", "cannot import"), (":missing", "no callable"), (":constant", "no callable")],
+    [
+        ("no_such_package:f", "cannot import"),
+        (":missing", "no callable 'missing'$"),
+        (":constant", "no callable"),
+        (":image", "did you mean their_networks:images"),
+    ],
 )
 def test_a_users_mistakes_are_named(user_module: str, spec: str, said: str) -> None:
     with pytest.raises(BadOption, match=said):
         get_network(user_module + spec if spec.startswith(":") else spec)
 
 
-def test_a_factory_that_gives_no_module(user_module: str) -> None:
-    network = get_network(f"{user_module}:nothing")
-    with pytest.raises(BadOption, match="not a torch"):
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("nothing", "gave int; it gives a torch.nn.Module"),
+        ("three", r"gave \(Linear, NoneType, NoneType\)"),
+        ("batch_first", r"gave \(Linear, int\); .* make_batch\(options, device, generator\)"),
+        ("needy", "without arguments, and that does not suit it .*'width'"),
+    ],
+)
+def test_a_factory_that_gives_something_else(user_module: str, factory: str, said: str) -> None:
+    network = get_network(f"{user_module}:{factory}")
+    with pytest.raises(BadOption, match=said):
         network.build(NetworkOptions(batch_size=1, image_size=8), CPU)
 
 

@@ -606,7 +606,7 @@ class Ward:
     def __init__(self) -> None:
         self.freed = 0
 
-    def allocate(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int, *, early: bool = False) -> Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def resized(self, tensor: Tensor) -> None:

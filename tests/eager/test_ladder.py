@@ -205,6 +205,28 @@ def test_no_way_back_says_so() -> None:
     assert raised.value.smallest_bytes == 11 * MIB
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_what_lies_in_cycles_makes_way_for_a_value_that_is_needed_now(early: bool) -> None:
+    """The collector had looked in this step already: it looks again before a refusal, if that would hurt."""
+    house = House(10 * MIB)
+    house.add("in use", 6 * MIB, held=True)
+    garbage_bytes = [0, 3 * MIB]
+
+    def collect() -> None:
+        house.ledger.live_bytes -= garbage_bytes.pop(0)
+
+    house.ledger.live_bytes += 3 * MIB
+    house.ladder._collect = collect
+    assert not house.ladder.reclaim(MIB)
+    if early:
+        with pytest.raises(BudgetTooSmall):
+            house.ladder.allocate(2 * MIB, early=True)
+        assert garbage_bytes
+    else:
+        assert house.ladder.allocate(2 * MIB).numel() == 2 * MIB
+        assert not garbage_bytes
+
+
 def test_the_smallest_budget_is_always_more_than_what_was_given() -> None:
     house = House(10 * MIB)
     x = torch.zeros(4)

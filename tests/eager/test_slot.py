@@ -61,7 +61,7 @@ class FakeOwner(SlotOwner):
         self.refuse: BaseException | None = None
         self.interrupt = False  # the next copy back, once it is under way
 
-    def allocate(self, size_bytes: int) -> Tensor:
+    def allocate(self, size_bytes: int, *, early: bool = False) -> Tensor:
         if self.refuse is not None:
             raise self.refuse
         self.log.append("allocate")

@@ -13,7 +13,7 @@ import torch
 from torchlms.doctor import device, host, software
 from torchlms.doctor.finding import Finding, State
 from torchlms.memory import probe
-from torchlms.memory.disk import default_directory
+from torchlms.memory.disk import directory_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ def examine(disk_dir: Path | None) -> Iterator[Finding]:
     """All findings, each looked up when it is asked for."""
     cuda = torch.cuda.is_available()
     chosen = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    folder = default_directory() if disk_dir is None else disk_dir
+    folder = directory_for(disk_dir)
     measured = probe.cached(chosen, folder)
     yield from software.versions()
     if cuda:

@@ -260,10 +260,10 @@ class Engine(SlotOwner):
 
     # -- SlotOwner ---------------------------------------------------------------------------
 
-    def allocate(self, size_bytes: int) -> torch.Tensor:
+    def allocate(self, size_bytes: int, *, early: bool = False) -> torch.Tensor:
         if self.dead:  # at the end everything comes home, and the budget is no longer promised
             return new_bytes(size_bytes, self.device.torch_device)
-        target = self.ladder.allocate(size_bytes, self.lent.operands)
+        target = self.ladder.allocate(size_bytes, self.lent.operands, early=early)
         self.accounts.add(target)
         return target
 

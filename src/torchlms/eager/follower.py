@@ -128,7 +128,7 @@ class Follower:
         if action.op in self.program.pinches:
             self._holes.open((slot.size_bytes,))
         try:
-            slot.fetch()
+            slot.fetch(early=True)
         finally:
             if self._holes.learning:
                 self._holes.note(action.op)

@@ -111,7 +111,7 @@ class Ladder:
     def _collect_garbage(self, *, refusing: bool = False) -> int:
         """The last that can be done: tensors in cycles that nobody holds any more may have been among what
         the collector passed by. Once in a step at most, and more and more seldom while it finds none; but
-        always before an op is refused. (A value that is to come back early may just as well come later.)"""
+        always before an op, or a value that it needs, is refused."""
         if self._steps < self._collect_from and not refusing:
             return 0
         before_bytes = self.device.allocated_bytes()
@@ -156,18 +156,25 @@ class Ladder:
             if over_bytes <= 0 or not self.reclaim(over_bytes, operands):
                 return over_bytes <= 0
 
-    def allocate(self, size_bytes: int, operands: Operands | None = None) -> torch.Tensor:
-        """Device memory for a value that comes back, for an op with ``operands`` if it is known."""
+    def allocate(
+        self, size_bytes: int, operands: Operands | None = None, *, early: bool = False
+    ) -> torch.Tensor:
+        """Device memory for a value that comes back, for an op with ``operands`` if it is known. ``early``:
+        it may just as well come later, and a refusal is cheap."""
         if not self.device.is_cuda:
             if not self.fit(size_bytes, operands):
-                raise self._no_way_back(size_bytes, operands)
+                found = not early and self._collect_garbage(refusing=True)
+                if not (found and self.fit(size_bytes, operands)):
+                    raise self._no_way_back(size_bytes, operands)
             return new_bytes(size_bytes, self.device.torch_device)
         while True:
             try:
                 return new_bytes(size_bytes, self.device.torch_device)
             except torch.OutOfMemoryError:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
-            if not self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
+            if self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
+                continue
+            if early or not self._collect_garbage(refusing=True):
                 raise self._no_way_back(size_bytes, operands)
 
     def _victims(self, operands: Operands | None) -> Iterator[Slot]:

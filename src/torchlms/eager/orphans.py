@@ -94,9 +94,11 @@ class Bereft:
         return copy is not None
 
 
-def refill(owner: SlotOwner, storage: torch.UntypedStorage, size_bytes: int) -> torch.Tensor:
+def refill(
+    owner: SlotOwner, storage: torch.UntypedStorage, size_bytes: int, *, early: bool = False
+) -> torch.Tensor:
     """All bytes of ``storage``, which was emptied; room for them is made first."""
-    room = owner.allocate(size_bytes)
+    room = owner.allocate(size_bytes, early=early)
     del room
     storage.resize_(size_bytes)
     found = whole(storage)

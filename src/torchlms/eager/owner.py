@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class SlotOwner:
     """What a slot needs of the engine: memory to come back to, copies, and to be told of its end."""
 
-    def allocate(self, size_bytes: int) -> torch.Tensor:
+    def allocate(self, size_bytes: int, *, early: bool = False) -> torch.Tensor:
+        """Device memory; ``early``: for a value that may just as well come later."""
         raise NotImplementedError
 
     def start_out(self, source: torch.Tensor, place: Place) -> Copy:

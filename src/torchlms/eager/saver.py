@@ -66,10 +66,8 @@ class Saver:
 
     def unpack(self, saved: Kept | Saved) -> torch.Tensor:
         """The tensor again, after the check that plain PyTorch would have made."""
-        if torch.is_inference_mode_enabled():  # around a backward pass; what it reads is no inference tensor
-            with out_of_inference():
-                return self._unpacked(saved)
-        return self._unpacked(saved)
+        with out_of_inference():  # what a backward pass reads is no inference tensor
+            return self._unpacked(saved)
 
     def _unpacked(self, saved: Kept | Saved) -> torch.Tensor:
         saved.check()

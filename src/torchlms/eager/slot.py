@@ -215,17 +215,16 @@ class Slot:
         self.where = Where.AWAY  # before the bytes go: an interrupt may come in between
         self.bytes = None
         if lent:  # last: whatever interrupts us, the bytes come back in this storage
-            held.untyped_storage().resize_(0)
-            self.owner.resized(held)
+            self._empty(held)
         self.owner.moved(self)
 
     # -- back --------------------------------------------------------------------------------
 
-    def fetch(self) -> None:
-        """Allocate device bytes and start the copy in."""
+    def fetch(self, *, early: bool = False) -> None:
+        """Allocate device bytes and start the copy in; ``early``: before anybody needs them."""
         assert self.where is Where.AWAY
         assert self.place is not None
-        target, emptied = self._room(), self.emptied
+        target, emptied = self._room(early=early), self.emptied
         try:
             self.copy_in = self.owner.start_in(self.place, target, self.copy_out)
             self.emptied = None
@@ -244,14 +243,18 @@ class Slot:
         self.copy_in = self.bytes = None
         self.emptied = emptied
         if emptied is not None:
-            emptied.untyped_storage().resize_(0)
-            self.owner.resized(emptied)
+            self._empty(emptied)
 
-    def _room(self) -> torch.Tensor:
+    def _empty(self, tensor: torch.Tensor) -> None:
+        """Leave the program a storage without bytes."""
+        tensor.untyped_storage().resize_(0)
+        self.owner.resized(tensor)
+
+    def _room(self, *, early: bool) -> torch.Tensor:
         """Device memory to come back to: the storage that the program was left with, if it still has it."""
         if self.emptied is None or self.let_go():
-            return self.owner.allocate(self.size_bytes)
-        return refill(self.owner, self.emptied.untyped_storage(), self.size_bytes)
+            return self.owner.allocate(self.size_bytes, early=early)
+        return refill(self.owner, self.emptied.untyped_storage(), self.size_bytes, early=early)
 
     def drop(self, recipe: Recipe) -> None:
         """Let the device bytes go: ``recipe`` makes them again."""

@@ -40,16 +40,21 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
+def out_of_inference() -> contextlib.AbstractContextManager[None]:
+    """Not in inference mode, which may lie around a backward pass: what is made in here may be written later
+    on. Where it was on there are no gradients in here either; elsewhere nothing changes."""
+    return _left_inference() if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def out_of_inference() -> Iterator[None]:
-    """No gradients, but no inference mode either: what is made here may be read and written later on."""
+def _left_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def hollow(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor without any bytes, and no inference tensor: those cannot be written later on."""
-    with out_of_inference() if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+    with out_of_inference():
         return torch.empty(0, dtype=dtype, device=device)
 
 

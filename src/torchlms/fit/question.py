@@ -19,7 +19,7 @@ from torchlms.errors import BadOption
 from torchlms.fit import recording
 from torchlms.fit.scale import Scale
 from torchlms.memory.device import read_device, supported
-from torchlms.memory.disk import default_directory
+from torchlms.memory.disk import directory_for
 from torchlms.memory.limits import disk_free_bytes, host_available_bytes, parse_option
 from torchlms.outlet import check_folder
 
@@ -174,7 +174,7 @@ def _budget(question: Question, machine: Machine) -> Budget:
     if question.machine is not None:
         host_bytes, disk_bytes = machine.host_available_bytes, machine.disk_free_bytes
     else:
-        folder = Path(options.disk_dir) if options.disk_dir is not None else default_directory()
+        folder = directory_for(options.disk_dir)
         host_bytes, disk_bytes = host_available_bytes(), disk_free_bytes(folder)
     return Budget(
         device_bytes=_size("budget", options.budget, machine.device_bytes, 1.0),

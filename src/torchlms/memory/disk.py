@@ -62,7 +62,7 @@ class SpillFile:
     def __init__(
         self, directory: str | os.PathLike[str] | None, budget_bytes: int | None, *, threads: int = 4
     ) -> None:
-        directory = default_directory() if directory is None else Path(directory)
+        directory = directory_for(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             remove_stale(directory)
@@ -356,6 +356,11 @@ def default_directory() -> Path:
             if os.access(candidate, os.W_OK) and filesystem_type(candidate) not in _MEMORY_FILESYSTEMS:
                 return candidate
     return candidates[-1]
+
+
+def directory_for(disk_dir: str | os.PathLike[str] | None) -> Path:
+    """Where to spill: the directory that was given, or the default one."""
+    return default_directory() if disk_dir is None else Path(disk_dir)
 
 
 def filesystem_type(path: Path, *, mounts: Path = Path("/proc/self/mounts")) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from torchlms.errors import LMSError
 from torchlms.memory.arena import HUGE_PAGE_BYTES, Arena
-from torchlms.memory.disk import SpillFile, default_directory
+from torchlms.memory.disk import SpillFile, directory_for
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, memlock_limit_bytes
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def load_or_measure(
     What is free or available is always of now. A cache that cannot be read is measured again and
     rewritten; one that cannot be written is done without.
     """
-    disk_dir = default_directory() if disk_dir is None else disk_dir
+    disk_dir = directory_for(disk_dir)
     known = None if refresh else cached(device, disk_dir)
     if known is not None:
         return known
@@ -119,7 +119,7 @@ def measure(
     less, and gives them back. A part that cannot be measured is logged and left at its default.
     """
     tell = progress or (lambda part: None)
-    disk_dir = default_directory() if disk_dir is None else disk_dir
+    disk_dir = directory_for(disk_dir)
     found: dict[str, Any] = _free_now(disk_dir)
     parts: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     if device.type == "cuda":

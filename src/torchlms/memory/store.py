@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.arena import Arena
 from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy, afresh
-from torchlms.memory.disk import SpillFile, default_directory, remove_stale
+from torchlms.memory.disk import SpillFile, directory_for, remove_stale
 from torchlms.memory.limits import disk_free_bytes, format_bytes
 from torchlms.uninterrupted import uninterrupted
 
@@ -88,7 +87,7 @@ class Store:
         self.overflows = 0  # values that went to disk because host memory was full
         self.closed = False
         with contextlib.suppress(OSError):
-            remove_stale(Path(disk_dir) if disk_dir is not None else default_directory())
+            remove_stale(directory_for(disk_dir))
         self._slabs_lock = threading.Lock()  # workers stage in slabs, too
         self._workers: ThreadPoolExecutor | None = None
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None

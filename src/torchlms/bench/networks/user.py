@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,22 +34,10 @@ def load_user_network(spec: str) -> Network:
     module_name, _, attribute = spec.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` would; a console script does not
-    try:
-        factory: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise BadOption(f"--model {spec}: cannot import {module_name}: {error}") from error
-    for part in attribute.split("."):
-        factory = getattr(factory, part, None)
-    if not callable(factory):
-        raise BadOption(f"--model {spec}: {module_name} has no callable {attribute!r}")
+    factory = _find_factory(spec, module_name, attribute)
 
     def make(options: NetworkOptions) -> tuple[nn.Module, MakeBatch]:
-        made = factory()
-        module, make_batch = made if isinstance(made, tuple) else (made, None)
-        if not isinstance(module, nn.Module):
-            raise BadOption(
-                f"--model {spec}: the factory gave {type(module).__name__}, not a torch.nn.Module"
-            )
+        module, make_batch = _made_by(spec, factory)
         return module, make_batch or image_batch(classes=_classes(module))
 
     return Network(
@@ -60,6 +51,45 @@ def load_user_network(spec: str) -> Network:
         unit="samples",
         data_format="as made",
     )
+
+
+def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[[], Any]:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise BadOption(f"--model {spec}: cannot import {module_name}: {error}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        alike = difflib.get_close_matches(attribute, dir(module), n=1)
+        meant = f"; did you mean {module_name}:{alike[0]}?" if alike else ""
+        raise BadOption(f"--model {spec}: {module_name} has no callable {attribute!r}{meant}")
+    return found  # type: ignore[no-any-return]
+
+
+def _made_by(spec: str, factory: Callable[[], Any]) -> tuple[nn.Module, MakeBatch | None]:
+    """What the factory gives, if that is what it should: its own errors are its author's to see."""
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise BadOption(
+            f"--model {spec}: the factory is called without arguments, and that does not suit it ({error}): "
+            "name a function that needs none and calls it"
+        ) from error
+    except ValueError:  # some callables of C have no signature
+        pass
+    made = factory()
+    pair = made if isinstance(made, tuple) else (made, None)
+    if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not (pair[1] is None or callable(pair[1])):
+        kinds = [type(item).__name__ for item in pair]
+        gave = f"({', '.join(kinds)})" if isinstance(made, tuple) else kinds[0]
+        raise BadOption(
+            f"--model {spec}: the factory gave {gave}; it gives a "
+            "torch.nn.Module that takes images, or (module, make_batch) with "
+            "make_batch(options, device, generator) -> (inputs, target)"
+        )
+    return pair
 
 
 def any_loss(output: Any, target: Any) -> Tensor:
