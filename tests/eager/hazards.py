@@ -30,8 +30,8 @@ def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert slot.bytes is not None
         slot.bytes.fill_(POISON)
 
-    def poisoned_allocate(self: Engine, size_bytes: int) -> torch.Tensor:
-        return allocate(self, size_bytes).fill_(POISON)
+    def poisoned_allocate(self: Engine, size_bytes: int, *, early: bool = False) -> torch.Tensor:
+        return allocate(self, size_bytes, early=early).fill_(POISON)
 
     monkeypatch.setattr(Engine, "leaving", poisoned_leaving)
     monkeypatch.setattr(Engine, "allocate", poisoned_allocate)
