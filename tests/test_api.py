@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -222,6 +223,55 @@ def test_closed_under_somebody_elses_context(make_other: Callable[[], Any], spil
     assert lms._installation is not None
     lms._installation.take_off()  # what nobody can do who has no business here
     assert_off()
+
+
+def test_closed_inside_of_inference_mode(spill_dir: Path) -> None:
+    """At its end inference mode brings back the dispatch keys of before; torch must still find our mode."""
+    lms = open_lms(None, spill_dir, device="cpu", budget="1GiB")
+    lms.__enter__()
+    assert train(make_model()) == PLAIN
+    with torch.inference_mode():
+        with pytest.raises(torchlms.NotSupported, match="an inference mode"):
+            lms.__exit__(None, None, None)
+        assert torch.empty(3).numel() == 3
+    assert lms.state == "off"
+    assert list(spill_dir.iterdir()) == []
+    assert train(make_model()) == PLAIN
+    assert lms._installation is not None
+    lms._installation.take_off()  # what nobody can do who has no business here
+    assert_off()
+
+
+def test_a_model_that_does_not_know_its_sizes_yet(spill_dir: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.LazyBatchNorm1d(), torch.nn.ReLU())
+    with open_lms(model, spill_dir, budget="1GiB"):
+        for _ in range(3):
+            model(torch.randn(16, 4)).sum().backward()
+    assert_off()
+
+
+@pytest.mark.parametrize("budget", [np.int64(1 << 30), np.float32(1 << 30), 1e9])
+def test_numbers_of_any_kind_are_sizes(budget: Any, spill_dir: Path) -> None:
+    with open_lms(make_model(), spill_dir, budget=budget, device="cpu:0") as lms:
+        assert lms.stats()["budget_bytes"] == int(budget)
+
+
+@pytest.mark.parametrize("plan", [False, None])
+def test_the_report_after_the_end_says_what_moved(plan: bool | None, spill_dir: Path) -> None:
+    """However soon the end came: also where what ran last was a step in which something was tried."""
+    model = torch.nn.Sequential(
+        *(layer for _ in range(8) for layer in (torch.nn.Linear(64, 64), torch.nn.Tanh()))
+    )
+    for steps in (1, 3, 5, 6, 7):
+        with open_lms(model, spill_dir, budget="1500KiB", plan=plan, rules={"min_bytes": 4096}) as lms:
+            for _ in range(steps):
+                model(torch.randn(1024, 64)).square().mean().backward()
+                model.zero_grad()
+        stats, said = lms.stats(), lms.report()
+        assert stats["bytes_out_per_step"] > 0 or stats["replayed_ops"] > 0
+        assert stats["peak_device_bytes"] > 1 << 20
+        assert ("no plan: peak allocated 1." in said) is (not lms.plan)
+        assert "times memory had run out" in said
 
 
 def test_closed_from_another_thread(spill_dir: Path) -> None:

@@ -262,6 +262,8 @@ class LMS:
         unseen_bytes = 0 if torch.is_grad_enabled() else input_bytes
         largest_bytes = self._largest_input_bytes.get(module, unseen_bytes)
         if not installation.on:
+            if torch.is_inference_mode_enabled():
+                return  # which saves nothing, and takes a mode that is put on inside it away with it
             engine.collector.look_now()
             grew = input_bytes > _GREW * largest_bytes
             if grew or engine.failed_alone() or engine.outgrown():

@@ -48,10 +48,12 @@ def into_nothing(figures: Any) -> None:
 
 
 def check_folder(*paths: Path | None) -> None:
-    """BadOption for a file that could not be written in the end because its folder does not exist."""
+    """BadOption for a file that could not be written in the end: its folder does not exist, or it is one."""
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise BadOption(f"{path}: its folder does not exist")
+        if path is not None and path.is_dir():
+            raise BadOption(f"{path} is a folder: name a file")
 
 
 def _into(path: Path | None) -> Put:

@@ -33,6 +33,8 @@ def report_text(
     the program has ended, and the state is the one in which it did.
     """
     lines = [_state_line(stats, over=over), *_verified(stats)]
+    if plan is None and stats["steps"]:
+        lines += _without_plan(stats)
     if plan is not None and tape is not None:
         lines += _comparison(stats)
         lines.append(f"with nothing moved a step like this would need {format_bytes(peak_bytes(tape))}")
@@ -76,9 +78,10 @@ def choice_totals(tape: Tape | None, plan: Plan | None) -> dict[str, dict[str, i
 
 
 def _state_line(stats: dict[str, Any], *, over: bool) -> str:
+    planned = bool(stats.get("predicted"))
     explained = {
         "off": "not on",
-        "record": "recording: the plan is not made yet",
+        "record": "recording another kind of step" if planned else "recording: the plan is not made yet",
         "guard": "on, following a plan",
         "improvise": "on, without a plan: values leave as memory runs out",
         "aside": "everything fits: LMS stepped aside",
@@ -122,15 +125,28 @@ def _comparison(stats: dict[str, Any]) -> list[str]:
     lines = [f"{'':16} {'predicted':>12} {'measured':>12}"]
     lines += [f"{name:16} {before:>12} {after:>12}" for name, before, after in rows]
     out, back = format_bytes(stats["bytes_out_per_step"]), format_bytes(stats["bytes_in_per_step"])
+    since = f" ({stats['reclaims_since_plan']} of them under this plan)"
+    return [*lines, f"out {out} and in {back} per step{_trouble(stats, since)}"]
+
+
+def _without_plan(stats: dict[str, Any]) -> list[str]:
+    """What is known where no plan was made."""
+    out, back = format_bytes(stats["bytes_out_per_step"]), format_bytes(stats["bytes_in_per_step"])
+    return [
+        f"no plan: peak allocated {format_bytes(stats['peak_device_bytes'])}, out {out} and in {back} per "
+        f"step{_trouble(stats)}"
+    ]
+
+
+def _trouble(stats: dict[str, Any], since: str = "") -> str:
     trouble = (
-        (stats["reclaims"], "times memory had run out and values left at once"),
+        (stats["reclaims"], f"times memory had run out and values left at once{since}"),
         (stats["retries"], "ops were run again for that"),
         (stats["late_fetches"], "values came late"),
         (stats["starved_convolutions"], "convolutions had to do without their workspace"),
     )
     said = ", ".join(f"{count} {what}" for count, what in trouble if count)
-    lines.append(f"out {out} and in {back} per step{f'; {said}' if said else ''}")
-    return lines
+    return f"; {said}" if said else ""
 
 
 def _limit(stats: dict[str, Any], bound_s: float | None) -> list[str]:
@@ -199,6 +215,7 @@ def _moved(tape: Tape, plan: Plan) -> list[str]:
         (
             format_bytes(value.size_bytes),
             move.choice.value,
+            str(value.birth) if value.birth >= 0 else "-",
             value.op or value.kind.value,
             value.module,
             move.reason,
@@ -206,12 +223,12 @@ def _moved(tape: Tape, plan: Plan) -> list[str]:
         for move, value in shown
     ]
     # Names stand in full: they are what patterns of rules have to match.
-    by = max(34, *(len(row[2]) for row in rows))
-    where = max(28, *(len(row[3]) for row in rows))
-    lines = [f"{'size':>10}  {'choice':9} {'made by':{by}} {'in module':{where}} why"]
+    by = max(34, *(len(row[3]) for row in rows))
+    where = max(28, *(len(row[4]) for row in rows))
+    lines = [f"{'size':>10}  {'choice':9} {'at op':>6}  {'made by':{by}} {'in module':{where}} why"]
     lines += [
-        f"{size:>10}  {choice:9} {op:{by}} {module:{where}} {reason}"
-        for size, choice, op, module, reason in rows
+        f"{size:>10}  {choice:9} {at_op:>6}  {op:{by}} {module:{where}} {reason}"
+        for size, choice, at_op, op, module, reason in rows
     ]
     if len(moves) > _MOST_ROWS:
         lines.append(f"... and {len(moves) - _MOST_ROWS} more; the page of `torchlms report` has every value")

@@ -21,7 +21,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
     if engine is None:
         return {"state": state, "steps": 0}
     plan, tape = engine.routines.usual_plan(), engine.routines.usual_tape()
-    from_step, from_out, from_in, from_disk = engine.counted_from
+    from_step, from_out, from_in, from_disk, from_reclaims = engine.counted_from
     steps = max(1, engine.steps - from_step)
     times = list(engine.step_times_s)[1:] or list(engine.step_times_s)
     peak_bytes, reserved_bytes = _peaks(engine)
@@ -47,6 +47,7 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "recompute_s_per_step": _recompute_s(tape, plan),
         "replayed_ops": engine.replays,
         "reclaims": engine.ladder.reclaims,
+        "reclaims_since_plan": engine.ladder.reclaims - from_reclaims,
         "single_reclaims": engine.ladder.single_reclaims,
         "full_reclaims": engine.ladder.full_reclaims,
         "reclaimed_bytes": engine.ladder.reclaimed_bytes,

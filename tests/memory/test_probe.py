@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import torchlms
 import torchlms.memory.probe as probe
 from torchlms.core.machine import CopyTime, Machine
 from torchlms.memory.arena import pinned_bytes_in_use
@@ -23,12 +24,15 @@ def counted(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHLMS_CACHE", str(tmp_path / "cache"))
     calls = []
 
-    def fake(device, disk_dir, *, progress=None):
+    def fake(device, disk_dir, progress):
         calls.append(device)
         link = ((65536, 1e-5, 2e-5), (1 << 20, 1e-4, 2e-4))
-        return Measurements(device="x", device_bytes=1, torch="y", link=link, disk_direct=True, out_share=0.5)
+        found = Measurements(
+            device="x", device_bytes=1, torch="y", link=link, disk_direct=True, out_share=0.5
+        )
+        return found, True
 
-    monkeypatch.setattr(probe, "measure", fake)
+    monkeypatch.setattr(probe, "_measure", fake)
     return calls
 
 
@@ -66,6 +70,23 @@ def test_what_cannot_be_measured_stays_at_its_default(tmp_path, monkeypatch, cap
     assert found.touch_bytes_per_s == 5.0
     assert found.disk_write_bytes_per_s == 0.0
     assert "could not measure the disk" in caplog.text
+
+
+def test_what_failed_is_measured_again(tmp_path, monkeypatch):
+    """A disk that was full, or a device that was busy, is not so for good."""
+    monkeypatch.setenv("TORCHLMS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "_measure_host", lambda: {"touch_bytes_per_s": 5.0})
+    right = probe._measure_disk
+
+    def full(disk_dir):
+        raise torchlms.LMSError("no room")
+
+    monkeypatch.setattr(probe, "_measure_disk", full)
+    assert load_or_measure(CPU, tmp_path).disk_write_bytes_per_s == 0.0
+    monkeypatch.setattr(probe, "_measure_disk", right)
+    found = load_or_measure(CPU, tmp_path)
+    assert found.disk_write_bytes_per_s > 0.0
+    assert load_or_measure(CPU, tmp_path).measured == found.measured, "from the cache"
 
 
 def test_slow_disk_is_measured_in_part(tmp_path, monkeypatch):

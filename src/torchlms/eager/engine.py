@@ -103,7 +103,7 @@ class Engine(SlotOwner):
         self.late_fetches = 0
         self.comings = 0  # values that were away and are back
         self.replays = 0  # ops that ran again
-        self.counted_from = (0, 0, 0, 0)  # steps, bytes out, in and to disk when measuring began
+        self.counted_from = (0, 0, 0, 0, 0)  # steps; bytes out, in, to disk; reclaims: when measuring began
         self.dead = False  # closed, or inherited through a fork
         self.starved_aside = False  # left alone, it did not fit: not again
         self._live: dict[int, weakref.ref[Slot]] = {}
@@ -204,7 +204,7 @@ class Engine(SlotOwner):
                 past.routine.stray()
         elif past.follower is not None:
             past.routine.followed(past.lap)
-            if self.prover.tried:
+            if self.prover.tried and not closing:  # a last step that was not alone is better than none
                 self.restart_measuring()
                 self.prover.tried = False
             if past.timer is not None:
@@ -240,7 +240,14 @@ class Engine(SlotOwner):
         elif isinstance(self.device, CpuDevice):
             self.device.ledger.reset_peak()
         self.step_times_s.clear()
-        self.counted_from = (self.steps, self.store.bytes_out, self.store.bytes_in, self.store.disk_bytes)
+        store = self.store
+        self.counted_from = (
+            self.steps,
+            store.bytes_out,
+            store.bytes_in,
+            store.disk_bytes,
+            self.ladder.reclaims,
+        )
 
     def _may_look_away(self) -> bool:
         """Whether the optimizer's step may run unseen: no recipe reads what it writes, and by the tape it

@@ -62,6 +62,7 @@ class Installation:
         self._mode: WatchMode | None = None
         self._hooks: Any = None
         self._thread = 0
+        self._in_inference = False
         _ALL.add(self)
 
     @property
@@ -74,10 +75,15 @@ class Installation:
         self._mode = WatchMode(self._engine)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         self._thread = threading.get_ident()
+        self._in_inference = torch.is_inference_mode_enabled()
 
     def on_top(self) -> bool:
-        """Whether both can be popped now, in this thread, without touching anybody else's."""
+        """Whether both can be popped now, in this thread, without touching anybody else's. Not in an
+        inference mode entered after us: at its end it brings back the dispatch keys that it found, and torch
+        then asks for a mode that is gone."""
         if self._mode is None or self._thread != threading.get_ident():
+            return False
+        if torch.is_inference_mode_enabled() and not self._in_inference:
             return False
         hooks = private.top_saved_tensor_hooks()
         ours = hooks is None or hooks[0] == self._saver.pack
@@ -89,8 +95,8 @@ class Installation:
             return
         if not self.on_top():
             raise NotSupported(
-                "LMS was closed while a dispatch mode or saved-tensor hooks entered after it were open, "
-                "or from another thread: close contexts in the opposite order of opening them. "
+                "LMS was closed while a dispatch mode, an inference mode or saved-tensor hooks entered after "
+                "it were open, or from another thread: close contexts in the opposite order of opening them. "
                 "LMS is switched off, but its hooks stay in place, doing nothing, until this thread ends"
             )
         mode, hooks, self._mode, self._hooks = self._mode, self._hooks, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torchlms.core.tape import Kind
 
@@ -67,5 +68,7 @@ class StorageKinds:
 
 
 def _with_storage(tensor: torch.Tensor, kind: Kind) -> Iterator[tuple[torch.UntypedStorage, Kind]]:
+    if is_lazy(tensor):  # nothing is known of it before the first forward pass
+        return
     if tensor.layout is torch.strided and tensor.device.type != "meta":
         yield tensor.untyped_storage(), kind

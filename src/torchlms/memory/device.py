@@ -219,7 +219,8 @@ def _in_use_already(device: torch.device, used_bytes: int, budget_bytes: int) ->
     return BudgetTooSmall(
         f"{format_bytes(used_bytes)} of {device} are in use already, {used_bytes - budget_bytes} bytes more "
         f"than the budget of {format_bytes(budget_bytes)}: the smallest budget now is "
-        f"{format_bytes(used_bytes)} ({used_bytes} bytes), or free tensors first",
+        f"{format_bytes(used_bytes)} ({used_bytes} bytes), and a step needs more than that; or free tensors "
+        "first",
         smallest_bytes=used_bytes,
     )
 
@@ -230,11 +231,12 @@ def read_device(device: torch.device | str | None) -> torch.device:
     Raises BadOption for what torch cannot read or does not see here.
     """
     try:
-        read = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        read = torch.device(default if device in (None, "") else device)
     except (RuntimeError, TypeError) as error:
         raise BadOption(f"device {device}: choose cuda, cuda:1 or cpu") from error
     if read.type != "cuda":
-        return read
+        return torch.device("cpu") if read.type == "cpu" else read
     if not torch.cuda.is_available():
         raise BadOption(f"device {device}: this torch sees no CUDA device; use cpu")
     if read.index is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 import resource
@@ -77,12 +78,12 @@ def parse_bytes(value: str | int | float, *, whole_bytes: int | None = None) -> 
     """
     if isinstance(value, str):
         size = _parse_text(value, whole_bytes)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadOption(f"cannot read {value!r} as a size: {_EXAMPLES}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise BadOption(f"a size must be a finite number, not {value!r}: {_EXAMPLES}")
     else:
-        size = Fraction(value)
+        size = Fraction(float(value) if isinstance(value, float) else int(value))
     if size <= 0:
         raise BadOption(f"a size must be more than zero, not {value!r}: {_EXAMPLES}")
     if size < 1:

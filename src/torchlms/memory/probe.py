@@ -90,8 +90,9 @@ def load_or_measure(
     known = None if refresh else cached(device, disk_dir)
     if known is not None:
         return known
-    measurements = measure(device, disk_dir, progress=progress)
-    _save(measurements, _cache_path(device, disk_dir))
+    measurements, whole = _measure(device, disk_dir, progress)
+    if whole:  # what failed may work the next time
+        _save(measurements, _cache_path(device, disk_dir))
     return measurements
 
 
@@ -118,8 +119,15 @@ def measure(
     Takes up to 512 MiB of host memory, 512 MiB of the device and 256 MiB of disk, less where there is
     less, and gives them back. A part that cannot be measured is logged and left at its default.
     """
+    return _measure(device, directory_for(disk_dir), progress)[0]
+
+
+def _measure(
+    device: torch.device, disk_dir: Path, progress: Callable[[str], None] | None
+) -> tuple[Measurements, bool]:
+    """``measure``, and whether every part could be measured."""
     tell = progress or (lambda part: None)
-    disk_dir = directory_for(disk_dir)
+    whole = True
     found: dict[str, Any] = _free_now(disk_dir)
     parts: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     if device.type == "cuda":
@@ -131,14 +139,16 @@ def measure(
         try:
             found |= run()
         except (LMSError, OSError, RuntimeError) as error:
-            _log.warning("could not measure the %s: %s", part, error)
-    return Measurements(
+            whole = False
+            _log.warning("could not measure the %s, and go on as if there were none: %s", part, error)
+    measurements = Measurements(
         device=_device_name(device),
         device_bytes=_device_bytes(device),
         torch=torch.__version__,
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **found,
     )
+    return measurements, whole
 
 
 def _free_now(disk_dir: Path) -> dict[str, int]:
