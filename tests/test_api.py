@@ -256,6 +256,12 @@ def test_numbers_of_any_kind_are_sizes(budget: Any, spill_dir: Path) -> None:
         assert lms.stats()["budget_bytes"] == int(budget)
 
 
+@pytest.mark.parametrize("budget", [np.float32("nan"), np.float64("inf"), np.int64(-1), np.bool_(True)])
+def test_numbers_of_any_kind_that_are_no_sizes(budget: Any, spill_dir: Path) -> None:
+    with pytest.raises(torchlms.BadOption, match="budget"):
+        open_lms(make_model(), spill_dir, budget=budget)
+
+
 @pytest.mark.parametrize("plan", [False, None])
 def test_the_report_after_the_end_says_what_moved(plan: bool | None, spill_dir: Path) -> None:
     """However soon the end came: also where what ran last was a step in which something was tried."""

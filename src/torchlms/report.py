@@ -124,21 +124,17 @@ def _comparison(stats: dict[str, Any]) -> list[str]:
         rows.append(("host memory", *pinned))
     lines = [f"{'':16} {'predicted':>12} {'measured':>12}"]
     lines += [f"{name:16} {before:>12} {after:>12}" for name, before, after in rows]
-    out, back = format_bytes(stats["bytes_out_per_step"]), format_bytes(stats["bytes_in_per_step"])
-    since = f" ({stats['reclaims_since_plan']} of them under this plan)"
-    return [*lines, f"out {out} and in {back} per step{_trouble(stats, since)}"]
+    return [*lines, _traffic(stats, f" ({stats['reclaims_since_plan']} of them under this plan)")]
 
 
 def _without_plan(stats: dict[str, Any]) -> list[str]:
     """What is known where no plan was made."""
+    return [f"no plan: peak allocated {format_bytes(stats['peak_device_bytes'])}, {_traffic(stats)}"]
+
+
+def _traffic(stats: dict[str, Any], since: str = "") -> str:
+    """What left and came back in a step, and what went less than smoothly."""
     out, back = format_bytes(stats["bytes_out_per_step"]), format_bytes(stats["bytes_in_per_step"])
-    return [
-        f"no plan: peak allocated {format_bytes(stats['peak_device_bytes'])}, out {out} and in {back} per "
-        f"step{_trouble(stats)}"
-    ]
-
-
-def _trouble(stats: dict[str, Any], since: str = "") -> str:
     trouble = (
         (stats["reclaims"], f"times memory had run out and values left at once{since}"),
         (stats["retries"], "ops were run again for that"),
@@ -146,7 +142,7 @@ def _trouble(stats: dict[str, Any], since: str = "") -> str:
         (stats["starved_convolutions"], "convolutions had to do without their workspace"),
     )
     said = ", ".join(f"{count} {what}" for count, what in trouble if count)
-    return f"; {said}" if said else ""
+    return f"out {out} and in {back} per step{f'; {said}' if said else ''}"
 
 
 def _limit(stats: dict[str, Any], bound_s: float | None) -> list[str]:

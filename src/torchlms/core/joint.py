@@ -320,4 +320,5 @@ def _ops_text(count: int) -> str:
 def _instead(tape: Tape, value: Value) -> str:
     if not droppable(tape, value):
         return ""
-    return f" beside computing; making it again would add {seconds_text(replay_s(tape, value))} to that"
+    again = seconds_text(replay_s(tape, value))
+    return f"; making it again would take {again} of computing, which copies run beside"

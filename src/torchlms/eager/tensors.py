@@ -40,10 +40,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
+_AS_IT_IS = contextlib.nullcontext()  # one for all: every saved tensor that is asked for enters it
+
+
 def out_of_inference() -> contextlib.AbstractContextManager[None]:
     """Not in inference mode, which may lie around a backward pass: what is made in here may be written later
     on. Where it was on there are no gradients in here either; elsewhere nothing changes."""
-    return _left_inference() if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    return _left_inference() if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 @contextlib.contextmanager

@@ -80,10 +80,12 @@ def parse_bytes(value: str | int | float, *, whole_bytes: int | None = None) -> 
         size = _parse_text(value, whole_bytes)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadOption(f"cannot read {value!r} as a size: {_EXAMPLES}")
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif isinstance(value, numbers.Integral):
+        size = Fraction(int(value))
+    elif not math.isfinite(value):
         raise BadOption(f"a size must be a finite number, not {value!r}: {_EXAMPLES}")
     else:
-        size = Fraction(float(value) if isinstance(value, float) else int(value))
+        size = Fraction(float(value))
     if size <= 0:
         raise BadOption(f"a size must be more than zero, not {value!r}: {_EXAMPLES}")
     if size < 1:
