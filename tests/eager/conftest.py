@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import torchlms.api
+from tests.eager.known_times import know_times
 from torchlms.core import joint, search
 from torchlms.core.machine import Machine
 
@@ -37,6 +38,13 @@ def know_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(torchlms.api, "measured_machine", known)
     return made
+
+
+@pytest.fixture(autouse=True)
+def times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans depend on the network, not on what else this computer has to do."""
+    if request.node.get_closest_marker("real_times") is None:
+        know_times(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

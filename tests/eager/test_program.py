@@ -173,6 +173,7 @@ def test_evened_takes_the_shortest_time_of_ops_that_are_alike() -> None:
     )
 
 
+@pytest.mark.real_times
 def test_the_timer_times_ops_in_order() -> None:
     timer = OpTimer(CpuDevice(Ledger()))
     for pause in (0.0, 0.02):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.eager.conftest import know_machine
+from tests.eager.known_times import know_times
 from tests.matrix import table
 
 pytest.register_assert_rewrite("tests.matrix.trial", "tests.matrix.on_device")
@@ -31,9 +32,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def machine(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same rates everywhere; those of a device are measured, once."""
+    """The same rates and times everywhere; those of a device are measured, once."""
     if device == "cpu":
         know_machine(monkeypatch)
+        know_times(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
