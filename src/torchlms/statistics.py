@@ -10,6 +10,7 @@ import torch
 from torchlms.core.drops import replay_s
 from torchlms.core.plan import Choice, Plan
 from torchlms.core.tape import Tape
+from torchlms.eager.counts import Counts
 from torchlms.report import choice_totals
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
     if engine is None:
         return {"state": state, "steps": 0}
     plan, tape = engine.routines.usual_plan(), engine.routines.usual_tape()
-    from_step, from_out, from_in, from_disk, from_reclaims = engine.counted_from
-    steps = max(1, engine.steps - from_step)
+    measured = Counts.of(engine).since(engine.counted_from)
+    steps = max(1, measured.steps)
     times = list(engine.step_times_s)[1:] or list(engine.step_times_s)
     peak_bytes, reserved_bytes = _peaks(engine)
     return {
@@ -41,13 +42,13 @@ def session_stats(engine: Engine | None, *, state: str) -> dict[str, Any]:
         "bytes_out": engine.store.bytes_out,
         "bytes_in": engine.store.bytes_in,
         "disk_bytes": engine.store.disk_bytes,
-        "bytes_out_per_step": (engine.store.bytes_out - from_out) // steps,
-        "bytes_in_per_step": (engine.store.bytes_in - from_in) // steps,
-        "disk_bytes_per_step": (engine.store.disk_bytes - from_disk) // steps,
+        "bytes_out_per_step": measured.bytes_out // steps,
+        "bytes_in_per_step": measured.bytes_in // steps,
+        "disk_bytes_per_step": measured.disk_bytes // steps,
         "recompute_s_per_step": _recompute_s(tape, plan),
         "replayed_ops": engine.replays,
         "reclaims": engine.ladder.reclaims,
-        "reclaims_since_plan": engine.ladder.reclaims - from_reclaims,
+        "reclaims_since_plan": measured.reclaims,
         "single_reclaims": engine.ladder.single_reclaims,
         "full_reclaims": engine.ladder.full_reclaims,
         "reclaimed_bytes": engine.ladder.reclaimed_bytes,

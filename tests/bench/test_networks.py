@@ -12,6 +12,8 @@ from torch import nn
 from torchlms.bench.networks import NETWORKS, NetworkOptions, get_network
 from torchlms.bench.networks.torchvision_or_own import own, torchvision
 from torchlms.bench.networks.user import any_loss
+from torchlms.bench.options import BenchOptions, Way
+from torchlms.bench.workload import make_workload
 from torchlms.errors import BadOption
 
 if TYPE_CHECKING:
@@ -175,6 +177,12 @@ def three():
 def batch_first():
     return nn.Linear(5, 1), 5
 
+def unsuited():
+    return nn.Linear(5, 1), lambda options, device, generator: ({"x": torch.ones(2, 3)}, [torch.ones(2), 1])
+
+def narrow():
+    return nn.Linear(5, 1)
+
 def needy(width):
     return nn.Linear(width, 1)
 
@@ -227,6 +235,36 @@ def test_a_factory_that_gives_something_else(user_module: str, factory: str, sai
     network = get_network(f"{user_module}:{factory}")
     with pytest.raises(BadOption, match=said):
         network.build(NetworkOptions(batch_size=1, image_size=8), CPU)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (
+            "narrow",
+            r"inputs \[4, 3, 8, 8\] and target \[4\]: RuntimeError: mat1 and mat2 shapes .*--image-size",
+        ),
+        ("unsuited", r"inputs x \[2, 3\] and target \[2\], int: TypeError: "),
+    ],
+)
+def test_a_batch_that_does_not_suit_the_network(user_module: str, factory: str, said: str) -> None:
+    network = get_network(f"{user_module}:{factory}")
+    options = BenchOptions(
+        model=network.name, batch_size=4, image_size=8, way=Way.NONE, device="cpu"
+    ).resolve(network)
+    workload = make_workload(network, options)
+    with pytest.raises(BadOption, match=f"{factory}: its forward pass failed with {said}"):
+        workload.step()
+
+
+def test_an_error_of_a_network_of_ours_is_none_of_the_users() -> None:
+    network = get_network("mnist")
+    options = BenchOptions(model="mnist", batch_size=4, way=Way.NONE, device="cpu").resolve(network)
+    workload = make_workload(network, options)
+    workload.inputs = workload.inputs[:, :, :4]
+    with pytest.raises(RuntimeError) as raised:
+        workload.step()
+    assert not isinstance(raised.value, BadOption)
 
 
 def test_any_loss_takes_the_outputs_own() -> None:

@@ -223,6 +223,7 @@ def test_what_is_recorded_by_default(batch: int, recorded: tuple[int, ...]) -> N
         (["--batch=8"], "--tape was given 2 times and --batch 3 times"),
         (["--machine=nowhere.json"], "cannot read machine file nowhere.json"),
         (["--json=no/folder/x.json"], "no/folder/x.json: its folder does not exist"),
+        (["--json=/"], "/ is a folder: name a file"),
     ],
 )
 def test_errors_are_one_line_and_code_2(

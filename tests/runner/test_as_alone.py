@@ -159,6 +159,21 @@ def test_a_folder_and_an_archive(tmp_path: Path) -> None:
         assert ours.status == 0, ours.err
 
 
+TYPED = [SCRIPTS[name].replace("\n        ", "\n").strip() for name in ("names", "error", "thread", "syntax")]
+NAMES = (
+    "import sys; print(__name__, __package__, __spec__, __loader__, sorted(globals()), sys.argv, sys.path[0])"
+)
+
+
+@pytest.mark.parametrize("source", [NAMES, *TYPED[1:], "raise SystemExit(3)"])
+def test_code_and_what_standard_input_says(source: str, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("")
+    source = f"import beside\n{source}"
+    for arguments, stdin in ((["-c", source, "--budget", "x"], "more"), (["-", "--budget", "x"], source)):
+        plain, ours = both(*arguments, cwd=tmp_path, stdin=stdin)
+        assert ours == plain
+
+
 def test_a_link_to_a_script(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "script.py").write_text("import sys; print(__file__, sys.argv, sys.path[0])")
@@ -188,10 +203,12 @@ def test_a_parent_package_that_fails(tmp_path: Path) -> None:
         ),
         (["-m", "missing"], "torchlms: there is no module 'missing' to run; for a file write"),
         (["-m", "json.missing"], "torchlms: there is no module 'json.missing' to run"),
+        (["-m", "-c", "x"], "-m and -c: a module or code, not both"),
         (["--budget", "16G", "x.py"], "did you mean '16GiB' or '16GB'?"),
         (["--plan", "p.json", "x.py"], "--plan p.json: there is no such file"),
         (["--device", "tpu", "x.py"], "cannot read --device 'tpu'"),
         (["--json", "no/such/folder.json", "x.py"], "could not be written at the end"),
+        (["--csv", "/tmp", "x.py"], "/tmp is a folder: name a file"),
     ],
 )
 def test_what_cannot_be_begun(arguments: list[str], said: str, tmp_path: Path) -> None:

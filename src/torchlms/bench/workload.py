@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchlms.errors import BadOption
+from torchlms.errors import BadOption, LMSError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,15 +33,42 @@ class Workload:
     loss: Loss
     device: torch.device
     around_forward: ForwardContext = contextlib.nullcontext
+    users_own: str = ""  # the factory that gave model and batch, if it is none of ours
 
     def step(self) -> Tensor:
         """Forward, backward, update. Returns the loss, detached."""
         with self.around_forward():
-            loss = self.loss(self.model(self.inputs), self.target)
+            loss = self._forward()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+    def _forward(self) -> Tensor:
+        try:
+            return self.loss(self.model(self.inputs), self.target)
+        except (torch.OutOfMemoryError, LMSError):
+            raise
+        except Exception as error:
+            if not self.users_own:
+                raise
+            said = str(error).partition("\n")[0]
+            raise BadOption(
+                f"--model {self.users_own}: its forward pass failed with inputs {_shapes(self.inputs)} and "
+                f"target {_shapes(self.target)}: {type(error).__name__}: {said}. Its make_batch says what it "
+                "is fed, images of --image-size where it has none; torchlms --debug shows where it failed"
+            ) from error
+
+
+def _shapes(batch: Any) -> str:
+    """Of the tensors of a batch, for people."""
+    if isinstance(batch, Tensor):
+        return str(list(batch.shape))
+    if isinstance(batch, dict):
+        return ", ".join(f"{name} {_shapes(item)}" for name, item in batch.items())
+    if isinstance(batch, (list, tuple)):
+        return ", ".join(map(_shapes, batch))
+    return type(batch).__name__
 
 
 def make_workload(network: Network, options: BenchOptions) -> Workload:
@@ -58,7 +85,8 @@ def make_workload(network: Network, options: BenchOptions) -> Workload:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what initialisation and casting left behind
-    return Workload(model, optimizer, inputs, target, network.loss, device)
+    own = network.name if network.users_own else ""
+    return Workload(model, optimizer, inputs, target, network.loss, device, users_own=own)
 
 
 def make_optimizer(model: nn.Module, options: BenchOptions) -> torch.optim.Optimizer:

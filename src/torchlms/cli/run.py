@@ -17,8 +17,11 @@ Words = opt.Words
 
 
 def run(
-    script: Annotated[Words, typer.Argument(help="A script, or a module after -m, and its arguments.")],
+    script: Annotated[
+        Words, typer.Argument(help="A script, a module after -m or code after -c, and its arguments.")
+    ],
     module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    code: Annotated[bool, typer.Option("-c", help="Run code, as python -c does.")] = False,
     budget: opt.Budget = None,
     host_budget: opt.HostBudget = None,
     disk_dir: opt.SpillDir = None,
@@ -56,6 +59,7 @@ def run(
             target=script[0],
             arguments=tuple(script[1:]),
             as_module=module,
+            as_code=code,
             whole_tracebacks=debugging(),
             **{name: asked[name] for name in names},
         )

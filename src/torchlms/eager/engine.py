@@ -19,6 +19,7 @@ from torchlms.eager import private
 from torchlms.eager.accounts import Accounts
 from torchlms.eager.collector import SparedCollector
 from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.counts import Counts
 from torchlms.eager.follower import Follower
 from torchlms.eager.holes import Holes
 from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder
@@ -103,7 +104,7 @@ class Engine(SlotOwner):
         self.late_fetches = 0
         self.comings = 0  # values that were away and are back
         self.replays = 0  # ops that ran again
-        self.counted_from = (0, 0, 0, 0, 0)  # steps; bytes out, in, to disk; reclaims: when measuring began
+        self.counted_from = Counts()  # what had been when measuring began
         self.dead = False  # closed, or inherited through a fork
         self.starved_aside = False  # left alone, it did not fit: not again
         self._live: dict[int, weakref.ref[Slot]] = {}
@@ -240,14 +241,7 @@ class Engine(SlotOwner):
         elif isinstance(self.device, CpuDevice):
             self.device.ledger.reset_peak()
         self.step_times_s.clear()
-        store = self.store
-        self.counted_from = (
-            self.steps,
-            store.bytes_out,
-            store.bytes_in,
-            store.disk_bytes,
-            self.ladder.reclaims,
-        )
+        self.counted_from = Counts.of(self)
 
     def _may_look_away(self) -> bool:
         """Whether the optimizer's step may run unseen: no recipe reads what it writes, and by the tape it

@@ -30,7 +30,9 @@ def run(request: Request) -> int:
     try:
         request.check()
         watch.begin()
-        main = main_module.load(request.target, request.arguments, as_module=request.as_module)
+        main = main_module.load(
+            request.target, request.arguments, as_module=request.as_module, as_code=request.as_code
+        )
     except BadOption as error:
         print(f"torchlms: {error}", file=sys.stderr)
         return 2

@@ -12,11 +12,13 @@ import io
 import os
 import sys
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import BuiltinImporter, ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any
 
 from torchlms.errors import BadOption
+
+STDIN = "-"  # in the place of a script
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,18 @@ class MainModule:
 _replaced: list[ModuleType] = []  # still executing, so they must live on
 
 
-def load(target: str, arguments: tuple[str, ...], *, as_module: bool) -> MainModule:
-    """The script or module ``target``; sets ``sys.argv`` and ``sys.path[0]``. BadOption if there is none."""
+def load(
+    target: str, arguments: tuple[str, ...], *, as_module: bool = False, as_code: bool = False
+) -> MainModule:
+    """The script, module or code ``target``, or what standard input says if it is ``-``; sets ``sys.argv``
+    and ``sys.path[0]``. BadOption if there is none."""
     if as_module:
         return _module(target, arguments)
+    if as_code:
+        return _text(target.encode(), "<string>", ["-c", *arguments], {})
+    if target == STDIN:
+        facts = {"__file__": "<stdin>", "__cached__": None}
+        return _text(sys.stdin.buffer.read(), "<stdin>", [STDIN, *arguments], facts)
     if os.path.isdir(target) or _is_archive(target):  # with a __main__.py
         _set_first_path(os.path.abspath(target))
         main = _module("__main__", arguments)
@@ -60,6 +70,14 @@ def _script(path: str, arguments: tuple[str, ...]) -> MainModule:
     loader = SourceFileLoader("__main__", absolute)
     facts = {"__file__": absolute, "__cached__": None, "__loader__": loader, "__package__": None}
     return MainModule(code, facts)
+
+
+def _text(source: bytes, name: str, argv: list[str], facts: dict[str, Any]) -> MainModule:
+    """Code that is in no file."""
+    sys.argv = argv
+    _set_first_path("")
+    code: CodeType = compile(source, name, "exec", dont_inherit=True)
+    return MainModule(code, {"__loader__": BuiltinImporter, "__package__": None, **facts})
 
 
 def _module(target: str, arguments: tuple[str, ...]) -> MainModule:
@@ -113,4 +131,6 @@ def _set_first_path(folder: str) -> None:
 
 
 # Where the user's code begins: whoever calls it is not seen in the traceback of a script run alone.
-BEGIN = frozenset(function.__code__ for function in (MainModule.execute, load, _script, _module, _find))
+BEGIN = frozenset(
+    function.__code__ for function in (MainModule.execute, load, _script, _text, _module, _find)
+)

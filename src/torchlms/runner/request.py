@@ -14,17 +14,20 @@ from torchlms.loudness import read_level, wanted_level
 from torchlms.memory.limits import parse_option
 from torchlms.outlet import STDOUT
 from torchlms.rule_text import read_rules
+from torchlms.runner.main_module import STDIN
 
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``target`` is the path of a script, or with ``as_module`` the dotted name of a module."""
+    """``target`` is the path of a script (``-``: standard input is one), with ``as_module`` the dotted name
+    of a module, with ``as_code`` the code itself."""
 
     target: str
     arguments: tuple[str, ...] = ()
     as_module: bool = False
+    as_code: bool = False
     budget: str | None = None
     host_budget: str | None = None
     disk_dir: str | None = None
@@ -60,7 +63,10 @@ class Request:
         read_rules(self.rule)
         if self.verify_every < 0:
             raise BadOption(f"--verify-every {self.verify_every}: a number of steps")
-        if not self.as_module and not Path(self.target).exists():
+        if self.as_module and self.as_code:
+            raise BadOption("-m and -c: a module or code, not both")
+        named = self.as_module or self.as_code or self.target == STDIN
+        if not named and not Path(self.target).exists():
             raise BadOption(f"there is no script {self.target!r}; for a module write: torchlms run -m name")
         if self.plan is not None and not Path(self.plan).is_file():
             raise BadOption(f"--plan {self.plan}: there is no such file")
@@ -73,6 +79,8 @@ class Request:
         for path in files:
             if path not in (None, STDOUT) and not os.access(path.absolute().parent, os.W_OK):
                 raise BadOption(f"{path} could not be written at the end: no such folder, or no permission")
+            if path is not None and path.is_dir():
+                raise BadOption(f"{path} is a folder: name a file")
 
     @property
     def profiled(self) -> tuple[int, int]:

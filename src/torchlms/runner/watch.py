@@ -51,7 +51,7 @@ class Watch:
                 log.warning(
                     "%s comes after %s and goes to it, not to torchlms, whose options come before",
                     option,
-                    self._request.target,
+                    "the code" if self._request.as_code else self._request.target,
                 )
 
     def _find(self) -> None:

@@ -62,6 +62,7 @@ class Network:
     unit: str = "images"
     items_per_sample: Callable[[NetworkOptions], int] = lambda options: 1
     data_format: str = "NCHW"
+    users_own: bool = False  # none of ours: what it raises may be its author's to mend
 
     def build(self, options: NetworkOptions, device: torch.device) -> tuple[nn.Module, MakeBatch]:
         """The module in training mode, made on ``device`` and cast to ``options.dtype``."""

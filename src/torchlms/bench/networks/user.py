@@ -50,6 +50,7 @@ def load_user_network(spec: str) -> Network:
         default_image_size=224,
         unit="samples",
         data_format="as made",
+        users_own=True,
     )
 
 
