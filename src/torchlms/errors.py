@@ -76,11 +76,13 @@ class ReplayFailed(LMSError, RuntimeError):
 
 class StepTorn(LMSError, RuntimeError):
     """Some tensors of an update were written and others were not. ``restored`` says whether parameters and
-    optimizer states are again those from before the step."""
+    optimizer states are again those from before the step; ``smallest_bytes`` is a budget to try, 0 where
+    nothing is known of that."""
 
-    def __init__(self, message: str, *, restored: bool) -> None:
+    def __init__(self, message: str, *, restored: bool, smallest_bytes: int = 0) -> None:
         super().__init__(message)
         self.restored = restored
+        self.smallest_bytes = smallest_bytes
 
 
 class VerifyFailed(LMSError, RuntimeError):

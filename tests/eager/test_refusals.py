@@ -204,3 +204,33 @@ def test_rules_that_leave_too_little_to_move(name: str, spill_dir: Path) -> None
     assert watched.outcome.differences(run_plain(network)) == []
     assert watched.peak_bytes <= budget
     assert watched.moved_bytes > 0
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(("kind", "options"), [(torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9})])
+def test_states_that_find_no_room_are_foretold(
+    kind: Any, options: dict[str, float], foreach: bool, spill_dir: Path
+) -> None:
+    """The first step of an optimizer makes them. Who follows the errors is there after two of them."""
+
+    def train(budget_bytes: int) -> None:
+        model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(12)))
+        optimizer = kind(model.parameters(), lr=0.01, foreach=foreach, **options)
+        with torchlms.LMS(model, optimizer, budget=budget_bytes, disk_dir=spill_dir, rules=SMALL):
+            for _ in range(4):
+                model(torch.randn(16, 128)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    budget_bytes = 1_650_000
+    for _ in range(2):
+        try:
+            train(budget_bytes)
+            break
+        except torchlms.StepTorn as torn:
+            assert "of them were still to be made: try" in str(torn)
+            assert torn.smallest_bytes > budget_bytes
+            budget_bytes = torn.smallest_bytes
+    else:
+        train(budget_bytes)
+    assert budget_bytes > 1_650_000

@@ -28,7 +28,7 @@ EVERYTHING_BYTES = 1 << 62  # to ask for, to have everything leave that can
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _SMALL_BYTES = 1 << 20
-_NEXT_SHARE = 16  # of the budget: by so much more is tried
+_NEXT_SHARE = 8  # of the budget: by so much more is tried
 _ROUND_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
 
 

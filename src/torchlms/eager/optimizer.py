@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 
 from torchlms.eager import private
 from torchlms.errors import NotSupported, StepTorn
+from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
     from torchlms.eager.timer import OpTimer
@@ -26,7 +27,7 @@ class OptimizerGuard:
         self._optimizer = optimizer
         self._snapshot = snapshot
         self._before: _Snapshot | None = None
-        self._makes_states = False
+        self._makes_states: torch.optim.Optimizer | None = None  # whose first step this is
         self.inside = False
         self.steps = 0  # that have ended
         self.may_look_away: Callable[[], bool] = _never
@@ -54,7 +55,7 @@ class OptimizerGuard:
         """A forward pass: a step that had begun was given up."""
         self.look_again()
         self.inside = False
-        self._before = None
+        self._before = self._makes_states = None
 
     @property
     def looks_away(self) -> bool:
@@ -70,16 +71,27 @@ class OptimizerGuard:
     def torn(self, error: Exception) -> StepTorn:
         """What to raise instead of ``error``, with which an op of the step has failed."""
         restored = self._before is not None
-        advice = _ADVICE[restored] + (_FIRST if self._makes_states else "")
+        advice = _ADVICE[restored]
+        smallest_bytes: int = getattr(error, "smallest_bytes", 0)
+        if self._makes_states is not None:
+            states_bytes = _states_to_come_bytes(self._makes_states)
+            smallest_bytes += states_bytes if smallest_bytes else 0
+            advice += _FIRST.format(states=format_bytes(states_bytes))
+            if smallest_bytes:
+                advice += f": try {format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes)"
         if self._before is not None:
             with private.unwatched():
                 self._before.restore()
         self.outside()
-        return StepTorn(f"optimizer.step() failed half-way: {error}. {advice}", restored=restored)
+        return StepTorn(
+            f"optimizer.step() failed half-way: {error}. {advice}",
+            restored=restored,
+            smallest_bytes=smallest_bytes,
+        )
 
     def _begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.inside = True
-        self._makes_states = not optimizer.state
+        self._makes_states = optimizer if not optimizer.state else None
         if self._snapshot:
             with private.unwatched():
                 self._before = _Snapshot(optimizer)
@@ -129,8 +141,30 @@ _ADVICE = {
 
 _FIRST = (
     ". It was the optimizer's first step, which makes its states: the budget has to hold them beside "
-    "parameters and gradients"
+    "parameters and gradients, and about {states} of them were still to be made"
 )
+
+
+def _states_to_come_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What a first step that failed would still have made: as much for each byte of parameters as it had made
+    for those whose states are whole. Before there are any: two copies, as Adam has, where it had begun with
+    the first one's, else one, as momentum is."""
+    updated = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    begun = [parameter for parameter in updated if optimizer.state.get(parameter)]
+    whole = begun[:-1]  # memory may have run out in the middle of the last one's
+    made_bytes = _bytes_of(item for parameter in whole for item in optimizer.state[parameter].values())
+    whole_bytes = _bytes_of(whole)
+    rate = made_bytes / whole_bytes if whole else 2.0 if begun else 1.0
+    return int(rate * (_bytes_of(updated) - whole_bytes))
+
+
+def _bytes_of(items: Iterable[Any]) -> int:
+    return sum(item.untyped_storage().nbytes() for item in items if isinstance(item, torch.Tensor))
 
 
 class _Snapshot:
