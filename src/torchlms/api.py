@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -12,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -25,6 +23,7 @@ from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.director import Director
 from torchlms.eager import private
+from torchlms.eager.aside import Aside
 from torchlms.eager.collector import SparedCollector
 from torchlms.eager.engine import Engine
 from torchlms.eager.install import Installation
@@ -46,8 +45,6 @@ from torchlms.statistics import session_stats
 from torchlms.uninterrupted import uninterrupted
 
 log = logging.getLogger("torchlms")
-
-_GREW = 1.02  # inputs this much larger than any seen end the standing aside
 
 _current = threading.local()
 
@@ -117,8 +114,7 @@ class LMS:
         self._engine: Engine | None = None
         self._director: Director | None = None
         self._installation: Installation | None = None
-        self._largest_input_bytes: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-        self._aside = False
+        self._aside: Aside | None = None
 
     # -- entering and leaving ----------------------------------------------------------------
 
@@ -222,13 +218,11 @@ class LMS:
         self._installation = Installation(engine)
         self._installation.put_on()
         undo.callback(self._installation.take_off)
-        if self._model is not None and isinstance(device, CudaDevice):  # a CPU is never left alone
-            self._listen(self._model, undo)
+        if isinstance(device, CudaDevice):  # a CPU is never left alone
+            self._aside = Aside(engine, self._installation)
+            if self._model is not None:
+                self._aside.listen(self._model, undo)
         self._engine = engine
-
-    def _listen(self, model: torch.nn.Module, undo: ExitStack) -> None:
-        hook = _ForwardHook(self._before_forward)
-        undo.callback(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _model_name(self) -> str:
         return type(self._model).__name__ if self._model is not None else ""
@@ -252,51 +246,14 @@ class LMS:
             format_bytes(self._engine.ladder.budget_bytes),
         )
 
-    def _before_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        """The one hook on the model: a place between ops from which to step aside, or to come back."""
-        engine, installation = self._engine, self._installation
-        if engine is None or installation is None or engine.dead or not engine.device.is_cuda:
-            return
-        input_bytes = _bytes_in(args, kwargs)
-        # One of several models that so far was called for its results alone saves nothing now either.
-        unseen_bytes = 0 if torch.is_grad_enabled() else input_bytes
-        largest_bytes = self._largest_input_bytes.get(module, unseen_bytes)
-        if not installation.on:
-            if torch.is_inference_mode_enabled():
-                return  # which saves nothing, and takes a mode that is put on inside it away with it
-            engine.collector.look_now()
-            grew = input_bytes > _GREW * largest_bytes
-            if grew or engine.failed_alone() or engine.outgrown():
-                log.info(
-                    "%s: LMS is back", "larger inputs than before" if grew else "memory has become tight"
-                )
-                self._aside = False
-                if not grew:
-                    engine.routines.doubt()
-                installation.put_on()
-        elif torch.is_grad_enabled():
-            self._largest_input_bytes[module] = max(largest_bytes, input_bytes)
-            engine.settle()
-            # Inputs whose size cannot be seen could grow unnoticed.
-            if input_bytes and self._may_step_aside(engine) and installation.on_top():
-                self._step_aside(engine, installation)
-
-    def _may_step_aside(self, engine: Engine) -> bool:
-        return engine.routines.all_fit() and not engine.starved_aside and not engine.outgrown()
-
-    def _step_aside(self, engine: Engine, installation: Installation) -> None:
-        engine.leave_alone()
-        installation.take_off()
-        self._aside = True
-
     def set_budget(self, budget: Size) -> None:
         """Change the device budget from here on, because another program needs memory or gave some back.
 
         What must leave leaves at once, and the next steps get new plans; nothing is recorded again. Raises
         BudgetTooSmall, and changes nothing, if what is in use and cannot leave takes more.
         """
-        engine, director, installation = self._engine, self._director, self._installation
-        if engine is None or director is None or installation is None or engine.dead:
+        engine, director = self._engine, self._director
+        if engine is None or director is None or engine.dead:
             raise NotSupported("set_budget() needs an LMS that is on: call it inside the with block")
         options = replace(self._options, budget=budget, plan=None)
         device_bytes = options.device_bytes(**_room(engine.device))
@@ -304,9 +261,8 @@ class LMS:
         # The other tiers stay: what waits there now is ours, and no longer among what is free.
         director.rebudget(replace(director.budget, device_bytes=device_bytes))
         engine.routines.plan_again()
-        if self._aside:
-            self._aside = False
-            installation.put_on()
+        if self._aside is not None:
+            self._aside.end()
         log.info("the budget is %s from here on", format_bytes(device_bytes))
 
     def reclaim(self) -> int:
@@ -357,7 +313,7 @@ class LMS:
     @property
     def state(self) -> str:
         """``"off"``, ``"record"``, ``"guard"``, ``"improvise"`` (on, without a plan) or ``"aside"``."""
-        if self._aside:
+        if self._aside is not None and self._aside.on:
             return "aside"
         if self._engine is None or self._engine.dead:
             return "off"
@@ -382,21 +338,6 @@ class LMS:
         if tape is None or machine is None or plan is None:
             return None
         return lower_bound(tape, machine, plan.budget, recompute=self._options.rules.recompute)
-
-
-class _ForwardHook:
-    """Tells LMS of a forward pass. A copy of the model, in memory or in a file, gets one that is deaf."""
-
-    def __init__(self, tell: Callable[[torch.nn.Module, Any, Any], None] | None = None) -> None:
-        self._tell = tell
-
-    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if self._tell is not None:
-            self._tell(module, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As something of the standard library that does nothing: files are read without this package."""
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def enable(
@@ -463,15 +404,3 @@ def _use_remappable_segments(undo: ExitStack, device: CudaDevice, budget_bytes: 
     granted_bytes = private.set_expandable_segments(True, page_bytes(budget_bytes))
     device.page_bytes = granted_bytes or SMALLEST_PAGE_BYTES
     undo.callback(private.set_expandable_segments, before)
-
-
-def _bytes_in(*items: Any) -> int:
-    total = 0
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            total += item.nbytes
-        elif isinstance(item, (list, tuple)):
-            total += _bytes_in(*item)
-        elif isinstance(item, dict):
-            total += _bytes_in(*item.values())
-    return total

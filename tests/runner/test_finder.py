@@ -6,7 +6,6 @@ import gc
 import warnings
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import nn
 
 import torchlms.api
 from torchlms.core.machine import Machine
+from torchlms.eager.aside import Aside
 from torchlms.runner.finder import Finder
 from torchlms.runner.found import Models, Optimizers
 from torchlms.runner.script_lms import ScriptLMS
@@ -140,10 +140,10 @@ def test_a_model_met_later_tells_of_its_forward_passes(
 ) -> None:
     """On a card, where LMS steps aside and comes back at them; and not after the end."""
     told: list[nn.Module] = []
-    monkeypatch.setattr(ScriptLMS, "_before_forward", lambda self, module, args, kwargs: told.append(module))
+    monkeypatch.setattr(Aside, "_before_forward", lambda self, module, args, kwargs: told.append(module))
     models, first, second, third = Models(), make(), make(), make()
     lms = ScriptLMS(models, Optimizers(), gave_way=lambda: None, **options)
-    lms._engine = SimpleNamespace(device=SimpleNamespace(is_cuda=True))  # type: ignore[assignment]
+    lms._aside = Aside(None, None)  # type: ignore[arg-type]
     lms.take_in(first, listen=True)
     lms.take_in(second, listen=True)
     lms.take_in(third, listen=False)

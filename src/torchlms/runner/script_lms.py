@@ -32,8 +32,8 @@ class ScriptLMS(LMS):
         self._models.add(model)
         self._kinds.label()
         self._labels.learn(self._models)
-        if listen and self._engine is not None and self._engine.device.is_cuda:
-            self._listen(model, self._undo)
+        if listen and self._aside is not None:
+            self._aside.listen(model, self._undo)
 
     def _model_name(self) -> str:
         return ", ".join(type(model).__name__ for model in self._models.living())
