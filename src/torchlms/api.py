@@ -36,8 +36,8 @@ from torchlms.errors import NotSupported
 from torchlms.loudness import show_log
 from torchlms.memory import probe
 from torchlms.memory.device import CpuDevice, CudaDevice, open_device
-from torchlms.memory.disk import directory_for
 from torchlms.memory.limits import format_bytes, host_available_bytes
+from torchlms.memory.spill_place import directory_for
 from torchlms.memory.store import Store
 from torchlms.options import Options, PlanSource, Size
 from torchlms.report import report_text

@@ -15,8 +15,8 @@ from torchlms.core.plan import Budget, Plan
 from torchlms.core.rules import Rules
 from torchlms.errors import BadOption, NotSupported, PlanMismatch
 from torchlms.memory.device import read_device, supported
-from torchlms.memory.disk import directory_for
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, parse_option
+from torchlms.memory.spill_place import directory_for
 from torchlms.rule_text import with_sizes
 
 log = logging.getLogger("torchlms")

@@ -29,7 +29,8 @@ from torch import Tensor
 import torchlms
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import hollow, new_bytes
-from torchlms.memory.disk import ALIGNMENT_BYTES, CHUNK_BYTES
+from torchlms.memory.disk import CHUNK_BYTES
+from torchlms.memory.open_file import ALIGNMENT_BYTES
 
 MLP = NETWORKS["mlp"]
 BUDGET = 900_000  # of 1.7 MB

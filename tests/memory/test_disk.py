@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import torchlms.memory.disk as disk
 from tests import forked
 from torchlms.errors import LMSError, SpillError
-from torchlms.memory.disk import ALIGNMENT_BYTES, CHUNK_BYTES, SpillFile, filesystem_type
+from torchlms.memory import open_file, spill_place
+from torchlms.memory.disk import CHUNK_BYTES, SpillFile
+from torchlms.memory.open_file import ALIGNMENT_BYTES
+from torchlms.memory.spill_place import filesystem_type
 
 MIB = 1 << 20
 HOLDER = """
@@ -58,7 +60,7 @@ def names(directory):
 @pytest.fixture(params=["direct", "buffered"])
 def spill(request, tmp_path, monkeypatch):
     if request.param == "buffered":
-        monkeypatch.setattr(disk, "_open_direct", lambda path: -1)
+        monkeypatch.setattr(open_file, "_open_direct", lambda path: -1)
     with SpillFile(tmp_path, 64 * MIB) as spill:
         if request.param == "direct" and not spill.direct:
             pytest.skip("this filesystem has no O_DIRECT")
@@ -375,7 +377,7 @@ def test_half_made_and_half_removed_directories(tmp_path):
         path.mkdir()
     (users / "thesis.txt").write_text("years of work")
     os.utime(old, (0, 0))
-    disk.remove_stale(tmp_path)
+    spill_place.remove_stale(tmp_path)
     assert names(tmp_path) == sorted([new.name, users.name])
     assert names(users) == ["thesis.txt"]
 
@@ -412,7 +414,7 @@ def test_a_forked_child_keeps_its_hands_off(tmp_path):
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        disk.remove_stale(tmp_path)  # still locked
+        spill_place.remove_stale(tmp_path)  # still locked
         target = torch.empty_like(source)
         spill.read(offset, target).result()
         assert torch.equal(source, target)
@@ -483,9 +485,11 @@ def test_filesystem_type_takes_the_innermost_mount(tmp_path):
 def test_default_directory_avoids_memory_filesystems(tmp_path, monkeypatch):
     cache, temporary = tmp_path / "cache", tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr(disk.platformdirs, "user_cache_path", lambda name: cache)
-    monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: str(temporary))
-    monkeypatch.setattr(disk, "filesystem_type", lambda path: "tmpfs" if cache in path.parents else "ext4")
-    assert disk.default_directory() == temporary
-    monkeypatch.setattr(disk, "filesystem_type", lambda path: "ext4")
-    assert disk.default_directory() == cache / "spill"
+    monkeypatch.setattr(spill_place.platformdirs, "user_cache_path", lambda name: cache)
+    monkeypatch.setattr(spill_place.tempfile, "gettempdir", lambda: str(temporary))
+    monkeypatch.setattr(
+        spill_place, "filesystem_type", lambda path: "tmpfs" if cache in path.parents else "ext4"
+    )
+    assert spill_place.default_directory() == temporary
+    monkeypatch.setattr(spill_place, "filesystem_type", lambda path: "ext4")
+    assert spill_place.default_directory() == cache / "spill"

@@ -13,7 +13,7 @@ import torch
 from torchlms.doctor import device, host, software
 from torchlms.doctor.finding import Finding, State
 from torchlms.memory import probe
-from torchlms.memory.disk import directory_for
+from torchlms.memory.spill_place import directory_for
 
 if TYPE_CHECKING:
     from pathlib import Path

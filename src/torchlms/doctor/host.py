@@ -10,9 +10,9 @@ import psutil  # type: ignore[import-untyped]
 
 from torchlms.doctor.finding import Finding, attention, fine, note
 from torchlms.memory import limits
-from torchlms.memory.disk import filesystem_type
 from torchlms.memory.limits import UNLIMITED, format_bytes
 from torchlms.memory.probe import Measurements, cache_directory
+from torchlms.memory.spill_place import filesystem_type
 
 _MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "9p", "fuse.sshfs", "fuse.s3fs")

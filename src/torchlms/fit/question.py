@@ -19,8 +19,8 @@ from torchlms.errors import BadOption
 from torchlms.fit import recording
 from torchlms.fit.scale import Scale
 from torchlms.memory.device import read_device, supported
-from torchlms.memory.disk import directory_for
 from torchlms.memory.limits import disk_free_bytes, host_available_bytes, parse_option
+from torchlms.memory.spill_place import directory_for
 from torchlms.outlet import check_folder
 
 if TYPE_CHECKING:

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import fcntl
 import logging
 import mmap
 import os
-import re
-import secrets
-import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import TypeAlias
 
-import platformdirs
 import torch
 
 from torchlms.errors import SpillError
 from torchlms.memory.freelist import FreeList
 from torchlms.memory.limits import disk_free_bytes, format_bytes
+from torchlms.memory.open_file import ALIGNMENT_BYTES, OpenFile, pread_into
+from torchlms.memory.spill_place import FILE, directory_for, remove_stale
 
-ALIGNMENT_BYTES = 4096  # of offsets, sizes and addresses, as O_DIRECT wants them
 CHUNK_BYTES = 8 << 20
 
 _RESERVE_STEP_BYTES = 256 << 20
 _LEAVE_FREE = 0.05  # share of the free disk that a spill file without a budget leaves to others
-_FILE, _LOCK = "spill.bin", "lock"
-_OWN = re.compile(r"torchlms-\d+-[0-9a-f]{16}")
-_BEING_MADE = re.compile(r"\.torchlms-\d+-[0-9a-f]{16}")
-_BEING_MADE_LONGEST_S = 3600.0
-_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-
-_Call: TypeAlias = Callable[[int, memoryview, int], int]
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +50,7 @@ class SpillFile:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             remove_stale(directory)
-            self._files = _Files(directory)
+            self._files = OpenFile(directory)
         except OSError as error:
             raise _spill_error(error, f"cannot spill to {directory}", "give another disk_dir") from error
         if budget_bytes is None:
@@ -185,7 +169,7 @@ class SpillFile:
                 return True
         self.stopped_by = reason or "for no reason given"
         if self.stopped_by != self._told:
-            _log.warning("%s cannot grow to %s: %s", self.directory / _FILE, format_bytes(end), reason)
+            _log.warning("%s cannot grow to %s: %s", self.directory / FILE, format_bytes(end), reason)
         self._told = self.stopped_by
         return False
 
@@ -219,7 +203,7 @@ class SpillFile:
                 move(address, size_bytes, offset)
         except OSError as cause:
             verb = "write" if transfer.write else "read"
-            where = self.directory / _FILE
+            where = self.directory / FILE
             failed = f"cannot {verb} {size_bytes} bytes at {offset} of {where}"
             free = "free some of that disk, or " if transfer.write else ""
             error = _spill_error(cause, failed, f"{free}give another disk_dir")
@@ -253,10 +237,10 @@ class SpillFile:
 
     def _read_chunk(self, address: int, size_bytes: int, offset: int) -> None:
         if not self.direct or not (address % ALIGNMENT_BYTES or size_bytes % ALIGNMENT_BYTES):
-            self._files.move(_pread_into, address, size_bytes, offset, wanted_bytes=size_bytes)
+            self._files.move(pread_into, address, size_bytes, offset, wanted_bytes=size_bytes)
             return
         page = self._bounce.address()
-        self._files.move(_pread_into, page, _round_up(size_bytes), offset, wanted_bytes=size_bytes)
+        self._files.move(pread_into, page, _round_up(size_bytes), offset, wanted_bytes=size_bytes)
         ctypes.memmove(address, page, size_bytes)
 
 
@@ -290,173 +274,12 @@ class _BouncePages(threading.local):
         return ctypes.addressof(self.pages)
 
 
-class _Files:
-    """The directory of this process with its lock, and two descriptors of one file: buffered and direct."""
-
-    def __init__(self, parent: Path) -> None:
-        self.directory, self.lock = _make_own_directory(parent)
-        self.buffered = self.direct = self._direct = -1
-        path = self.directory / _FILE
-        try:
-            self.buffered = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self.direct = self._direct = _open_direct(path)
-        except BaseException:
-            self.remove()
-            raise
-        _live.add(self)
-
-    def move(self, call: _Call, address: int, size_bytes: int, offset: int, *, wanted_bytes: int) -> None:
-        """Repeat ``call`` until at least ``wanted_bytes`` of ``size_bytes`` have moved."""
-        view = memoryview((ctypes.c_uint8 * size_bytes).from_address(address))
-        done = 0
-        while done < wanted_bytes:
-            # After a short count the rest is no longer aligned, and goes through the page cache.
-            descriptor = self.direct if self.direct >= 0 and done % ALIGNMENT_BYTES == 0 else self.buffered
-            try:
-                count = call(descriptor, view[done:], offset + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or descriptor == self.buffered:
-                    raise
-                self.direct = -1  # a filesystem that wants something else again; buffered from now on
-                continue
-            if count == 0:
-                raise OSError(errno.EIO, f"the file ended {wanted_bytes - done} bytes early")
-            done += count
-
-    def close(self) -> None:
-        descriptors = (self.buffered, self._direct, self.lock)
-        self.buffered = self.direct = self._direct = self.lock = -1
-        for descriptor in descriptors:
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    def remove(self) -> None:
-        _remove_directory(self.directory)
-        self.close()
-
-
-_live: weakref.WeakSet[_Files] = weakref.WeakSet()
-
-
-def _forget_after_fork() -> None:
-    # Else a child that outlives a killed parent would hold the lock, and the space, for as long.
-    for files in list(_live):
-        files.close()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def default_directory() -> Path:
-    """The user's cache directory or else the temporary one: the first that is not a memory filesystem."""
-    candidates = (platformdirs.user_cache_path("torchlms") / "spill", Path(tempfile.gettempdir()))
-    for candidate in candidates:
-        with contextlib.suppress(OSError):
-            candidate.mkdir(parents=True, exist_ok=True)
-            if os.access(candidate, os.W_OK) and filesystem_type(candidate) not in _MEMORY_FILESYSTEMS:
-                return candidate
-    return candidates[-1]
-
-
-def directory_for(disk_dir: str | os.PathLike[str] | None) -> Path:
-    """Where to spill: the directory that was given, or the default one."""
-    return default_directory() if disk_dir is None else Path(disk_dir)
-
-
-def filesystem_type(path: Path, *, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """What the kernel calls the filesystem that holds ``path``; "" when it does not tell."""
-    resolved, best, kind = path.resolve(), "", ""
-    with contextlib.suppress(OSError):
-        for line in mounts.read_text(errors="replace").splitlines():
-            _, point, fstype, *_ = line.split(" ")
-            point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
-            # Of two mounts on one point the later one is what is seen.
-            if resolved.is_relative_to(point) and len(point) >= len(best):
-                best, kind = point, fstype
-    return kind
-
-
-def remove_stale(directory: Path) -> None:
-    """Remove what ended processes left in ``directory``: every ``torchlms-*`` whose lock can be taken."""
-    for entry in os.scandir(directory):
-        with contextlib.suppress(OSError):  # someone else's, or someone else was quicker
-            if not entry.is_dir(follow_symlinks=False):
-                continue
-            age_s = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            half_made = _BEING_MADE.fullmatch(entry.name) and age_s > _BEING_MADE_LONGEST_S
-            if _OWN.fullmatch(entry.name) or half_made:
-                _remove_if_unlocked(Path(entry.path))
-
-
-def _make_own_directory(parent: Path) -> tuple[Path, int]:
-    """A locked directory. It gets its name after its lock, so nobody can find it without one."""
-    name = f"torchlms-{os.getpid()}-{secrets.token_hex(8)}"
-    making = parent / f".{name}"
-    making.mkdir(mode=0o700)
-    lock = -1
-    try:
-        lock = os.open(making / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # then nobody can take it later either, and it is never stale
-            _log.warning("no locks in %s (%s): a killed process will leave its file", parent, error.strerror)
-        making.rename(parent / name)
-    except BaseException:
-        _remove_directory(making)
-        if lock >= 0:
-            os.close(lock)
-        raise
-    return parent / name, lock
-
-
-def _remove_if_unlocked(directory: Path) -> None:
-    try:
-        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:  # the lock goes last: whoever was removing this did not finish
-        _remove_directory(directory)
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove_directory(directory)
-    finally:
-        os.close(lock)
-
-
-def _remove_directory(directory: Path) -> None:
-    """Only the two files we make: whatever else a user put there stays, and so does the directory."""
-    for name in (_FILE, _LOCK):
-        with contextlib.suppress(OSError):
-            (directory / name).unlink()
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-
-
-def _remove(pool: ThreadPoolExecutor, files: _Files, pid: int) -> None:
+def _remove(pool: ThreadPoolExecutor, files: OpenFile, pid: int) -> None:
     if os.getpid() == pid:
         # No transfer is in flight: close has waited, or each would have kept the SpillFile alive.
         # Not waiting for the threads lets this run in one of them (a collector may choose it).
         pool.shutdown(wait=False)
         files.remove()
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor that bypasses the page cache and has shown that it works; -1 when there is none."""
-    descriptor, works = -1, False
-    page = mmap.mmap(-1, ALIGNMENT_BYTES)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-        moved = os.pwrite(descriptor, page, 0), os.preadv(descriptor, [page], 0)
-        works = moved == (ALIGNMENT_BYTES, ALIGNMENT_BYTES)
-    except OSError as error:
-        _log.debug("no O_DIRECT for %s: %s", path, error)
-    finally:  # an interrupt, too
-        if descriptor >= 0 and not works:
-            os.close(descriptor)
-    return descriptor if works else -1
-
-
-def _pread_into(descriptor: int, view: memoryview, offset: int) -> int:
-    return os.preadv(descriptor, [view], offset)
 
 
 def _round_up(size_bytes: int) -> int:

@@ -23,8 +23,9 @@ import torch
 
 from torchlms.errors import LMSError
 from torchlms.memory.arena import HUGE_PAGE_BYTES, Arena
-from torchlms.memory.disk import SpillFile, directory_for
+from torchlms.memory.disk import SpillFile
 from torchlms.memory.limits import disk_free_bytes, format_bytes, host_available_bytes, memlock_limit_bytes
+from torchlms.memory.spill_place import directory_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,8 +20,9 @@ import torch
 from torchlms.errors import HostBudgetTooSmall, SpillError
 from torchlms.memory.arena import Arena
 from torchlms.memory.device import Copy, CpuDevice, CudaCopy, CudaDevice, FutureCopy, afresh
-from torchlms.memory.disk import SpillFile, directory_for, remove_stale
+from torchlms.memory.disk import SpillFile
 from torchlms.memory.limits import disk_free_bytes, format_bytes
+from torchlms.memory.spill_place import directory_for, remove_stale
 from torchlms.uninterrupted import uninterrupted
 
 SLAB_BYTES = 1 << 30
