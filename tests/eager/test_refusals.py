@@ -39,7 +39,7 @@ def test_the_smallest_budget_that_was_named_works(name: str, spill_dir: Path) ->
 def test_once_a_step_was_recorded_whole_its_budget_is_named(spill_dir: Path) -> None:
     with torchlms.LMS(device="cpu", budget="1MiB", disk_dir=spill_dir) as lms:
         assert lms._engine is not None
-        lms._engine.ladder.whole_step_bytes = 5 << 20
+        lms._engine.ladder.refusals.whole_step_bytes = 5 << 20
         with pytest.raises(
             torchlms.BudgetTooSmall, match=r"for a plan of the whole step, .* 5\.0 MiB"
         ) as raised:

@@ -12,6 +12,7 @@ import torch
 import torchlms
 import torchlms.memory.probe as probe
 from torchlms.core.machine import CopyTime, Machine
+from torchlms.memory import rates
 from torchlms.memory.arena import pinned_bytes_in_use
 from torchlms.memory.probe import Measurements, load_or_measure, measure
 
@@ -64,7 +65,7 @@ def test_fields_are_those_of_machine():
 
 
 def test_what_cannot_be_measured_stays_at_its_default(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(probe, "_measure_host", lambda: {"touch_bytes_per_s": 5.0})
+    monkeypatch.setattr(rates, "measure_host", lambda: {"touch_bytes_per_s": 5.0})
     (tmp_path / "file").write_text("")
     found = measure(CPU, tmp_path / "file")
     assert found.touch_bytes_per_s == 5.0
@@ -75,24 +76,24 @@ def test_what_cannot_be_measured_stays_at_its_default(tmp_path, monkeypatch, cap
 def test_what_failed_is_measured_again(tmp_path, monkeypatch):
     """A disk that was full, or a device that was busy, is not so for good."""
     monkeypatch.setenv("TORCHLMS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe, "_measure_host", lambda: {"touch_bytes_per_s": 5.0})
-    right = probe._measure_disk
+    monkeypatch.setattr(rates, "measure_host", lambda: {"touch_bytes_per_s": 5.0})
+    right = rates.measure_disk
 
     def full(disk_dir):
         raise torchlms.LMSError("no room")
 
-    monkeypatch.setattr(probe, "_measure_disk", full)
+    monkeypatch.setattr(rates, "measure_disk", full)
     assert load_or_measure(CPU, tmp_path).disk_write_bytes_per_s == 0.0
-    monkeypatch.setattr(probe, "_measure_disk", right)
+    monkeypatch.setattr(rates, "measure_disk", right)
     found = load_or_measure(CPU, tmp_path)
     assert found.disk_write_bytes_per_s > 0.0
     assert load_or_measure(CPU, tmp_path).measured == found.measured, "from the cache"
 
 
 def test_slow_disk_is_measured_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "_DISK_LONGEST_S", 0.0)
-    monkeypatch.setattr(probe, "_stream", _at_least_one(probe._stream))
-    assert probe._measure_disk(tmp_path)["disk_write_bytes_per_s"] >= 0
+    monkeypatch.setattr(rates, "_DISK_LONGEST_S", 0.0)
+    monkeypatch.setattr(rates, "_stream", _at_least_one(rates._stream))
+    assert rates.measure_disk(tmp_path)["disk_write_bytes_per_s"] >= 0
 
 
 def _at_least_one(stream):
@@ -162,9 +163,9 @@ def test_shares_of_a_link_that_slows_when_both_ways_run(monkeypatch):
     # Lone: out 1.0 s, in 2.0 s. Together: out ends at 1.25 s (0.8 of its rate); until then in had
     # 0.5 of its rate, 0.3125 of its copies, and did the rest alone in 1.375 s.
     queues = iter([[1.0], [2.0], [1.25, 2.625]])
-    monkeypatch.setattr(probe, "_queue_s", lambda pairs: next(queues))
+    monkeypatch.setattr(rates, "_queue_s", lambda pairs: next(queues))
     nothing = (torch.empty(0), torch.empty(0))
-    assert probe._both_ways(nothing, nothing) == pytest.approx((0.8, 0.5))
+    assert rates._both_ways(nothing, nothing) == pytest.approx((0.8, 0.5))
 
 
 @pytest.mark.gpu

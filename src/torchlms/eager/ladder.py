@@ -7,28 +7,26 @@ random op gets its generator back first.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from torchlms.eager.refusals import Refusals
 from torchlms.eager.slot import Slot, Where
 from torchlms.eager.tensors import all_plain, new_bytes, tensors_in, unwritten
-from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall, LMSError, SpillError
-from torchlms.memory.device import CudaDevice
-from torchlms.memory.limits import format_bytes
+from torchlms.errors import HostBudgetTooSmall, SpillError
 
 if TYPE_CHECKING:
     from torchlms.eager.lent import Operands
     from torchlms.eager.sizes import ResultSizes
-    from torchlms.memory.device import CpuDevice
+    from torchlms.memory.device import CpuDevice, CudaDevice
     from torchlms.memory.store import Store
 
 EVERYTHING_BYTES = 1 << 62  # to ask for, to have everything leave that can
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _SMALL_BYTES = 1 << 20
-_NEXT_SHARE = 8  # of the budget: by so much more is tried
 _ROUND_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
 
 
@@ -59,7 +57,7 @@ class Ladder:
         self.slots = slots
         self.sizes = sizes
         self.budget_bytes = budget_bytes
-        self.whole_step_bytes = 0  # that a plan of such a step needs; 0 where one was made, or none tried
+        self.refusals = Refusals(device, sizes)
         self._collect = collect
         self._steps = 0
         self._collect_from = 0  # the step
@@ -147,7 +145,7 @@ class Ladder:
         if not need_bytes or self.fit(need_bytes, (args, kwargs)):
             return
         if not (self._collect_garbage(refusing=True) and self.fit(need_bytes, (args, kwargs))):
-            raise self.refusal(func, args, kwargs, where, need_bytes)
+            raise self.refusals.op(func, args, kwargs, where(), need_bytes, self.budget_bytes)
 
     def fit(self, need_bytes: int, operands: Operands | None = None) -> bool:
         """CPU: whether ``need_bytes`` more fit under the budget, after evicting what must go."""
@@ -165,7 +163,7 @@ class Ladder:
             if not self.fit(size_bytes, operands):
                 found = not early and self._collect_garbage(refusing=True)
                 if not (found and self.fit(size_bytes, operands)):
-                    raise self._no_way_back(size_bytes, operands)
+                    raise self.refusals.way_back(size_bytes, operands is not None, self.budget_bytes)
             return new_bytes(size_bytes, self.device.torch_device)
         while True:
             try:
@@ -175,7 +173,7 @@ class Ladder:
             if self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
                 continue
             if early or not self._collect_garbage(refusing=True):
-                raise self._no_way_back(size_bytes, operands)
+                raise self.refusals.way_back(size_bytes, operands is not None, self.budget_bytes)
 
     def _victims(self, operands: Operands | None) -> Iterator[Slot]:
         """What is already on its way out, then what came back early, then large values, then all the
@@ -232,89 +230,7 @@ class Ladder:
                 if not starved_engine(error):
                     raise
                 want_bytes *= 2
-        raise self.refusal(func, args, kwargs, where, want_bytes)
-
-    # -- refusing ----------------------------------------------------------------------------
-
-    def refusal(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        where: Callable[[], str],
-        missing_bytes: int,
-    ) -> BudgetTooSmall:
-        """The one clear error: op, module, its bytes, what is known to be needed, and a budget to try."""
-        operands = _distinct_bytes(tensors_in(args, kwargs))
-        results = sum(self.sizes.of(func, args, kwargs))
-        needed_bytes = self._needed(max(missing_bytes, results))
-        module = where()
-        inside = f" in {module}" if module else ""
-        return BudgetTooSmall(
-            f"{func}{inside} needs {format_bytes(operands)} of operands and {format_bytes(results)} of "
-            f"results at once. {self._in_use()}. {self._advice(needed_bytes)}",
-            smallest_bytes=self._next(needed_bytes),
-        )
-
-    def starving(self, func: Any, where: str, need_bytes: int) -> BudgetTooSmall:
-        """A convolution that would have to do with less than it has been measured to take."""
-        needed_bytes = self._needed(need_bytes)
-        inside = f" in {where}" if where else ""
-        return BudgetTooSmall(
-            f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
-            f"{self._in_use()}. With less cuDNN would take another algorithm, which may give other bits, "
-            "and deterministic ones were asked for; in this process it keeps, for shapes that it met while "
-            f"memory was short, what it took then: try again in a new one. {self._advice(needed_bytes)}",
-            smallest_bytes=self._next(needed_bytes),
-        )
-
-    def _needed(self, need_bytes: int) -> int:
-        """What is known to be needed, a lower bound."""
-        so_far_bytes = max(self.device.allocated_bytes() + need_bytes, self.budget_bytes + 1)
-        return max(so_far_bytes, self.whole_step_bytes)
-
-    def _next(self, needed_bytes: int) -> int:
-        """A budget to try: of a step that is not known as a whole always a good deal more than there was, or
-        who follows this would be refused for a few bytes over and over."""
-        if needed_bytes == self.whole_step_bytes:
-            return needed_bytes
-        return max(needed_bytes, self.budget_bytes + self.budget_bytes // _NEXT_SHARE)
-
-    def _advice(self, needed_bytes: int) -> str:
-        """What to do, as far as can be told in the middle of a step."""
-        size = f"{format_bytes(needed_bytes, up=True)} ({needed_bytes} bytes)"
-        if needed_bytes == self.whole_step_bytes:
-            return (
-                f"The smallest budget for a plan of the whole step, as it was recorded, is {size}: raise "
-                "budget to that, or use a smaller batch"
-            )
-        to_try = format_bytes(self._next(needed_bytes), up=True)
-        return (
-            f"As far as this step got, the smallest budget that works is at least {size}, and more where "
-            f"more comes later in it, as an optimizer's states do in the first one: try {to_try}, or use a "
-            "smaller batch. `torchlms plan` says how much a plan takes, from the tape of a step that had room"
-        )
-
-    def _in_use(self) -> str:
-        """What is left when nothing more can move, and what the allocator holds in unusable pieces."""
-        allocated = self.device.allocated_bytes()
-        text = (
-            f"With everything else moved away {format_bytes(allocated)} are in use of a budget of "
-            f"{format_bytes(self.budget_bytes)}"
-        )
-        if isinstance(self.device, CudaDevice):
-            reserved = int(torch.cuda.memory_reserved(self.device.torch_device))
-            text += f", and {format_bytes(reserved - allocated)} lie in holes between tensors"
-        return text
-
-    def _no_way_back(self, size_bytes: int, operands: Operands | None) -> LMSError:
-        needed_bytes = self._needed(size_bytes)
-        return BudgetTooSmall(
-            f"a saved tensor of {format_bytes(size_bytes)} must come back for "
-            f"{'backward' if operands is None else 'an op that reads it'}. {self._in_use()}. "
-            f"{self._advice(needed_bytes)}",
-            smallest_bytes=self._next(needed_bytes),
-        )
+        raise self.refusals.op(func, args, kwargs, where(), want_bytes, self.budget_bytes)
 
 
 def asked_bytes(error: BaseException) -> int:
@@ -327,8 +243,3 @@ def starved_engine(error: BaseException) -> bool:
     """Whether this is cuDNN's way to say that no algorithm fits into memory."""
     text = str(error).lower()
     return "unable to find an engine" in text or "cudnn_status_alloc_failed" in text
-
-
-def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())

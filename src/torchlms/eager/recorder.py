@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.core.tape import Kind, Phase, Stretch, Tape
 from torchlms.eager import private
+from torchlms.eager.draft import OpDraft, ValueDraft
 from torchlms.eager.slot import Slot, Where
 from torchlms.eager.tensors import tensors_in
 from torchlms.memory.device import CudaDevice
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _MARK = "_torchlms_value"
 _BLOCK_BYTES = 512  # the caching allocator's granularity
-_LEAST_HELD_OPS = 2  # shorter stretches are not worth a copy there and back
 _LAUNCH_S = 2e-4  # from an op's first mark until its kernel is launched, on a slow host
 
 
@@ -42,40 +42,6 @@ class _ValueMark:
 
 
 private.hide_from_compiler(_ValueMark.__del__)
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A value while it is still being watched."""
-
-    kind: Kind
-    size_bytes: int
-    birth: int
-    op: str = ""
-    module: str = ""
-    death: int | None = None
-    saved: int = -1
-    saved_at: int = -1
-    idle_from: int | None = None  # of a stretch that has not ended yet
-    used_in: int | None = None  # the backward pass that asked for it last
-    idle: list[Stretch] = field(default_factory=list)
-    held: list[Stretch] = field(default_factory=list)
-    lendable: bool = True
-    touched: int = -1  # the op that read or wrote it last
-    recipe: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class _OpDraft:
-    name: str
-    module: str
-    phase: Phase
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    scratch_bytes: int
-    begin: Mark
-    end: Mark
 
 
 @dataclass(slots=True)
@@ -107,8 +73,8 @@ class Recorder:
         self.module = ""
         self.closed = False
         self.scratch_bytes = 0  # of the op that ran last
-        self._ops: list[_OpDraft] = []
-        self._values: list[_Draft] = []
+        self._ops: list[OpDraft] = []
+        self._values: list[ValueDraft] = []
         self._waiting: dict[int, weakref.ref[Slot]] = {}  # saved, and still held by others
         self._saved_in: dict[int, str] = {}  # the module in which autograd saved what it keeps, by identity
         self._running: _Running | None = None
@@ -171,7 +137,7 @@ class Recorder:
             peak = stats["allocated_bytes"]["all"]["peak"]
             self.scratch_bytes = max(0, peak - running.allocated_bytes - fresh_bytes)
         self._ops.append(
-            _OpDraft(
+            OpDraft(
                 name,
                 self.module,
                 self.phase,
@@ -202,11 +168,8 @@ class Recorder:
             value = self._adopt(storage)
         slot.value = value
         draft = self._values[value]
-        if draft.saved >= 0:  # by a graph that is gone: what it saw of the value is no matter
-            draft.idle_from = draft.used_in = None
-            draft.idle.clear()
-            draft.held.clear()
-            draft.recipe = draft.sources = ()
+        if draft.saved >= 0:
+            draft.forget_graph()
         draft.saved, draft.saved_at = slot.ordinal, len(self._ops)
         draft.lendable = draft.birth >= 0 and not slot.indices
         self._waiting[value] = weakref.ref(slot)
@@ -217,7 +180,7 @@ class Recorder:
             return
         draft = self._values[slot.value]
         now, backward = len(self._ops), private.graph_task()
-        self._note_held(draft)
+        draft.note_held(now)
         # Between two uses in one backward pass it is not worth going.
         if draft.idle_from is not None and draft.idle_from < now and draft.used_in != backward:
             draft.idle.append(Stretch(draft.idle_from, now))
@@ -266,20 +229,13 @@ class Recorder:
                 self._idle_now(slot, self._values[value])
                 del self._waiting[value]
 
-    def _touch(self, draft: _Draft) -> None:
+    def _touch(self, draft: ValueDraft) -> None:
         """The op that comes next reads or writes a value."""
-        self._note_held(draft, touched=True)
+        draft.note_held(len(self._ops), touched=True)
         draft.touched = len(self._ops)
 
-    def _note_held(self, draft: _Draft, *, touched: bool = False) -> None:
-        """Until now the program held a saved value, and perhaps did nothing with it for a while."""
-        start, now = max(draft.touched + 1, draft.saved_at), len(self._ops)
-        first = draft.saved >= 0 and draft.idle_from is None and draft.used_in is None and not draft.idle
-        if first and draft.lendable and now - start >= _LEAST_HELD_OPS:
-            draft.held.append(Stretch(start, now, held_until=now, touched=touched))
-
-    def _idle_now(self, slot: Slot, draft: _Draft) -> None:
-        self._note_held(draft)
+    def _idle_now(self, slot: Slot, draft: ValueDraft) -> None:
+        draft.note_held(len(self._ops))
         draft.idle_from = len(self._ops)
         if draft.idle:
             return
@@ -321,7 +277,7 @@ class Recorder:
         if kind is None:
             kind = Kind.INPUT if birth < 0 else Kind.ACTIVATION
         value = len(self._values)
-        self._values.append(_Draft(kind, size_bytes, birth, op, self.module, touched=birth))
+        self._values.append(ValueDraft(kind, size_bytes, birth, op, self.module, touched=birth))
         setattr(storage, _MARK, _ValueMark(self, value))
         return value
 
@@ -338,19 +294,8 @@ class Recorder:
             if op.phase is Phase.BETWEEN:  # of two backward passes over one graph
                 op.phase = Phase.FORWARD
         return Tape(
-            ops=tuple(
-                Op(
-                    op.name,
-                    op.module,
-                    op.phase,
-                    op.end.since_s(op.begin),
-                    op.reads,
-                    op.writes,
-                    op.scratch_bytes,
-                )
-                for op in self._ops
-            ),
-            values=tuple(_finished(index, draft, count) for index, draft in enumerate(self._values)),
+            ops=tuple(op.finished() for op in self._ops),
+            values=tuple(draft.finished(index, count) for index, draft in enumerate(self._values)),
             resident_bytes=max(0, self._resident_bytes),
             device=device_name(self.device.torch_device),
             torch=torch.__version__,
@@ -363,40 +308,6 @@ class Recorder:
             value = self._marked(storage)
             if value is not None:
                 self._values[value].kind = kind
-
-
-def _finished(index: int, draft: _Draft, count: int) -> Value:
-    death = count if draft.death is None else draft.death
-    idle, why_not = tuple(draft.idle), _why_not(draft)
-    # An optimizer makes its states at the end of its first step; every later lap begins with them.
-    lasting = draft.kind is Kind.STATE and draft.death is None
-    return Value(
-        id=index,
-        kind=draft.kind,
-        size_bytes=draft.size_bytes,
-        birth=-1 if lasting else draft.birth,
-        death=max(death, draft.birth, 0),
-        idle=idle,
-        saved=draft.saved,
-        saved_at=draft.saved_at,
-        movable=bool(idle),
-        why_not=why_not,
-        op=draft.op,
-        module=draft.module,
-        recipe=draft.recipe if idle and min(draft.sources, default=0) >= 0 else (),
-        sources=draft.sources,
-        held=tuple(draft.held),
-    )
-
-
-def _why_not(draft: _Draft) -> str:
-    """Why a saved value cannot move; nothing for one that can, or was not saved."""
-    if draft.saved < 0 or draft.idle:
-        return ""
-    if draft.used_in is None:
-        return "saved, but never asked for"
-    hint = ": rule held lets such values leave" if draft.held else ""
-    return f"somebody else holds it until it is needed{hint}"
 
 
 def device_name(device: torch.device) -> str:

@@ -220,7 +220,7 @@ class Watcher:
         BudgetTooSmall where deterministic kernels were asked for, for this may be another one."""
         where = self._where()
         if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
-            raise self._ladder.starving(func, where, need_bytes)
+            raise self._ladder.refusals.convolution(func, where, need_bytes, self._ladder.budget_bytes)
         if (func, where) not in self._starved:
             self._starved.add((func, where))
             text = "no room for what %s in %s needs, %s at once: it may be slower, and give other bits"
