@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sessions import more, slow_disk
+from sessions import DROPPING, more, slow_disk
 from torch import Tensor, nn
-from traps import STEPS, Trap, assert_same, batch, train, usual
+from traps import STEPS, Loop, Trap, assert_same, batch, train, usual
 
 import torchlms
 from torchlms.eager.backends import Backends
@@ -378,3 +379,116 @@ def test_what_the_program_keeps_does_not_keep_its_history(
     assert_same(scaled, spill_dir, loop)
     under_lms = counts[-STEPS:]
     assert max(under_lms[-3:]) <= max(under_lms[:4]), "calls of steps that are over are still there"
+
+
+def tabled(
+    write: Callable[[Tensor], object], times: int = 0
+) -> tuple[Callable[[nn.Module, Tensor], Tensor], Loop]:
+    """Layers that read a table which is no parameter and no buffer, so that only recipes ask for it, and a
+    loop that from some planned step on has it written between forward and backward; ``times`` before."""
+
+    tables: list[Tensor] = []
+
+    def middle(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.sin(x + tables[-1]) * torch.cos(tables[-1])
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        if step == 0:
+            tables.append(torch.linspace(-1, 1, 512 * 64).view(512, 64))
+            for _ in range(times):
+                tables[-1].add_(1)
+        loss = F.cross_entropy(model(x), y)
+        if step >= STEPS - 3:
+            write(tables[-1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    return middle, loop
+
+
+TABLE_WRITES: dict[str, Callable[[Tensor], object]] = {
+    "itself": lambda table: table.add_(0.01),
+    "detached": lambda table: table.detach().add_(0.01),
+    "a view": lambda table: table.detach().view(-1)[::2].add_(0.01),
+    "through data": lambda table: table.data.add_(0.01),
+}
+
+
+@pytest.mark.parametrize("write", TABLE_WRITES.values(), ids=TABLE_WRITES)
+def test_a_source_that_only_recipes_hold_may_be_written(
+    write: Callable[[Tensor], object], spill_dir: Path
+) -> None:
+    """Again and again: it is no longer at version 0 when it is read."""
+    middle, loop = tabled(write)
+    stats = assert_same(middle, spill_dir, loop)
+    assert stats["replayed_ops"]
+
+
+def test_a_source_that_was_written_before_is_as_good_as_any(spill_dir: Path) -> None:
+    replays = [
+        assert_same(middle, spill_dir, loop)["replayed_ops"]
+        for middle, loop in (tabled(lambda table: None), tabled(lambda table: None, times=3))
+    ]
+    assert replays[0] == replays[1] != 0
+
+
+def test_a_source_that_only_recipes_hold_is_written_unseen(spill_dir: Path) -> None:
+    def elsewhere(table: Tensor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: table.add_(0.01)).result()
+
+    middle, loop = tabled(elsewhere)
+    with pytest.raises(torchlms.ReplayFailed, match="was written after it was read"):
+        train(middle, spill_dir, loop)
+
+
+class Conjugated(nn.Module):
+    """Writes what it saved last, through ``.data`` and a view that ops see as conjugated or negated: from
+    some planned step on to other numbers, which no version tells."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(torch.randn(64, 64, dtype=torch.cfloat) / 8 for _ in range(6))
+        self.part, self.calls = part, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for weight in self.layers:
+            y = torch.sin(x @ weight)
+            self.part(y.data).mul_(1.0 if self.calls < STEPS - 2 else 0.9)
+            x = y * torch.cos(y)
+        return torch.view_as_real(x)
+
+
+@pytest.mark.parametrize(
+    "part", [lambda y: y.conj(), lambda y: y.conj().imag, lambda y: y.imag], ids=["conj", "neg", "imag"]
+)
+def test_a_write_through_a_view_that_cannot_be_told_of(
+    part: Callable[[Tensor], Tensor], spill_dir: Path
+) -> None:
+    def losses(lms: bool) -> tuple[list[str], Tensor, int]:
+        torch.manual_seed(0)
+        model = Conjugated(part)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        options = {"budget": 2_200_000, "disk_dir": spill_dir, "rules": DROPPING}
+        with torchlms.LMS(model, optimizer, **options) if lms else contextlib.nullcontext() as entered:
+            said = []
+            for _ in range(STEPS):
+                loss = model(torch.randn(256, 64).to(torch.cfloat) * 0.2).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                said.append(float(loss.detach()).hex())
+            replays = entered.stats()["replayed_ops"] if entered is not None else 0
+        gradient = model.layers[0].grad
+        assert gradient is not None
+        return said, torch.view_as_real(gradient), replays
+
+    plain, gradient, _ = losses(lms=False)
+    ours, other, replays = losses(lms=True)
+    assert replays
+    assert ours == plain
+    assert torch.equal(gradient, other)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.overrides import enable_reentrant_dispatch
 
 from torchlms.core.tape import Kind
+from torchlms.eager import private
 from torchlms.eager.backends import Backends
 from torchlms.eager.history import Call, Cell, Ref, mark, marked, results_of
 from torchlms.eager.per_op import PerOp
@@ -78,7 +80,10 @@ class Provenance:
             if self._ours(tensor) and self._cell(tensor).slot is None:
                 slot = self._hold(tensor)
                 if slot is not None:
-                    self.saved(tensor, slot, memoryless_alias(tensor, self._hollow(tensor.dtype)))
+                    # Here, below autograd, a detached tensor would count its writes on its own.
+                    with enable_reentrant_dispatch(), private.unwatched():
+                        alias = memoryless_alias(tensor, self._hollow(tensor.dtype))
+                    self.saved(tensor, slot, alias)
                     self._held.append(slot)
 
     def release(self) -> None:
@@ -100,17 +105,19 @@ class Provenance:
                 mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
         if not self._manner(call.func).writes:
             return
-        written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._ours(tensor)]
+        written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._tracked(tensor)]
+        # Of a storage's tensors one that cannot be told of counts for all.
+        written.sort(key=lambda tensor: not self._ours(tensor))
         for tensor in {tensor.untyped_storage()._cdata: tensor for tensor in written}.values():
             cell = self._cell(tensor)
             # What lasts must not hold, through its cell, a call that holds it.
-            told = Call(call.func, (), {}, call.op, False) if cell.lasts else call
-            cell.history.append(told)
+            telling = self._ours(tensor) and not cell.lasts
+            cell.history.append(call if telling else Call(call.func, (), {}, call.op, False))
 
     def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int) -> None:
         """A call that no recipe runs again has ended: what it wrote is no longer what is told of it."""
         for tensor in written_tensors(func, args, kwargs):
-            if self._ours(tensor) and self._known(tensor):
+            if self._tracked(tensor) and self._known(tensor):
                 self._cell(tensor).history.append(Call(func, (), {}, op, False))
 
     def saved(self, tensor: torch.Tensor, slot: Slot, alias: torch.Tensor) -> None:
@@ -143,6 +150,13 @@ class Provenance:
         if tensor.device != self._device or not is_plain(tensor):
             return False
         return not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg())
+
+    def _tracked(self, tensor: torch.Tensor) -> bool:
+        """Whether a write to the tensor is to be noted: also one through a view that cannot be told of, such
+        as a conjugated one, of a storage with a history."""
+        if self._ours(tensor):
+            return True
+        return tensor.device == self._device and is_plain(tensor) and self._known(tensor)
 
     def _ref(self, tensor: torch.Tensor) -> Ref:
         cell = self._cell(tensor)
