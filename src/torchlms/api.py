@@ -164,6 +164,9 @@ class LMS:
                     raise
                 # The loop's own error is the one to be seen.
                 log.warning("while LMS was left, this went wrong as well: %s", failure)
+        lost = self._engine.ladder.refusals.lost_in(error) if self._engine is not None else None
+        if lost is not None:
+            raise lost from error
 
     def _open(self, undo: ExitStack, device: CudaDevice | CpuDevice, machine: Machine) -> None:
         """Build and install everything; ``undo`` gets the opposite of each act, run last to first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,23 @@ def test_states_that_find_no_room_are_foretold(
         assert torn.smallest_bytes > budget_bytes
         budget_bytes, refusals = torn.smallest_bytes, refusals + 1
     assert 1 <= refusals <= 2
+
+
+def test_a_refusal_inside_of_torchscript_is_not_lost(spill_dir: Path) -> None:
+    """TorchScript makes a RuntimeError with no cause of whatever is raised in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        layers = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()))
+
+    def forward(rows: int, shape: int = 64) -> None:
+        with torchlms.LMS(layers, budget=150_000, disk_dir=spill_dir):
+            layers(torch.ones(8, 64)).sum().backward()
+            layers(torch.ones(rows, shape)).sum().backward()
+
+    with pytest.raises(torchlms.BudgetTooSmall, match="of a budget of 146") as raised:
+        forward(256)
+    assert "TorchScript" in str(raised.value.__cause__)
+    assert raised.value.smallest_bytes > 150_000
+    with pytest.raises(RuntimeError, match="TorchScript") as other:
+        forward(8, 63)
+    assert not isinstance(other.value, torchlms.LMSError)

@@ -134,7 +134,7 @@ class Engine(SlotOwner):
         routine = self.routines.of(signature)
         routine.met(self.steps)
         self.prepare(self, routine)
-        self.ladder.refusals.whole_step_bytes = routine.refused_bytes
+        self.ladder.refusals.begin_step(routine.refused_bytes)
         self.steps += 1
         self.guard.outside()
         now = self.now = MicroStep(routine, before)

@@ -7,9 +7,12 @@ its graphs at ours, compiles again whenever they come or go, and after a few tim
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from weakref import WeakKeyDictionary
 
 import torch
+
+from torchlms.eager import private
 
 
 class ModuleLabels:
@@ -25,12 +28,23 @@ class ModuleLabels:
         self._names.update({module: name for name, module in model.named_modules()})
 
     def here(self) -> str:
-        """The innermost module whose ``forward`` is on this thread's stack, "" if there is none."""
+        """The innermost module whose forward pass is on this thread's stack, "" if there is none."""
         frame = sys._getframe(1)
         while frame is not None:
-            if frame.f_code.co_name == "forward":
-                module = frame.f_locals.get("self")
-                if isinstance(module, torch.nn.Module):
-                    return self._names.get(module, type(module).__name__)
+            module = module_of(frame)
+            if module is not None:
+                return self._names.get(module, type(module).__name__)
             frame = frame.f_back  # type: ignore[assignment]
         return ""
+
+
+def module_of(frame: FrameType) -> torch.nn.Module | None:
+    """The module whose forward pass ``frame`` is: its ``forward``, be it called directly, or torch's own
+    function around that, whatever the module's author calls ``forward`` and its arguments."""
+    if frame.f_code is not _CALL and frame.f_code.co_name != "forward":
+        return None
+    module = frame.f_locals.get("self")
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+_CALL = private.module_call()

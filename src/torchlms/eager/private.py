@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -268,6 +269,12 @@ def _switch(name: str) -> Switch:
 def _turn(write: Callable[..., Any], setting: Any) -> None:
     if setting is not None:
         write(*setting) if isinstance(setting, tuple) else write(setting)
+
+
+def module_call() -> CodeType | None:
+    """The code that runs around each module's ``forward``, with the module as ``self``; None if it is not
+    found, and then modules are known by functions named ``forward`` alone."""
+    return getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
 
 
 def top_saved_tensor_hooks() -> tuple[Any, Any] | None:

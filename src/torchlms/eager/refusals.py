@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchlms.eager.sizes import ResultSizes
     from torchlms.memory.device import CpuDevice
 
+_SCRIPTED = "TorchScript interpreter"
 _NEXT_SHARE = 8  # of the budget: by so much more is tried
 
 
@@ -25,6 +26,7 @@ class Refusals:
 
     def __init__(self, device: CudaDevice | CpuDevice, sizes: ResultSizes) -> None:
         self.whole_step_bytes = 0  # that a plan of such a step needs; 0 where one was made, or none tried
+        self._last: tuple[str, int] | None = None  # words and figure of the last one in this step
         self._device = device
         self._sizes = sizes
 
@@ -65,6 +67,23 @@ class Refusals:
         said = f"{value} must come back for {whom}. {self._in_use(budget_bytes)}."
         return self._refusal(said, size_bytes, budget_bytes)
 
+    def begin_step(self, whole_step_bytes: int) -> None:
+        """Another micro-step begins; a plan of such a step is known to need so much, or 0."""
+        self.whole_step_bytes = whole_step_bytes
+        self._last = None
+
+    def lost_in(self, error: BaseException | None) -> BudgetTooSmall | None:
+        """The refusal of this step that ``error`` stands for: TorchScript passes on the words of no error but
+        its own."""
+        if self._last is None or _SCRIPTED not in str(error) or isinstance(error, BudgetTooSmall):
+            return None
+        said, smallest_bytes = self._last
+        return BudgetTooSmall(said, smallest_bytes=smallest_bytes)
+
+    def _made(self, said: str, smallest_bytes: int) -> BudgetTooSmall:
+        self._last = (said, smallest_bytes)
+        return BudgetTooSmall(said, smallest_bytes=smallest_bytes)
+
     def _refusal(self, said: str, need_bytes: int, budget_bytes: int) -> BudgetTooSmall:
         so_far_bytes = max(self._device.allocated_bytes() + need_bytes, budget_bytes + 1)
         if so_far_bytes <= self.whole_step_bytes:
@@ -73,7 +92,7 @@ class Refusals:
                 f"The smallest budget for a plan of the whole step, as it was recorded, is {size}: raise "
                 "budget to that, or use a smaller batch"
             )
-            return BudgetTooSmall(f"{said} {advice}", smallest_bytes=self.whole_step_bytes)
+            return self._made(f"{said} {advice}", self.whole_step_bytes)
         # Of a step that is not known as a whole always a good deal more than there was, or who follows this
         # would be refused for a few bytes over and over.
         try_bytes = max(so_far_bytes, budget_bytes + budget_bytes // _NEXT_SHARE)
@@ -83,7 +102,7 @@ class Refusals:
             f"{format_bytes(try_bytes, up=True)}, or use a smaller batch. `torchlms plan` says how much a "
             "plan takes, from the tape of a step that had room"
         )
-        return BudgetTooSmall(f"{said} {advice}", smallest_bytes=try_bytes)
+        return self._made(f"{said} {advice}", try_bytes)
 
     def _in_use(self, budget_bytes: int) -> str:
         """What is left when nothing more can move, and what the allocator holds in unusable pieces."""

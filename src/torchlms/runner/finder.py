@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from torchlms.api import current
 from torchlms.eager import private
+from torchlms.eager.labels import module_of
 from torchlms.errors import LMSError
 from torchlms.runner.found import Models, Optimizers
 from torchlms.runner.script_lms import ScriptLMS
@@ -176,11 +177,10 @@ class Finder:
 
 
 def _outermost(module: torch.nn.Module) -> torch.nn.Module:
-    """The module whose ``forward`` stands lowest on the stack, else ``module``, whose own is to begin."""
+    """The module whose forward pass stands lowest on the stack, else ``module``, whose own is to begin."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "forward":
-            owner = frame.f_locals.get("self")
-            module = owner if isinstance(owner, torch.nn.Module) else module
+        caller = module_of(frame)
+        module = caller if caller is not None else module
         frame = frame.f_back  # type: ignore[assignment]
     return module
