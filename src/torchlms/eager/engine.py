@@ -113,14 +113,19 @@ class Engine(SlotOwner):
 
     # -- micro-steps -------------------------------------------------------------------------
 
-    def begins_microstep(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor``, which is saved now, is the first of another micro-step (see microstep.py)."""
+    def begins_microstep(self, tensor: torch.Tensor, *, stays: bool = False) -> bool:
+        """Whether ``tensor``, which is saved now, is the first of another micro-step (see microstep.py).
+        ``stays``: it is of those that never move, and nothing remembers it once it was saved."""
         if self.steps == 0:
             return True
         if private.in_backward():
             return False  # saved by a backward pass that is itself differentiable
         now = self.now
-        if now.routine is None or not self._live:
+        if now.routine is None:
+            return True
+        if not now.ordinal and not now.backward_seen:  # begun by a tensor that stays where it is
+            return stays and now.routine.signature.is_of(tensor, self.module_here())
+        if not self._live:
             return True
         return now.backward_seen and not now.graph.goes_on_to(tensor, self.guard.steps)
 

@@ -7,7 +7,8 @@ and evaluation loops in between need no special treatment: each micro-step is on
 
 A new micro-step begins when a tensor is saved outside any backward pass and nothing saved since the last
 beginning is alive any more, or a backward pass has run since then and the tensor does not come out of the
-same graph (graph.py), as the slope in a gradient penalty does.
+same graph (graph.py), as the slope in a gradient penalty does. On a CPU that first tensor may be one that
+stays where it is, such as a batch that numpy made or that a worker shares.
 """
 
 from __future__ import annotations

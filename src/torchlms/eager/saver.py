@@ -59,6 +59,8 @@ class Saver:
                 return Kept(tensor.detach())
             if not self.movable(tensor):
                 self._note_kept(tensor)
+                if self._opens(tensor) and self._engine.begins_microstep(tensor, stays=True):
+                    self._engine.begin_microstep(tensor)
                 # A leaf may be given other data, which plain PyTorch reads; anything else holds its graph.
                 return Kept(tensor if tensor.is_leaf else tensor.detach())
             alias = memoryless_alias(tensor, self.hollow(tensor.dtype))
@@ -105,6 +107,17 @@ class Saver:
             return False
         # A copy is aligned like any new tensor, and CPU kernels may change bits with alignment.
         return self._device.is_cuda or storage.data_ptr() % _CPU_ALIGNMENT == 0
+
+    def _opens(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor``, which stays where it is, may be the first of a step all the same: a batch in
+        memory that a worker of a DataLoader shares, or that numpy made. No memory of a GPU is fixed so."""
+        if self._device.is_cuda or tensor.device != self._torch_device or not is_plain(tensor):
+            return False
+        if tensor.requires_grad or private.functorch_interpreter() is not None:
+            return False
+        storage = tensor.untyped_storage()
+        fixed = storage.nbytes() >= _LEAST_BYTES and not storage.resizable()
+        return fixed and self._engine.kinds(storage) is None
 
     def _slot_of(self, tensor: torch.Tensor, alias: torch.Tensor) -> Slot:
         """The slot of ``tensor``'s storage, which a tensor saved earlier may have got already."""
