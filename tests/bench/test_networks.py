@@ -180,6 +180,23 @@ def batch_first():
 def unsuited():
     return nn.Linear(5, 1), lambda options, device, generator: ({"x": torch.ones(2, 3)}, [torch.ones(2), 1])
 
+def failing():
+    raise KeyError("no such file")
+
+def untrained():
+    return nn.ReLU()
+
+def broken():
+    def make_batch(options, device, generator):
+        return [1, 2][options.batch_size], 0
+    return nn.Linear(5, 1), make_batch
+
+def nobatch():
+    return nn.Linear(5, 1), lambda options, device, generator: None
+
+def oneargument():
+    return nn.Linear(5, 1), lambda options: None
+
 def narrow():
     return nn.Linear(5, 1)
 
@@ -229,6 +246,8 @@ def test_a_users_mistakes_are_named(user_module: str, spec: str, said: str) -> N
         ("three", r"gave \(Linear, NoneType, NoneType\)"),
         ("batch_first", r"gave \(Linear, int\); .* make_batch\(options, device, generator\)"),
         ("needy", "without arguments, and that does not suit it .*'width'"),
+        ("failing", r"the factory failed: KeyError: 'no such file' \(their_networks.py:\d+\)"),
+        ("untrained", "the ReLU has no parameters to train"),
     ],
 )
 def test_a_factory_that_gives_something_else(user_module: str, factory: str, said: str) -> None:

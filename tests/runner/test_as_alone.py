@@ -203,16 +203,25 @@ def test_a_parent_package_that_fails(tmp_path: Path) -> None:
         ),
         (["-m", "missing"], "torchlms: there is no module 'missing' to run; for a file write"),
         (["-m", "json.missing"], "torchlms: there is no module 'json.missing' to run"),
+        (["-m", "folder/x.py"], "for a file write: torchlms run folder/x.py\n"),
+        (["-m", "folder.x.py"], "for a file write: torchlms run folder/x.py\n"),
+        (["-m", "package"], "package is a package without a __main__: name a module in it"),
+        (["folder"], "folder is a folder without a __main__.py: name a script in it"),
+        (["folder.x"], "there is no script 'folder.x'; for a module write: torchlms run -m folder.x"),
         (["-m", "-c", "x"], "-m and -c: a module or code, not both"),
         (["--budget", "16G", "x.py"], "did you mean '16GiB' or '16GB'?"),
         (["--plan", "p.json", "x.py"], "--plan p.json: there is no such file"),
         (["--device", "tpu", "x.py"], "cannot read --device 'tpu'"),
-        (["--json", "no/such/folder.json", "x.py"], "could not be written at the end"),
+        (["--json", "no/such/folder.json", "x.py"], "cannot be written: its folder does not exist"),
         (["--csv", "/tmp", "x.py"], "/tmp is a folder: name a file"),
     ],
 )
 def test_what_cannot_be_begun(arguments: list[str], said: str, tmp_path: Path) -> None:
-    (tmp_path / "x.py").write_text("print('ran')")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    for name in ("x.py", "folder/x.py"):
+        (tmp_path / name).write_text("print('ran')")
     ours = under_lms(*arguments, cwd=tmp_path)
     assert (ours.status, ours.out) == (2, "")
     assert said in ours.err

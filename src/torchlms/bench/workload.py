@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchlms.bench.networks.blame import told
 from torchlms.errors import BadOption, LMSError
 
 if TYPE_CHECKING:
@@ -52,10 +53,9 @@ class Workload:
         except Exception as error:
             if not self.users_own:
                 raise
-            said = str(error).partition("\n")[0]
             raise BadOption(
                 f"--model {self.users_own}: its forward pass failed with inputs {_shapes(self.inputs)} and "
-                f"target {_shapes(self.target)}: {type(error).__name__}: {said}. Its make_batch says what it "
+                f"target {_shapes(self.target)}: {told(error)}. Its make_batch says what it "
                 "is fed, images of --image-size where it has none; torchlms --debug shows where it failed"
             ) from error
 

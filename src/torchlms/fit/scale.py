@@ -55,6 +55,12 @@ class Scale:
                 f"the recording of batch {large_batch} holds fewer bytes than that of batch {small_batch}: "
                 "give each --batch in the order of its --tape"
             )
+        if _bytes_in(large) == _bytes_in(small):
+            raise BadOption(
+                f"the recording of batch {large_batch} holds as many bytes as that of batch {small_batch}: "
+                "nothing can be told of others. Does make_batch heed options.batch_size? Is each --tape of "
+                "the batch that was named for it?"
+            )
         return Scale(small, large, small_batch, large_batch, partners)
 
     def at(self, batch: int) -> Tape:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torchlms.errors import BadOption
 
+_NO_MODULE = "there is no module {!r} to run; for a file write: torchlms run {}"
 STDIN = "-"  # in the place of a script
 
 
@@ -52,7 +53,9 @@ def load(
     if target == STDIN:
         facts = {"__file__": "<stdin>", "__cached__": None}
         return _text(sys.stdin.buffer.read(), "<stdin>", [STDIN, *arguments], facts)
-    if os.path.isdir(target) or _is_archive(target):  # with a __main__.py
+    if os.path.isdir(target) or _is_archive(target):
+        if os.path.isdir(target) and not os.path.isfile(os.path.join(target, "__main__.py")):
+            raise BadOption(f"{target} is a folder without a __main__.py: name a script in it")
         _set_first_path(os.path.abspath(target))
         main = _module("__main__", arguments)
         sys.argv[0] = target
@@ -102,11 +105,17 @@ def _module(target: str, arguments: tuple[str, ...]) -> MainModule:
 
 def _find(name: str) -> ModuleSpec:
     """The spec of module ``name``, or of ``name.__main__`` if it is a package."""
+    if "/" in name or (
+        name.endswith(".py") and os.path.isfile(_path_of(name))
+    ):  # looking for it would run it
+        raise BadOption(_NO_MODULE.format(name, _path_of(name)))
     main = sys.modules.pop("__main__")  # else a search for "__main__" ends there
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
+            if spec is None:
+                raise BadOption(f"{name} is a package without a __main__: name a module in it")
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that a package on the way wanted
@@ -114,8 +123,17 @@ def _find(name: str) -> ModuleSpec:
     finally:
         sys.modules["__main__"] = main
     if spec is None:
-        raise BadOption(f"there is no module {name!r} to run; for a file write: torchlms run {name}.py")
+        raise BadOption(
+            f"there is no module {name!r} to run; for a file write: torchlms run {_path_of(name)}"
+        )
     return spec
+
+
+def _path_of(name: str) -> str:
+    """The file that may have been meant by a name after ``-m``."""
+    return (
+        name if name.endswith(".py") and "/" in name else f"{name.removesuffix('.py').replace('.', '/')}.py"
+    )
 
 
 def _is_archive(path: str) -> bool:

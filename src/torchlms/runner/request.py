@@ -67,7 +67,9 @@ class Request:
             raise BadOption("-m and -c: a module or code, not both")
         named = self.as_module or self.as_code or self.target == STDIN
         if not named and not Path(self.target).exists():
-            raise BadOption(f"there is no script {self.target!r}; for a module write: torchlms run -m name")
+            raise BadOption(
+                f"there is no script {self.target!r}; for a module write: torchlms run -m {self._module()}"
+            )
         if self.plan is not None and not Path(self.plan).is_file():
             raise BadOption(f"--plan {self.plan}: there is no such file")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -77,10 +79,19 @@ class Request:
         _ = self.profiled, self.level()
         files = (self.save_plan, self.save_tape, self.save_run, self.json_path, self.csv_path, self.profile)
         for path in files:
-            if path not in (None, STDOUT) and not os.access(path.absolute().parent, os.W_OK):
-                raise BadOption(f"{path} could not be written at the end: no such folder, or no permission")
+            if path in (None, STDOUT):
+                continue
+            if not path.absolute().parent.is_dir():
+                raise BadOption(f"{path} cannot be written: its folder does not exist")
+            if not os.access(path.absolute().parent, os.W_OK):
+                raise BadOption(f"{path} cannot be written: no permission to write into its folder")
             if path is not None and path.is_dir():
                 raise BadOption(f"{path} is a folder: name a file")
+
+    def _module(self) -> str:
+        """A dotted name that leads to a file is meant as a module."""
+        path = Path(*self.target.split(".")).with_suffix(".py")
+        return self.target if "." in self.target and path.is_file() else "name"
 
     @property
     def profiled(self) -> tuple[int, int]:

@@ -8,12 +8,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchlms.bench.networks.blame import told
 from torchlms.bench.networks.network import (
     IMAGE_CLASSES,
     Batch,
@@ -22,7 +24,9 @@ from torchlms.bench.networks.network import (
     NetworkOptions,
     image_batch,
 )
-from torchlms.errors import BadOption
+from torchlms.errors import BadOption, LMSError
+
+_MORE = "torchlms --debug shows all of it"
 
 
 def load_user_network(spec: str) -> Network:
@@ -32,13 +36,19 @@ def load_user_network(spec: str) -> Network:
     with ``make_batch(options, device, generator) -> (inputs, target)`` for anything else.
     """
     module_name, _, attribute = spec.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        path = PurePath(module_name)
+        there = "" if path.parent in (PurePath(), PurePath(".")) else f", in {path.parent}"
+        raise BadOption(f"--model {spec}: a module is named as by import: {path.stem}:{attribute}{there}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` would; a console script does not
     factory = _find_factory(spec, module_name, attribute)
 
     def make(options: NetworkOptions) -> tuple[nn.Module, MakeBatch]:
         module, make_batch = _made_by(spec, factory)
-        return module, make_batch or image_batch(classes=_classes(module))
+        if make_batch is None:
+            return module, image_batch(classes=_classes(module))
+        return module, _checked(spec, make_batch)
 
     return Network(
         name=spec,
@@ -80,7 +90,12 @@ def _made_by(spec: str, factory: Callable[[], Any]) -> tuple[nn.Module, MakeBatc
         ) from error
     except ValueError:  # some callables of C have no signature
         pass
-    made = factory()
+    try:
+        made = factory()
+    except (torch.OutOfMemoryError, LMSError):
+        raise
+    except Exception as error:
+        raise BadOption(f"--model {spec}: the factory failed: {told(error)}; {_MORE}") from error
     pair = made if isinstance(made, tuple) else (made, None)
     if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not (pair[1] is None or callable(pair[1])):
         kinds = [type(item).__name__ for item in pair]
@@ -90,7 +105,30 @@ def _made_by(spec: str, factory: Callable[[], Any]) -> tuple[nn.Module, MakeBatc
             "torch.nn.Module that takes images, or (module, make_batch) with "
             "make_batch(options, device, generator) -> (inputs, target)"
         )
+    if not any(parameter.requires_grad for parameter in pair[0].parameters()):
+        raise BadOption(f"--model {spec}: the {type(pair[0]).__name__} has no parameters to train")
     return pair
+
+
+def _checked(spec: str, make_batch: MakeBatch) -> MakeBatch:
+    """``make_batch``, with what goes wrong in it, or comes out of it, said in a line."""
+
+    def make(options: NetworkOptions, device: torch.device, generator: torch.Generator) -> Batch:
+        try:
+            made = make_batch(options, device, generator)
+        except (torch.OutOfMemoryError, LMSError):
+            raise
+        except Exception as error:
+            raise BadOption(
+                f"--model {spec}: make_batch(options, device, generator) failed: {told(error)}; {_MORE}"
+            ) from error
+        if not isinstance(made, (tuple, list)) or len(made) != 2:
+            raise BadOption(
+                f"--model {spec}: make_batch gave {type(made).__name__}; it gives a pair (inputs, target)"
+            )
+        return made[0], made[1]
+
+    return make
 
 
 def any_loss(output: Any, target: Any) -> Tensor:
