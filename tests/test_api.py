@@ -419,7 +419,7 @@ def test_devices_that_cannot_be(model: nn.Module | None, device: Any, error: typ
         ((nn.Linear(2, 2), [torch.optim.SGD(nn.Linear(2, 2).parameters())]), None),
         ((), {"keep_module": ["x"]}),
         ((), {"min_bytes": "1M"}),  # binary or decimal?
-        ((), {"keep_ops": "relu"}),
+        ((), {"keep_ops": {"relu"}}),
     ],
 )
 def test_other_bad_options(arguments: tuple[Any, ...], rules: Any) -> None:

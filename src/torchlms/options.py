@@ -27,6 +27,7 @@ PlanSource = Plan | str | os.PathLike[str] | bool | None
 _HOST_SHARE = 0.9  # of what is available, by default
 _DISK_SHARE = 0.9
 _VERIFY_EVERY = 100  # steps
+_LEAST_BUDGET_BYTES = 4096  # whoever writes less forgot a unit
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
 
 
@@ -114,6 +115,11 @@ class Options:
             device_bytes = available_bytes
         else:
             device_bytes = parse_option("budget", self.budget, whole_bytes=whole_bytes)
+        if device_bytes < _LEAST_BUDGET_BYTES:
+            raise BadOption(
+                f"budget={self.budget!r} is {device_bytes} bytes: write a percentage or a unit, such as "
+                "'80%' or '16GiB'"
+            )
         if device_bytes > whole_bytes:
             raise BadOption(
                 f"a budget of {format_bytes(device_bytes)} is more than {self.torch_device} has "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torchlms.core.curve import peak_bytes
 from torchlms.core.plan import Choice
 from torchlms.core.rules import Rules, stayers
+from torchlms.core.units import counted
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -86,9 +87,13 @@ def _state_line(stats: dict[str, Any], *, over: bool) -> str:
         "improvise": "on, without a plan: values leave as memory runs out",
         "aside": "everything fits: LMS stepped aside",
     }
+    if stats.get("racing"):
+        explained["guard"] = (
+            "on, trying one plan after the other, and what follows is of the one that runs now"
+        )
     steps = stats["steps"]
     word = f"{'was' if over else 'is'} {explained[stats['state']]}"
-    line = f"LMS {'has ended' if stats['state'] == 'off' and steps else word}; {steps} steps"
+    line = f"LMS {'has ended' if stats['state'] == 'off' and steps else word}; {counted(steps, 'step')}"
     if steps:  # an optimizer that accumulates steps more seldom
         line += " of forward and backward"
         line += f", {stats['record_steps']} of them recorded; budget {format_bytes(stats['budget_bytes'])}"
@@ -180,7 +185,7 @@ def _kept(tape: Tape, plan: Plan, rules: Rules | None) -> list[str]:
     could_not = (
         [
             f"min_bytes ({format_bytes(least_bytes)}) could not be kept: nothing less makes it fit than that "
-            f"{len(small)} smaller values ({format_bytes(sum(small))}) leave, too"
+            f"{counted(len(small), 'smaller value')} ({format_bytes(sum(small))}) leave, too"
         ]
         if small
         else []

@@ -261,7 +261,7 @@ def test_a_reason_says_what_the_next_best_choice_would_have_cost() -> None:
     possible = [droppable(tape, tape.values[decision.value]) for decision in moved]
     assert {True, False} == set(possible), "some can be made again, and some cannot"
     for decision, could in zip(moved, possible, strict=True):
-        assert ("making it again would take" in decision.reason) is could
+        assert ("making it again would add" in decision.reason) is could
 
 
 def test_below_what_any_choice_could_do() -> None:

@@ -114,9 +114,10 @@ def test_patterns_that_match_nothing_are_reported() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": ("a",)}, "unknown rule 'keep'; the rules are keep_modules"),
-        ({"keep_modules": "layer1"}, "keep_modules must be a list of patterns"),
-        ({"move_ops": (1,)}, "move_ops must be a list of patterns"),
+        ({"keep": ("a",)}, "unknown rule 'keep': did you mean 'keep_ops'"),
+        ({"keep_module": "layer1"}, "unknown rule 'keep_module': did you mean 'keep_modules'?"),
+        ({"keep_modules": 5}, "keep_modules must be a pattern, or a list of them"),
+        ({"move_ops": (1,)}, "move_ops must be a pattern, or a list of them"),
         ({"move_ops": ("",)}, "empty pattern"),
         ({"min_bytes": -1}, "min_bytes must be a number of bytes"),
         ({"min_bytes": 1.5}, "min_bytes must be a number of bytes"),
@@ -125,7 +126,7 @@ def test_patterns_that_match_nothing_are_reported() -> None:
         ({"min_idle_ops": None}, "min_idle_ops must be a number of ops"),
         ({"reload_ahead_ops": 5, "reload_within_ops": 3}, "no copy back could begin in time"),
         ({"copies": "sync"}, "copies must be one of 'overlap', 'wait out'"),
-        ({"only_read_by": "aten"}, "only_read_by must be a list of patterns"),
+        ({"only_read_by": {"aten"}}, "only_read_by must be a pattern, or a list of them"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

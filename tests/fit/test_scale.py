@@ -200,6 +200,12 @@ def test_batches_that_give_no_line(batches: tuple[int, int], said: str) -> None:
         extrapolate(step(2), step(4), *batches, 8)
 
 
+def test_two_recordings_of_one_size_tell_nothing() -> None:
+    """Of one batch under two names, or of a batch maker that does not heed the size."""
+    with pytest.raises(BadOption, match=r"as many bytes as that of batch 2: .* make_batch heed"):
+        extrapolate(step(2), step(2), 2, 4, 8)
+
+
 def test_batch_zero_is_refused() -> None:
     with pytest.raises(BadOption, match="1 or more"):
         scale().at(0)

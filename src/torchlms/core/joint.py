@@ -321,4 +321,4 @@ def _instead(tape: Tape, value: Value) -> str:
     if not droppable(tape, value):
         return ""
     again = seconds_text(replay_s(tape, value))
-    return f"; making it again would take {again} of computing, which copies run beside"
+    return f", beside computing; making it again would add {again} of computing"

@@ -30,7 +30,7 @@ from torchlms.core.schedule import Course
 from torchlms.core.search import decision_of, search
 from torchlms.core.simulate import Simulator, prediction
 from torchlms.core.tiers import Places, Room
-from torchlms.core.units import bytes_text, seconds_text
+from torchlms.core.units import bytes_text, rounded_up, seconds_text
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
@@ -245,9 +245,9 @@ def _too_small(simulator: Simulator, floor: Bytes, budget: Budget, headroom_byte
     op = tape.ops[worst]
     touched = set(op.reads) | set(op.writes)
     operands_bytes = sum(tape.values[value].size_bytes for value in touched) + op.scratch_bytes
-    smallest_bytes = int(floor[worst]) + headroom_bytes
-    without_rules_bytes = smallest_budget(tape) + headroom_bytes
-    with_held_bytes = smallest_budget(with_held(tape)) + headroom_bytes
+    smallest_bytes = rounded_up(int(floor[worst]) + headroom_bytes)
+    without_rules_bytes = rounded_up(smallest_budget(tape) + headroom_bytes)
+    with_held_bytes = rounded_up(smallest_budget(with_held(tape)) + headroom_bytes)
     hint = (
         f" Without the rules it is {bytes_text(without_rules_bytes)} ({without_rules_bytes} bytes)."
         if without_rules_bytes < smallest_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -105,7 +106,9 @@ class Rules:
         known = [field.name for field in fields(Rules)]
         for name in options:
             if name not in known:
-                raise BadOption(f"unknown rule {name!r}; the rules are {', '.join(known)}")
+                alike = difflib.get_close_matches(str(name), known, n=1)
+                meant = f": did you mean {alike[0]!r}?" if alike else ";"
+                raise BadOption(f"unknown rule {name!r}{meant} the rules are {', '.join(known)}")
         return Rules(**options)
 
     @property
@@ -207,8 +210,11 @@ _OPEN_COUNTS = ("most_values", "reload_within_ops", "headroom_bytes")  # None: a
 
 
 def _read_patterns(name: str, patterns: Any) -> tuple[str, ...]:
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     if not isinstance(patterns, (tuple, list)) or not all(isinstance(item, str) for item in patterns):
-        raise BadOption(f"{name} must be a list of patterns, for example ('layer1.*',); got {patterns!r}")
+        raise BadOption(
+            f"{name} must be a pattern, or a list of them, such as ['layer1.*']; got {patterns!r}"
+        )
     if not all(patterns):
         raise BadOption(f"{name} holds an empty pattern; use '*' to match everything")
     return tuple(patterns)

@@ -1,4 +1,4 @@
-"""Units: bytes and seconds as a person reads them."""
+"""Units: bytes, seconds and counts as a person reads them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ def seconds_text(seconds: float) -> str:
         if abs(seconds) * scale >= 1:
             return f"{_three(seconds * scale)} {unit}"
     return f"{_three(seconds * 1e6)} us"
+
+
+def rounded_up(size_bytes: int) -> int:
+    """A budget to recommend: by a thousandth at most more than ``size_bytes``, for the little that a loop
+    keeps of one step and not of another, such as a loss."""
+    grain_bytes = 1 << max(0, size_bytes.bit_length() - 11)
+    return -(-size_bytes // grain_bytes) * grain_bytes
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _three(number: float) -> str:

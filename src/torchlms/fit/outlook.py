@@ -12,6 +12,7 @@ from torchlms.core.curve import floor_curve, peak_bytes
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes
 from torchlms.core.plan import Budget, Plan, Prediction
 from torchlms.core.rules import Rules, leavers
+from torchlms.core.units import rounded_up
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def look(tape: Tape, machine: Machine, budget: Budget, rules: Rules = NO_RULES) 
         plain_bytes=peak_bytes(tape),
         plain_s=sum(op.time_s for op in tape.ops),
         narrow=narrow,
-        smallest_bytes=narrow.needs_bytes + (rules.headroom_bytes or 0),
+        smallest_bytes=rounded_up(narrow.needs_bytes + (rules.headroom_bytes or 0)),
     )
     try:
         plan = planned(tape, machine, budget, rules, quick=True)
