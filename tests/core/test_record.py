@@ -83,6 +83,14 @@ def test_fields_of_another_type(tmp_path: Path, field: str, wrong: Any, words: s
         Plan.load(path)
 
 
+def test_the_record_of_a_run_holds_its_tape(tmp_path: Path) -> None:
+    tape = chain()
+    (tmp_path / "run.json").write_text(json.dumps({"schema": "torchlms.run/1", "tape": to_json(tape)}))
+    assert Tape.load(tmp_path / "run.json") == tape
+    with pytest.raises(PlanMismatch, match=r"is not a plan file: it holds a torchlms.run/1"):
+        Plan.load(tmp_path / "run.json")
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PlanMismatch, match="cannot read tape file"):
         Tape.load(tmp_path / "none.json")

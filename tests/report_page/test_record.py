@@ -90,7 +90,7 @@ def test_help_has_an_example() -> None:
         (["report", "{}/none.json"], "cannot read run file"),
         (["report", "{}/tape.json"], "it holds a torchlms.tape/1, and not a torchlms.run/1"),
         (["report", "{}/run.json", "-o", "{}/no/where.html"], "its folder does not exist"),
-        (["report", "{}/run.json", "-o", "{}/run.json"], "is the record itself"),
+        (["report", "{}/run.json", "-o", "{}/run.json"], "choose another name for what is to be written"),
         (["bench", "--model=mnist", "--no-lms", "--save-run={}/r.json"], "runs without it"),
     ],
 )

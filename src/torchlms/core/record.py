@@ -76,7 +76,8 @@ def save_record(record: Any, path: str | Path) -> None:
 
 
 def load_record(cls: type[T], path: str | Path, *, schema: str) -> T:
-    """Read ``path`` as a ``cls``; PlanMismatch names the file and what is wrong with it."""
+    """Read ``path`` as a ``cls``, or as a record that holds one under its name, as that of a run does;
+    PlanMismatch names the file and what is wrong with it."""
     name = cls.__name__.lower()
     try:
         data = json.loads(Path(path).read_text())
@@ -84,6 +85,9 @@ def load_record(cls: type[T], path: str | Path, *, schema: str) -> T:
         raise PlanMismatch(f"cannot read {name} file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise PlanMismatch(f"{path} is not JSON, so not a {name} file: {error}") from error
+    inner = data.get(name) if isinstance(data, dict) else None
+    if isinstance(inner, dict) and "schema" in inner:
+        data = inner
     found = data.get("schema") if isinstance(data, dict) else None
     if str(found).partition("/")[0] != schema.partition("/")[0]:
         what = f"a {found}" if found else "no record of torchlms"

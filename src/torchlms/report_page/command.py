@@ -51,7 +51,7 @@ def report(order: ReportOrder, write: Write) -> dict[str, Any]:
     for path in filter(None, (order.page_path, order.trace)):
         check_folder(path)
         if path.absolute() == order.run.absolute():
-            raise BadOption(f"{path} is the record itself: choose another name")
+            raise BadOption(f"{path} is what is to be read: choose another name for what is to be written")
     run = Run.load(order.run)
     points: tuple[CurvePoint, ...] = ()
     if order.curve and run.plan is not None and (order.page_path is not None or order.as_json):
