@@ -38,6 +38,10 @@ def report_text(
         lines += _without_plan(stats)
     if plan is not None and tape is not None:
         lines += _comparison(stats)
+        if stats.get("racing"):
+            lines.append(
+                "this plan is one of several that are timed against each other; the fastest will stay"
+            )
         lines.append(f"with nothing moved a step like this would need {format_bytes(peak_bytes(tape))}")
         lines += _limit(stats, bound_s)
         lines += _choices(stats)
@@ -87,10 +91,6 @@ def _state_line(stats: dict[str, Any], *, over: bool) -> str:
         "improvise": "on, without a plan: values leave as memory runs out",
         "aside": "everything fits: LMS stepped aside",
     }
-    if stats.get("racing"):
-        explained["guard"] = (
-            "on, trying one plan after the other, and what follows is of the one that runs now"
-        )
     steps = stats["steps"]
     word = f"{'was' if over else 'is'} {explained[stats['state']]}"
     line = f"LMS {'has ended' if stats['state'] == 'off' and steps else word}; {counted(steps, 'step')}"
