@@ -41,6 +41,16 @@ def test_whether_a_write_is_counted_before_or_after_the_op() -> None:
 
 Write = Callable[[Tensor], None]
 
+
+def through_data_that_has_counted_as_much(shift: Tensor) -> None:
+    for _ in range(2):
+        shift.add_(0.0)
+    data = shift.data
+    while data._version < shift._version - 1:
+        data.add_(0.0)
+    shift_by(data, 0.25)
+
+
 WRITES: dict[str, Write] = {
     "one": lambda shift: shift_by(shift, 0.25),
     "a list": lambda shift: shift_all([shift], 0.25),
@@ -48,6 +58,7 @@ WRITES: dict[str, Write] = {
     "two views": lambda shift: shift_all([shift[:32], shift[32:]], 0.25),
     "detached": lambda shift: shift_by(shift.detach(), 0.25),
     "through data": lambda shift: shift_by(shift.data, 0.25),
+    "data, as often as itself": through_data_that_has_counted_as_much,
     "data and itself": lambda shift: shift_all([shift.data, shift], 0.25),
 }
 

@@ -104,3 +104,32 @@ def test_read_twice_it_does_not_begin_anew_in_another_layer(spill_dir: Path) -> 
         assert lms.stats()["steps"] == STEPS
         assert lms.tape is not None
         assert [op.module for op in lms.tape.ops if op.name == "aten.addmm.default"] == ["left", "right"]
+
+
+def test_two_inputs_alike_in_one_module_begin_one_step(spill_dir: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = (nn.Parameter(torch.ones(128, 256)) for _ in range(2))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return ((x @ self.left).sin() * (y @ self.right).cos()).square()
+
+    model = Both()
+    with torchlms.LMS(model, budget="1MiB", disk_dir=spill_dir, rules=SMALL) as lms:
+        for step in range(STEPS):
+            x, y = (torch.from_numpy(np.full((64, 128), step, dtype=np.float32)) for _ in range(2))
+            model(x, y).sum().backward()
+        assert lms.stats()["steps"] == STEPS
+        assert lms.tape is not None
+        assert [op.name for op in lms.tape.ops].count("aten.mm.default") == 4
+
+
+def test_a_forward_pass_that_is_given_up_is_a_step_of_its_own(spill_dir: Path) -> None:
+    model = network()
+    with torchlms.LMS(model, budget="1MiB", disk_dir=spill_dir, rules=SMALL) as lms:
+        for step in range(STEPS):
+            model(batch(step, 16)[0])
+            model(batch(step, 16)[0]).sum().backward()
+        assert lms.stats()["steps"] == 2 * STEPS
+        assert lms.stats()["strayed"] == 0

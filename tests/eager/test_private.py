@@ -450,3 +450,18 @@ def test_below_autograd_and_autocast_ops_are_only_run(below: Any) -> None:
 
 def test_there_is_a_quick_way_below_autograd() -> None:
     assert private.below_autograd is not private._below_slowly
+
+
+def test_whether_two_tensors_count_their_writes_together() -> None:
+    ours = torch.ones(4)
+    ours.add_(1)
+    for other, together in (
+        (ours.detach(), True),
+        (ours[1:], True),
+        (ours.data, False),
+        (ours.clone(), False),
+    ):
+        versions = ours._version, other._version
+        assert private.counted_together(other, ours) is together
+        assert private.counted_together(ours, other) is together
+        assert (ours._version, other._version) == versions

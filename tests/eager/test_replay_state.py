@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -414,6 +415,8 @@ TABLE_WRITES: dict[str, Callable[[Tensor], object]] = {
     "detached": lambda table: table.detach().add_(0.01),
     "a view": lambda table: table.detach().view(-1)[::2].add_(0.01),
     "through data": lambda table: table.data.add_(0.01),
+    "no write, only another tensor there": lambda table: torch.empty(0).set_(table),
+    "copied": copy.deepcopy,
 }
 
 

@@ -97,7 +97,7 @@ def test_too_little_is_refused_and_changes_nothing(spill_dir: Path) -> None:
         for step in range(5):
             plain_step(session, step)
         with pytest.raises(torchlms.BudgetTooSmall, match="in use already"):
-            lms.set_budget(1000)
+            lms.set_budget(8000)
         with pytest.raises(torchlms.BadOption):
             lms.set_budget("lots")
         assert lms.stats()["budget_bytes"] == ROOMY

@@ -115,7 +115,7 @@ class Engine(SlotOwner):
 
     def begins_microstep(self, tensor: torch.Tensor, *, stays: bool = False) -> bool:
         """Whether ``tensor``, which is saved now, is the first of another micro-step (see microstep.py).
-        ``stays``: it is of those that never move, and nothing remembers it once it was saved."""
+        ``stays``: it is of those that never move."""
         if self.steps == 0:
             return True
         if private.in_backward():
@@ -123,8 +123,8 @@ class Engine(SlotOwner):
         now = self.now
         if now.routine is None:
             return True
-        if not now.ordinal and not now.backward_seen:  # begun by a tensor that stays where it is
-            return stays and now.routine.signature.is_of(tensor, self.module_here())
+        if not now.ordinal and not now.backward_seen:  # begun by what stays: it goes on while that lives
+            return stays and now.opened_by is not None and now.opened_by() is None
         if not self._live:
             return True
         return now.backward_seen and not now.graph.goes_on_to(tensor, self.guard.steps)

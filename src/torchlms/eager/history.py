@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchlms.eager.private import counts_writes_first
+from torchlms.eager.private import counted_together, counts_writes_first
 from torchlms.eager.tensors import is_plain
 from torchlms.eager.writes import written_tensors
 
@@ -49,22 +49,12 @@ class Cell:
     def version_before(self, counter: torch.Tensor) -> int:
         """The version of ``counter``, a tensor in this storage, before the writes that are coming: as many
         are counted as there are tensors, be it one tensor twice."""
-        fresh = len(self.coming)  # what was made by ``.data`` just now has counted no more than these
-        return counter._version - sum(_counts_for(tensor, counter, fresh) for tensor in self.coming)
+        return counter._version - sum(counted_together(tensor, counter) for tensor in self.coming)
 
     def accounts_for(self, writes: int, version: int) -> bool:
         """Whether the first ``writes`` calls are all that has happened until ``version``. A write from
         another thread or a compiled region is told of by the version alone."""
         return version - self.first_version == writes - 1
-
-
-def _counts_for(tensor: torch.Tensor, counter: torch.Tensor, fresh: int) -> bool:
-    """Whether a write to ``tensor``, in the same storage as ``counter``, is counted there: not if it was made
-    by ``.data``. Torch does not say, but such a tensor has a count of its own, from 0."""
-    known = tensor if tensor._base is None else tensor._base
-    if known is counter or known is counter._base:
-        return True
-    return fresh < tensor._version == counter._version
 
 
 @dataclass(slots=True, eq=False)  # not frozen, which takes as long again to make

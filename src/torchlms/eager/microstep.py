@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchlms.eager.provenance import Provenance
     from torchlms.eager.recorder import Recorder
     from torchlms.eager.routine import Routine
+    from torchlms.eager.saved import Kept
     from torchlms.eager.slot import Slot
     from torchlms.eager.timer import Lap, OpTimer
 
@@ -43,6 +44,7 @@ class MicroStep:
         "lap",
         "learning",
         "ooms_before",
+        "opened_by",
         "ordinal",
         "plainly",
         "provenance",
@@ -61,6 +63,7 @@ class MicroStep:
         self.timer: OpTimer | None = None
         self.provenance: Provenance | None = None
         self.lap: Lap | None = None
+        self.opened_by: weakref.ref[Kept] | None = None  # what was saved first, where that never moves
         self.clock = 0  # the op that comes next, as the tape counts them
         self.ordinal = 0  # of the storage that is saved next
         self.by_ordinal: dict[int, weakref.ref[Slot]] = {}

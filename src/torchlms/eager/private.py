@@ -381,3 +381,16 @@ def counts_writes_first(func: Any) -> bool:
     """
     definitions = getattr(sys.modules.get("torch._library.custom_ops"), "OPDEFS", {})
     return getattr(func, "_schema", None) is not None and func._schema.name in definitions
+
+
+def counted_together(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writes to ``tensor`` are counted by ``other``, in the same storage: not if one was made by
+    ``.data``. Torch does not say, so one is counted and taken back."""
+    take_back = getattr(torch._C._autograd, "_unsafe_set_version_counter", None)
+    if take_back is None or tensor.is_inference() or other.is_inference():
+        return tensor._version == other._version
+    before, was = other._version, tensor._version
+    torch.autograd.graph.increment_version(tensor)
+    together = other._version != before
+    take_back((tensor,), (was,))
+    return together

@@ -103,7 +103,7 @@ class Provenance:
             # What is known already is a view, or was written.
             if tensor is not None and self._ours(tensor) and not self._known(tensor):
                 mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
-        if not self._manner(call.func).writes:
+        if not self._manner(call.func).writes or _gives_another_storage(call.func):
             return
         written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._tracked(tensor)]
         # Of a storage's tensors one that cannot be told of counts for all.
@@ -116,6 +116,8 @@ class Provenance:
 
     def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int) -> None:
         """A call that no recipe runs again has ended: what it wrote is no longer what is told of it."""
+        if _gives_another_storage(func):
+            return
         for tensor in written_tensors(func, args, kwargs):
             if self._tracked(tensor) and self._known(tensor):
                 self._cell(tensor).history.append(Call(func, (), {}, op, False))
@@ -215,6 +217,11 @@ class Provenance:
             return None
         recipe = Recipe(cell, len(cell.history), self._device.type)
         return recipe if recipe.follow(cell, len(cell.history), target=slot) else None
+
+
+def _gives_another_storage(func: Any) -> bool:
+    """Whether ``func`` has a tensor lie elsewhere, and writes no byte there nor where it lay."""
+    return getattr(func, "_opname", "") == "set_"
 
 
 class _Foreign(Exception):

@@ -36,10 +36,6 @@ class Signature:
     module: str = ""
     met: tuple[tuple[int, ...], ...] = ()
 
-    def is_of(self, tensor: torch.Tensor, module: str) -> bool:
-        """Whether ``tensor``, saved in ``module``, could be the first of such a micro-step."""
-        return (tuple(tensor.shape), tensor.dtype, module) == (self.shape, self.dtype, self.module)
-
 
 class Verdict(Enum):
     """What to do when this routine comes next."""

@@ -21,7 +21,7 @@ class Kept:
     """A tensor that stays where it is. It still checks its version, as plain PyTorch does and
     saved-tensor hooks on their own do not."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor

@@ -59,10 +59,12 @@ class Saver:
                 return Kept(tensor.detach())
             if not self.movable(tensor):
                 self._note_kept(tensor)
+                # A leaf may be given other data, which plain PyTorch reads; anything else holds its graph.
+                kept = Kept(tensor if tensor.is_leaf else tensor.detach())
                 if self._opens(tensor) and self._engine.begins_microstep(tensor, stays=True):
                     self._engine.begin_microstep(tensor)
-                # A leaf may be given other data, which plain PyTorch reads; anything else holds its graph.
-                return Kept(tensor if tensor.is_leaf else tensor.detach())
+                    self._engine.now.opened_by = weakref.ref(kept)
+                return kept
             alias = memoryless_alias(tensor, self.hollow(tensor.dtype))
             return Saved(self._slot_of(tensor, alias), tensor, alias)
 
