@@ -125,6 +125,17 @@ def test_two_inputs_alike_in_one_module_begin_one_step(spill_dir: Path) -> None:
         assert [op.name for op in lms.tape.ops].count("aten.mm.default") == 4
 
 
+def test_an_input_that_functions_of_one_module_read_begins_one_step(spill_dir: Path) -> None:
+    """It is saved again and again, before anything else is."""
+    layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+    with torchlms.LMS(layers, budget="1MiB", disk_dir=spill_dir, rules=SMALL) as lms:
+        for step in range(STEPS):
+            x = torch.from_numpy(np.full((64, 64), step, dtype=np.float32))
+            sums = [F.linear(x, layer.weight, layer.bias) for layer in layers]  # type: ignore[arg-type]
+            torch.stack(sums).tanh().square().sum().backward()
+        assert lms.stats()["steps"] == STEPS
+
+
 def test_a_forward_pass_that_is_given_up_is_a_step_of_its_own(spill_dir: Path) -> None:
     model = network()
     with torchlms.LMS(model, budget="1MiB", disk_dir=spill_dir, rules=SMALL) as lms:
