@@ -71,6 +71,7 @@ class Routine:
     grown_bytes: int = 0  # more than recorded, seen before one of them
     steps: int = 0  # micro-steps that followed the present program
     laps: int = 0  # that followed any
+    waiting: bool = False  # for its second time, to be recorded
     met_first: int = -1  # in which micro-step of the program
     met_last: int = -1
     lap: Lap | None = None  # of the last of them
@@ -79,8 +80,15 @@ class Routine:
 
     def met(self, step: int) -> None:
         """A micro-step of this kind begins."""
+        if self.waiting and self.met_first >= 0:
+            self.waiting, self.verdict = False, Verdict.RECORD
         self.met_first = step if self.met_first < 0 else self.met_first
         self.met_last = step
+
+    def wait_for_another(self) -> None:
+        """Improvise now, and be recorded when such a step comes again."""
+        self.waiting = True
+        self.improvise()
 
     def recorded(self, tape: Tape) -> None:
         self.tape = tape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Tape
     from torchlms.eager.program import Program
 
+log = logging.getLogger("torchlms")
+
 _MOST_ROUTINES = 32
 
 
@@ -20,17 +23,32 @@ class Routines:
 
     def __init__(self) -> None:
         self._known: dict[Signature, Routine] = {}
+        self._wasted = 0  # that were forgotten before they came for the second time
 
     def __iter__(self) -> Iterator[Routine]:
         return iter(self._known.values())
 
     def of(self, signature: Signature) -> Routine:
-        """The routine of ``signature``, new if need be; the ones met longest ago are forgotten."""
-        routine = self._known.pop(signature, None) or Routine(signature)
+        """The routine of ``signature``, new if need be; the ones met longest ago are forgotten. Where many of
+        these were recorded for nothing, a new one waits for its second time."""
+        routine = self._known.pop(signature, None)
+        if routine is None:
+            routine = Routine(signature)
+            if self._wasted >= _MOST_ROUTINES:
+                routine.wait_for_another()
         self._known[signature] = routine
         if len(self._known) > _MOST_ROUTINES:
-            del self._known[next(iter(self._known))]
+            self._forget(self._known.pop(next(iter(self._known))))
         return routine
+
+    def _forget(self, routine: Routine) -> None:
+        self._wasted = 0 if routine.laps else self._wasted + 1
+        if self._wasted == _MOST_ROUTINES:
+            log.warning(
+                "%d kinds of step came and went without coming again: from here on a new one is recorded "
+                "when it comes for the second time, and until then values leave as memory runs out, slowly",
+                _MOST_ROUTINES,
+            )
 
     def usual(self) -> Routine | None:
         """The routine that most steps follow: of those with a tape the one met last, if it has taken the
