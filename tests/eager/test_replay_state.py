@@ -22,6 +22,7 @@ from torchlms.eager.backends import Backends
 from torchlms.eager.history import Call
 from torchlms.eager.private import backend_switches
 from torchlms.eager.timer import OpTimer
+from torchlms.eager.traits import generator_of
 from torchlms.eager.watcher import Watcher
 from torchlms.eager.writes import without_statistics, written_tensors
 
@@ -495,3 +496,24 @@ def test_a_write_through_a_view_that_cannot_be_told_of(
     assert replays
     assert ours == plain
     assert torch.equal(gradient, other)
+
+
+def test_a_generator_that_is_given_by_position() -> None:
+    given = torch.Generator()
+    x, noise = torch.ones(3), torch.zeros(3)
+    args = (x, noise, 0.1, 0.3, True, given)
+    assert generator_of(torch.ops.aten.rrelu_with_noise.default, args, {}, x.device) is given
+    assert (
+        generator_of(torch.ops.aten.rrelu_with_noise.default, args[:5], {}, x.device)
+        is torch.default_generator
+    )
+
+
+def test_running_statistics_that_no_schema_tells_of() -> None:
+    mean, variance = torch.zeros(3), torch.ones(3)
+    args = (torch.randn(4, 3), mean, variance, 0.1)
+    written = list(written_tensors(torch.ops.aten.batch_norm_update_stats.default, args, {}))
+    assert written[0] is mean
+    assert written[1] is variance
+    torch.ops.aten.batch_norm_update_stats(*args)
+    assert float(variance[0]) != 1.0

@@ -70,7 +70,7 @@ class Provenance:
             named = self._refs(kwargs, found) if kwargs else {}
         except _Foreign:
             return Call(func, (), {}, op, False)
-        generator = generator_of(func, (), kwargs, self._device) if manner.seeded else None
+        generator = generator_of(func, args, kwargs, self._device) if manner.seeded else None
         drawn = (generator, generator.get_state()) if generator is not None else None
         return Call(func, refs, named, op, True, drawn, self._backends.state(), manner.blank, tuple(found))
 
@@ -102,7 +102,7 @@ class Provenance:
         for place, tensor in enumerate(results_of(result)):
             # What is known already is a view, or was written.
             if tensor is not None and self._ours(tensor) and not self._known(tensor):
-                mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
+                self._mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
         if not self._manner(call.func).writes or _gives_another_storage(call.func):
             return
         written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._tracked(tensor)]
@@ -179,13 +179,16 @@ class Provenance:
         storage = tensor.untyped_storage()
         cell = marked(storage)
         if cell is None or cell.lap != self._lap:
-            new = self._new_cell(tensor, 0, [])
-            if cell is not None:
-                # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
-                new.readers = [reader for reader in cell.readers or () if reader() is not None]
-            mark(storage, new)
-            return new
+            cell = self._new_cell(tensor, 0, [])
+            self._mark(storage, cell)
         return cell
+
+    def _mark(self, storage: torch.UntypedStorage, new: Cell) -> None:
+        old = marked(storage)
+        if old is not None:
+            # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
+            new.readers = [reader for reader in old.readers or () if reader() is not None]
+        mark(storage, new)
 
     def _new_cell(self, tensor: torch.Tensor, place: int, history: list[Call]) -> Cell:
         value = self.value_of(tensor) if self.value_of is not None else -1

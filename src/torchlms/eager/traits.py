@@ -76,9 +76,9 @@ def generator_of(
     default is where its tensors are. None if it draws nothing."""
     if not seeded(func):
         return None
-    given = kwargs.get("generator")
-    if isinstance(given, torch.Generator):
-        return given
+    for given in (kwargs.get("generator"), *args):
+        if isinstance(given, torch.Generator):
+            return given
     if device is None:
         first = _first_tensor((*args, *kwargs.values()))
         device = first.device if first is not None else torch.device(kwargs.get("device") or "cpu")

@@ -15,6 +15,7 @@ _STATISTICS = {
     "native_batch_norm": ((3, 4), 5),
     "cudnn_batch_norm": ((3, 4), 5),
     "miopen_batch_norm": ((3, 4), 5),
+    "batch_norm_update_stats": ((1, 2), -1),
     "batch_norm_gather_stats": ((3, 4), -1),
     "batch_norm_gather_stats_with_counts": ((3, 4), -1),
 }
