@@ -48,12 +48,18 @@ def into_nothing(figures: Any) -> None:
 
 
 def check_folder(*paths: Path | None) -> None:
-    """BadOption for a file that could not be written in the end: its folder does not exist, or it is one."""
+    """BadOption for a file that could not be written in the end: its folder does not exist or takes no files,
+    or it is one."""
     for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None or path == STDOUT:
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir():
             raise BadOption(f"{path}: its folder does not exist")
-        if path is not None and path.is_dir():
+        if path.is_dir():
             raise BadOption(f"{path} is a folder: name a file")
+        if not os.access(folder, os.W_OK):
+            raise BadOption(f"{path}: no permission to write into its folder")
 
 
 def _into(path: Path | None) -> Put:

@@ -212,7 +212,7 @@ def test_a_parent_package_that_fails(tmp_path: Path) -> None:
         (["--budget", "16G", "x.py"], "did you mean '16GiB' or '16GB'?"),
         (["--plan", "p.json", "x.py"], "--plan p.json: there is no such file"),
         (["--device", "tpu", "x.py"], "cannot read --device 'tpu'"),
-        (["--json", "no/such/folder.json", "x.py"], "cannot be written: its folder does not exist"),
+        (["--json", "no/such/folder.json", "x.py"], "no/such/folder.json: its folder does not exist"),
         (["--csv", "/tmp", "x.py"], "/tmp is a folder: name a file"),
     ],
 )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchlms.bench.networks.blame import told
-from torchlms.errors import BadOption, LMSError
+from torchlms.bench.networks.blame import blamed
+from torchlms.errors import BadOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,18 +46,15 @@ class Workload:
         return loss.detach()
 
     def _forward(self) -> Tensor:
-        try:
+        with blamed(self._failed) if self.users_own else contextlib.nullcontext():
             return self.loss(self.model(self.inputs), self.target)
-        except (torch.OutOfMemoryError, LMSError):
-            raise
-        except Exception as error:
-            if not self.users_own:
-                raise
-            raise BadOption(
-                f"--model {self.users_own}: its forward pass failed with inputs {_shapes(self.inputs)} and "
-                f"target {_shapes(self.target)}: {told(error)}. Its make_batch says what it "
-                "is fed, images of --image-size where it has none; torchlms --debug shows where it failed"
-            ) from error
+
+    def _failed(self, error: str) -> str:
+        return (
+            f"--model {self.users_own}: its forward pass failed with inputs {_shapes(self.inputs)} and "
+            f"target {_shapes(self.target)}: {error}. Its make_batch says what it is fed, images of "
+            "--image-size where it has none; torchlms --debug shows where it failed"
+        )
 
 
 def _shapes(batch: Any) -> str:

@@ -22,7 +22,8 @@ _GREW = 1.02  # inputs this much larger than any seen end the standing aside
 
 
 class Aside:
-    """Whether LMS stands aside: no hook and no mode is on then but one hook on each model listened to.
+    """Whether LMS stands aside, on a card: no hook and no mode is on then but one hook on each model
+    listened to.
 
     Forward passes of these are the places between ops from which to step aside, or to come back.
     """
@@ -46,7 +47,7 @@ class Aside:
 
     def _before_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         engine, installation = self._engine, self._installation
-        if engine.dead or not engine.device.is_cuda:
+        if engine.dead:
             return
         input_bytes = _bytes_in(args, kwargs)
         # One of several models that so far was called for its results alone saves nothing now either.

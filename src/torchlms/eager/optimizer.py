@@ -75,9 +75,9 @@ class OptimizerGuard:
         smallest_bytes: int = getattr(error, "smallest_bytes", 0)
         if self._makes_states is not None:
             states_bytes = _states_to_come_bytes(self._makes_states)
-            smallest_bytes += states_bytes if smallest_bytes else 0
             advice += _FIRST.format(states=format_bytes(states_bytes))
             if smallest_bytes:
+                smallest_bytes += states_bytes
                 advice += f": try {format_bytes(smallest_bytes, up=True)} ({smallest_bytes} bytes)"
         if self._before is not None:
             with private.unwatched():

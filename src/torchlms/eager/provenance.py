@@ -102,8 +102,8 @@ class Provenance:
         for place, tensor in enumerate(results_of(result)):
             # What is known already is a view, or was written.
             if tensor is not None and self._ours(tensor) and not self._known(tensor):
-                self._mark(tensor.untyped_storage(), self._new_cell(tensor, place, [call]))
-        if not self._manner(call.func).writes or _gives_another_storage(call.func):
+                self._new_cell(tensor, place, [call])
+        if not self._manner(call.func).writes:
             return
         written = [tensor for tensor in written_tensors(call.func, args, kwargs) if self._tracked(tensor)]
         # Of a storage's tensors one that cannot be told of counts for all.
@@ -116,7 +116,7 @@ class Provenance:
 
     def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: int) -> None:
         """A call that no recipe runs again has ended: what it wrote is no longer what is told of it."""
-        if _gives_another_storage(func):
+        if not self._manner(func).writes:
             return
         for tensor in written_tensors(func, args, kwargs):
             if self._tracked(tensor) and self._known(tensor):
@@ -176,25 +176,16 @@ class Provenance:
 
     def _cell(self, tensor: torch.Tensor) -> Cell:
         """The cell of the tensor's storage; a new one, without a history, for what is older than this lap."""
-        storage = tensor.untyped_storage()
-        cell = marked(storage)
+        cell = marked(tensor.untyped_storage())
         if cell is None or cell.lap != self._lap:
-            cell = self._new_cell(tensor, 0, [])
-            self._mark(storage, cell)
+            return self._new_cell(tensor, 0, [])
         return cell
-
-    def _mark(self, storage: torch.UntypedStorage, new: Cell) -> None:
-        old = marked(storage)
-        if old is not None:
-            # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
-            new.readers = [reader for reader in old.readers or () if reader() is not None]
-        mark(storage, new)
 
     def _new_cell(self, tensor: torch.Tensor, place: int, history: list[Call]) -> Cell:
         value = self.value_of(tensor) if self.value_of is not None else -1
         storage = tensor.untyped_storage()
         self._histories.append(history)
-        return Cell(
+        new = Cell(
             self._lap,
             place,
             first_version=tensor._version,
@@ -204,6 +195,12 @@ class Provenance:
             value=value,
             size_bytes=storage.nbytes(),
         )
+        old = marked(storage)
+        if old is not None:
+            # What was dropped in an earlier lap, by a graph that is still there, reads it all the same.
+            new.readers = [reader for reader in old.readers or () if reader() is not None]
+        mark(storage, new)
+        return new
 
     def _known(self, tensor: torch.Tensor) -> bool:
         cell = marked(tensor.untyped_storage())
@@ -222,11 +219,6 @@ class Provenance:
         return recipe if recipe.follow(cell, len(cell.history), target=slot) else None
 
 
-def _gives_another_storage(func: Any) -> bool:
-    """Whether ``func`` has a tensor lie elsewhere, and writes no byte there nor where it lay."""
-    return getattr(func, "_opname", "") == "set_"
-
-
 class _Foreign(Exception):
     """An argument that cannot be told of."""
 
@@ -237,14 +229,17 @@ class _Manner(NamedTuple):
     followed: bool  # a recipe may run it again
     blank: bool  # what it makes has no bytes of its own yet
     seeded: bool  # draws random numbers
-    writes: bool  # may write some of its arguments
+    writes: bool  # may write bytes of its arguments
 
 
 @functools.cache
 def _manners(device_type: str) -> PerOp[_Manner]:
     def manner(func: Any) -> _Manner:
         blank = func in _BLANK
-        return _Manner(blank or may_replay(func, device_type), blank, seeded(func), writes_anything(func))
+        # It has a tensor lie elsewhere, and writes no byte there nor where it lay.
+        lays = getattr(func, "_opname", "") == "set_"
+        writes = writes_anything(func) and not lays
+        return _Manner(blank or may_replay(func, device_type), blank, seeded(func), writes)
 
     return PerOp(manner)
 

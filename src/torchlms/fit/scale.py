@@ -50,12 +50,13 @@ class Scale:
         if small_batch > large_batch:
             small, large, small_batch, large_batch = large, small, large_batch, small_batch
         small, large, partners = _matched(small, large)
-        if _bytes_in(large) < _bytes_in(small):
+        small_bytes, large_bytes = _bytes_in(small), _bytes_in(large)
+        if large_bytes < small_bytes:
             raise BadOption(
                 f"the recording of batch {large_batch} holds fewer bytes than that of batch {small_batch}: "
                 "give each --batch in the order of its --tape"
             )
-        if _bytes_in(large) == _bytes_in(small):
+        if large_bytes == small_bytes:
             raise BadOption(
                 f"the recording of batch {large_batch} holds as many bytes as that of batch {small_batch}: "
                 "nothing can be told of others. Does make_batch heed options.batch_size? Is each --tape of "

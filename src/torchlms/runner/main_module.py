@@ -18,7 +18,6 @@ from typing import Any
 
 from torchlms.errors import BadOption
 
-_NO_MODULE = "there is no module {!r} to run; for a file write: torchlms run {}"
 STDIN = "-"  # in the place of a script
 
 
@@ -108,7 +107,7 @@ def _find(name: str) -> ModuleSpec:
     if "/" in name or (
         name.endswith(".py") and os.path.isfile(_path_of(name))
     ):  # looking for it would run it
-        raise BadOption(_NO_MODULE.format(name, _path_of(name)))
+        raise _no_module(name)
     main = sys.modules.pop("__main__")  # else a search for "__main__" ends there
     try:
         spec = importlib.util.find_spec(name)
@@ -123,17 +122,19 @@ def _find(name: str) -> ModuleSpec:
     finally:
         sys.modules["__main__"] = main
     if spec is None:
-        raise BadOption(
-            f"there is no module {name!r} to run; for a file write: torchlms run {_path_of(name)}"
-        )
+        raise _no_module(name)
     return spec
+
+
+def _no_module(name: str) -> BadOption:
+    return BadOption(f"there is no module {name!r} to run; for a file write: torchlms run {_path_of(name)}")
 
 
 def _path_of(name: str) -> str:
     """The file that may have been meant by a name after ``-m``."""
-    return (
-        name if name.endswith(".py") and "/" in name else f"{name.removesuffix('.py').replace('.', '/')}.py"
-    )
+    if name.endswith(".py") and "/" in name:
+        return name
+    return f"{name.removesuffix('.py').replace('.', '/')}.py"
 
 
 def _is_archive(path: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torchlms.errors import BadOption
 from torchlms.loudness import read_level, wanted_level
 from torchlms.memory.limits import parse_option
-from torchlms.outlet import STDOUT
+from torchlms.outlet import check_folder
 from torchlms.rule_text import read_rules
 from torchlms.runner.main_module import STDIN
 
@@ -77,16 +76,9 @@ class Request:
         if self.skip < 0 or self.batch_size < 0:
             raise BadOption("--skip and --batch-size must not be negative")
         _ = self.profiled, self.level()
-        files = (self.save_plan, self.save_tape, self.save_run, self.json_path, self.csv_path, self.profile)
-        for path in files:
-            if path in (None, STDOUT):
-                continue
-            if not path.absolute().parent.is_dir():
-                raise BadOption(f"{path} cannot be written: its folder does not exist")
-            if not os.access(path.absolute().parent, os.W_OK):
-                raise BadOption(f"{path} cannot be written: no permission to write into its folder")
-            if path is not None and path.is_dir():
-                raise BadOption(f"{path} is a folder: name a file")
+        check_folder(
+            self.save_plan, self.save_tape, self.save_run, self.json_path, self.csv_path, self.profile
+        )
 
     def _module(self) -> str:
         """A dotted name that leads to a file is meant as a module."""

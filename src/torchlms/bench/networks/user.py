@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchlms.bench.networks.blame import told
+from torchlms.bench.networks.blame import blamed
 from torchlms.bench.networks.network import (
     IMAGE_CLASSES,
     Batch,
@@ -24,7 +24,7 @@ from torchlms.bench.networks.network import (
     NetworkOptions,
     image_batch,
 )
-from torchlms.errors import BadOption, LMSError
+from torchlms.errors import BadOption
 
 _MORE = "torchlms --debug shows all of it"
 
@@ -90,12 +90,8 @@ def _made_by(spec: str, factory: Callable[[], Any]) -> tuple[nn.Module, MakeBatc
         ) from error
     except ValueError:  # some callables of C have no signature
         pass
-    try:
+    with blamed(lambda error: f"--model {spec}: the factory failed: {error}; {_MORE}"):
         made = factory()
-    except (torch.OutOfMemoryError, LMSError):
-        raise
-    except Exception as error:
-        raise BadOption(f"--model {spec}: the factory failed: {told(error)}; {_MORE}") from error
     pair = made if isinstance(made, tuple) else (made, None)
     if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not (pair[1] is None or callable(pair[1])):
         kinds = [type(item).__name__ for item in pair]
@@ -114,14 +110,9 @@ def _checked(spec: str, make_batch: MakeBatch) -> MakeBatch:
     """``make_batch``, with what goes wrong in it, or comes out of it, said in a line."""
 
     def make(options: NetworkOptions, device: torch.device, generator: torch.Generator) -> Batch:
-        try:
+        failed = f"--model {spec}: make_batch(options, device, generator) failed"
+        with blamed(lambda error: f"{failed}: {error}; {_MORE}"):
             made = make_batch(options, device, generator)
-        except (torch.OutOfMemoryError, LMSError):
-            raise
-        except Exception as error:
-            raise BadOption(
-                f"--model {spec}: make_batch(options, device, generator) failed: {told(error)}; {_MORE}"
-            ) from error
         if not isinstance(made, (tuple, list)) or len(made) != 2:
             raise BadOption(
                 f"--model {spec}: make_batch gave {type(made).__name__}; it gives a pair (inputs, target)"
