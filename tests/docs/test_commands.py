@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from tapes import GIB, gpu
 from tests import forked
 from tests.docs.commands import COMMANDS, MORE, NOT_RUN, as_run
 from tests.fit.batches import step
+from tests.report_page.profiles import BEHIND
 from tests.report_page.runs import run
 from torchlms.__main__ import main
 
@@ -76,6 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for batch in (50, 100):
         step(batch, device="Card").save(tmp_path / f"resnet50-{batch}.json")
     replace(gpu(), device="Card", host_available_bytes=80 * GIB).save(tmp_path / "card.json")
+    (tmp_path / "profile.json").write_text(json.dumps({"traceEvents": BEHIND}))
     (tmp_path / "began").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path

@@ -10,6 +10,7 @@ import pytest
 
 import torchlms
 from tests.gpu.networks import CASES, make, train
+from torchlms.report_page.profiled import Profiled
 from torchlms.steps import ProfileWindow, StepLog
 
 pytestmark = pytest.mark.gpu
@@ -40,3 +41,12 @@ def test_rows_and_a_trace(tmp_path: Path) -> None:
     events = json.loads(trace.read_text())["traceEvents"]
     names = {event.get("name", "") for event in events}
     assert any("convolution" in name for name in names)
+    assert {"step 5", "step 6"} <= names
+    profiled = Profiled.load(trace)
+    assert profiled.name == "step 6"
+    kinds = {name.split(",")[0]: lane for name, lane in profiled.tracks.items()}
+    assert kinds.keys() == {"computing", "copies out", "copies in"}
+    moved = [one for kind in ("copies out", "copies in") for one in kinds[kind] if one.size_bytes]
+    plan = lms.plan
+    assert plan is not None
+    assert sum(one.size_bytes for one in moved) >= plan.predicted.bytes_out

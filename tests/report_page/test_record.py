@@ -16,6 +16,7 @@ from torchlms.report_page import save_run
 from torchlms.report_page.run import SCHEMA, Run
 from torchlms.runner.request import Request
 from torchlms.runner.watch import Watch
+from torchlms.steps import ProfileWindow
 
 typer_testing = pytest.importorskip("typer.testing")
 
@@ -80,6 +81,17 @@ def test_a_trace_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "run.html").exists()
 
 
+def test_a_profile_is_drawn_into_the_trace(tmp_path: Path) -> None:
+    path, profile, trace = (tmp_path / name for name in ("run.json", "profile.json", "trace.json"))
+    run("host").save(path)
+    with ProfileWindow(profile, first=0, last=0) as window:
+        torch.ones(3).exp()
+        window.step()
+    done = invoke("report", str(path), f"--trace={trace}", f"--profile={profile}")
+    assert done.exit_code == 0, done.output
+    assert "aten::exp" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+
+
 def test_help_has_an_example() -> None:
     assert "Example: torchlms report" in " ".join(invoke("report", "--help").output.split())
 
@@ -91,6 +103,9 @@ def test_help_has_an_example() -> None:
         (["report", "{}/tape.json"], "it holds a torchlms.tape/1, and not a torchlms.run/1"),
         (["report", "{}/run.json", "-o", "{}/no/where.html"], "its folder does not exist"),
         (["report", "{}/run.json", "-o", "{}/run.json"], "choose another name for what is to be written"),
+        (["report", "{}/run.json", "--profile={}/run.json"], "add --trace FILE"),
+        (["report", "{}/run.json", "--trace={}/t.json", "--profile={}/run.json"], "marks no step"),
+        (["report", "{}/run.json", "--trace={}/t.json", "--profile={}/t.json"], "choose another name"),
         (["bench", "--model=mnist", "--no-lms", "--save-run={}/r.json"], "runs without it"),
     ],
 )

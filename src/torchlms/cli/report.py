@@ -20,6 +20,9 @@ def report(
         File, typer.Option("--output", "-o", help="The page. Default: run.html for run.json.")
     ] = None,
     trace: Annotated[File, typer.Option(help="Also, or without -o only: a trace for Perfetto.")] = None,
+    profile: Annotated[
+        File, typer.Option(help="Into that trace: a step that run --profile or ProfileWindow saw.")
+    ] = None,
     curve: Annotated[bool, typer.Option(help="Draw speed against budget: some planning.")] = True,
     json_path: opt.Json = None,
 ) -> None:
@@ -29,4 +32,4 @@ def report(
     from torchlms.report_page.command import report as make_report
 
     with outlet(json_path) as put:
-        put(make_report(ReportOrder(run, page, trace, curve, json_path is not None), write))
+        put(make_report(ReportOrder(run, page, trace, profile, curve, json_path is not None), write))

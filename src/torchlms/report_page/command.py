@@ -12,6 +12,7 @@ from torchlms.fit.curve import curve
 from torchlms.outlet import check_folder
 from torchlms.report_page.finding import findings_of
 from torchlms.report_page.page import page
+from torchlms.report_page.profiled import Profiled
 from torchlms.report_page.run import Run
 from torchlms.report_page.step import step_of
 from torchlms.report_page.summary import headline
@@ -34,6 +35,7 @@ class ReportOrder:
     run: Path
     page: Path | None = None
     trace: Path | None = None
+    profile: Path | None = None  # a profiler's trace, shown in that one
     curve: bool = True
     as_json: bool = False
 
@@ -50,9 +52,12 @@ def report(order: ReportOrder, write: Write) -> dict[str, Any]:
     record of a run."""
     for path in filter(None, (order.page_path, order.trace)):
         check_folder(path)
-        if path.absolute() == order.run.absolute():
+        if path.absolute() in {read.absolute() for read in (order.run, order.profile) if read is not None}:
             raise BadOption(f"{path} is what is to be read: choose another name for what is to be written")
+    if order.profile is not None and order.trace is None:
+        raise BadOption("--profile is drawn in the trace: add --trace FILE")
     run = Run.load(order.run)
+    profiled = Profiled.load(order.profile) if order.profile is not None else None
     points: tuple[CurvePoint, ...] = ()
     if order.curve and run.plan is not None and (order.page_path is not None or order.as_json):
         write("planning for other budgets, for speed against budget (--no-curve leaves it out)")
@@ -61,7 +66,7 @@ def report(order: ReportOrder, write: Write) -> dict[str, Any]:
         order.page_path.write_text(page(run, points), encoding="utf-8")
         write(f"wrote {order.page_path}: open it in a browser")
     if order.trace is not None:
-        order.trace.write_text(trace_json(run))
+        order.trace.write_text(trace_json(run, profiled))
         write(f"wrote {order.trace}: open it in ui.perfetto.dev or chrome://tracing")
     return figures(run, points)
 

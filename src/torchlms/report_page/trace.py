@@ -12,21 +12,27 @@ from torchlms.report_page.tracks import tracks_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from torchlms.report_page.profiled import Profiled
     from torchlms.report_page.run import Run
     from torchlms.report_page.step import Step
     from torchlms.report_page.tracks import Span, Track
 
-PLAN, RECORDED, STEPS = 1, 2, 3  # processes, as the viewers call what has tracks of its own
+PLAN, PROFILED, RECORDED, STEPS = 1, 2, 3, 4  # processes, as the viewers call what has tracks of its own
 
 _Event = dict[str, Any]
 
 
-def trace_json(run: Run) -> str:
-    """The planned step, the recorded ops at their measured times, and the steps that were measured: each
-    begins at 0."""
+def trace_json(run: Run, profiled: Profiled | None = None) -> str:
+    """The planned step, a step as the profiler saw it if there is one, the recorded ops at their measured
+    times, and the steps that were measured: each begins at 0."""
     step = step_of(run)
     tracks = tracks_of(step, has_link=bool(run.machine.link))
-    events = [*_plan_events(step, tracks), *_recorded_events(step), *_step_events(run, step)]
+    events = [
+        *_plan_events(step, tracks),
+        *(_profiled_events(profiled) if profiled is not None else ()),
+        *_recorded_events(step),
+        *_step_events(run, step),
+    ]
     data = {
         "traceEvents": events,
         "displayTimeUnit": "ms",
@@ -47,6 +53,18 @@ def _plan_events(step: Step, tracks: Sequence[Track]) -> list[_Event]:
     for index, start_s in enumerate(step.timeline.start_s):
         counts = {band.name: int(band.size_bytes[index]) for band in bands}
         events.append(_event("C", PLAN, 0, float(start_s), name="device bytes", args=counts))
+    return events
+
+
+def _profiled_events(profiled: Profiled) -> list[_Event]:
+    events = [_process(PROFILED, f"{profiled.name}, as the profiler saw it")]
+    for thread, (name, lane) in enumerate(profiled.tracks.items(), 1):
+        events.append(_thread(PROFILED, thread, name))
+        for one in lane:
+            args = {"bytes": one.size_bytes} if one.size_bytes else None
+            events.append(
+                _event("X", PROFILED, thread, one.start_s, seconds=one.seconds, name=one.name, args=args)
+            )
     return events
 
 

@@ -1,0 +1,123 @@
+"""Profiled: one step as torch's profiler saw it, read from the trace that ``ProfileWindow`` wrote."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torchlms.errors import BadOption
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_Event = dict[str, Any]
+
+_STEP = re.compile(r"step \d+")
+# Categories of the profiler's events. On a device: what ran there, and the calls that began it.
+_ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+_CALLS = {"cuda_runtime", "cuda_driver"}
+_ON_HOST = {"cpu_op"}
+_DIRECTIONS = {"DtoH": "copies out", "HtoD": "copies in"}
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """One kernel or copy of a device, or one op of a CPU; ``start_s`` counts from the step's first one."""
+
+    name: str
+    start_s: float
+    seconds: float
+    size_bytes: int = 0  # of a copy
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """The last step of a profile: its name, and what happened on each stream or thread, by the track's."""
+
+    name: str
+    tracks: dict[str, tuple[Happened, ...]]
+
+    @staticmethod
+    def load(path: Path) -> Profiled:
+        """BadOption for a file without marked steps: another profiler's, or no profile."""
+        events = _events(path)
+        marks = [event for event in events if _marks_step(event)]
+        if not marks:
+            raise BadOption(
+                f"{path} marks no step: it is no trace that ProfileWindow or torchlms run --profile wrote"
+            )
+        last = max(marks, key=lambda mark: float(mark["ts"]))
+        found = _on_device(events, last) or _on_host(events, last)
+        if not found:
+            raise BadOption(f"{path}: nothing ran in {last['name']}, the last step of the profile")
+        begin_us = min(float(event["ts"]) for event in found)
+        return Profiled(last["name"], _tracks(found, begin_us))
+
+
+def _events(path: Path) -> list[_Event]:
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            data = json.load(file)
+    except OSError as error:
+        raise BadOption(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise BadOption(f"{path} is no JSON, which the profiler writes") from None
+    events = data.get("traceEvents") if isinstance(data, dict) else None
+    if not isinstance(events, list):
+        return []
+    return [event for event in events if isinstance(event, dict) and event.get("ph") == "X"]
+
+
+def _marks_step(event: _Event) -> bool:
+    return event.get("cat") == "user_annotation" and _STEP.fullmatch(str(event.get("name"))) is not None
+
+
+def _on_device(events: list[_Event], mark: _Event) -> list[_Event]:
+    """What the step began there: the device is behind the program, so times alone do not say it."""
+    begun = {_correlation(event) for event in events if event.get("cat") in _CALLS and _within(event, mark)}
+    return [event for event in events if event.get("cat") in _ON_DEVICE and _correlation(event) in begun]
+
+
+def _on_host(events: list[_Event], mark: _Event) -> list[_Event]:
+    return [event for event in events if event.get("cat") in _ON_HOST and _within(event, mark)]
+
+
+def _within(event: _Event, mark: _Event) -> bool:
+    begin_us = float(mark["ts"])
+    return begin_us <= float(event["ts"]) < begin_us + float(mark["dur"])
+
+
+def _correlation(event: _Event) -> object:
+    return event.get("args", {}).get("correlation")
+
+
+def _tracks(found: list[_Event], begin_us: float) -> dict[str, tuple[Happened, ...]]:
+    """By stream or thread, in the order in which these began."""
+    lanes: dict[object, list[_Event]] = defaultdict(list)
+    for event in sorted(found, key=lambda event: float(event["ts"])):
+        lanes[event.get("args", {}).get("stream", event.get("tid"))].append(event)
+    return {
+        f"{_kind(lane)}, {'stream' if lane[0]['cat'] in _ON_DEVICE else 'thread'} {number}": tuple(
+            Happened(
+                str(event["name"]),
+                (float(event["ts"]) - begin_us) * 1e-6,
+                float(event.get("dur", 0)) * 1e-6,
+                int(event.get("args", {}).get("bytes", 0)),
+            )
+            for event in lane
+        )
+        for number, lane in lanes.items()
+    }
+
+
+def _kind(lane: list[_Event]) -> str:
+    """What a stream is for, by what it was longest busy with."""
+    busy_us: dict[str, float] = defaultdict(float)
+    for event in lane:
+        kinds = (kind for way, kind in _DIRECTIONS.items() if way in event["name"])
+        busy_us[next(kinds, "computing")] += float(event.get("dur", 0))
+    return max(busy_us, key=lambda kind: busy_us[kind])
