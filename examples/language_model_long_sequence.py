@@ -36,7 +36,7 @@ def main() -> None:
             hidden_size=options.hidden,
             intermediate_size=3 * options.hidden,
             num_hidden_layers=options.layers,
-            num_attention_heads=options.hidden // 64,
+            num_attention_heads=max(1, options.hidden // 64),
             max_position_embeddings=options.tokens,
             bos_token_id=None,
             eos_token_id=None,
@@ -68,6 +68,8 @@ class Bytes(Dataset[dict[str, torch.Tensor]]):
     """A text cut into sequences; every byte is a token."""
 
     def __init__(self, data: bytes, tokens: int) -> None:
+        if len(data) < tokens:
+            raise SystemExit(f"the text has {len(data)} bytes, less than one sequence of --tokens {tokens}")
         whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         self.rows = whole[: len(whole) // tokens * tokens].view(-1, tokens)
 

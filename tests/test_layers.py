@@ -59,14 +59,14 @@ MAY_IMPORT = {
         "uninterrupted",
     },
     "__init__": BASE | {"api"},
-    "integrations": {"api", "core", "errors"},
-    "steps": {"api"},
+    "integrations": {"api", "core", "errors", "outlet", "steps"},
+    "steps": {"api", "outlet"},
     "sweep": BASE | {"eager"},
     "bench": BASE | {"eager", "memory", "report", "api", "rule_text", "outlet"},
     "fit": BASE | {"eager", "memory", "report", "api", "bench", "rule_text", "outlet"},
     "live": {"memory"},
     "report_page": BASE | {"memory", "report", "api", "fit", "outlet"},
-    "doctor": BASE | {"eager", "memory"},
+    "doctor": BASE | {"eager", "memory", "api"},
     "runner": BASE
     | {"eager", "memory", "report", "api", "rule_text", "report_page", "outlet", "loudness", "live", "steps"},
     "cli": BASE

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     Stats = Callable[[], dict[str, Any]]
-    Listen = Callable[[Callable[..., None]], Any]
+    Listen = Callable[[Callable[..., None]], Any]  # what it gives has remove()
 
 _EVERY_S = 0.25
 
@@ -38,8 +38,8 @@ def live_line(
     """One line on ``console`` (standard error) as long as this is open; none if that is no terminal, or if
     TORCHLMS_LOG is off. What is printed meanwhile appears above it, and it leaves no trace.
 
-    ``items`` is how many there are in a step, 0 if nobody knows. ``listen`` gets what is to be called where
-    a step ends; None: every optimizer tells.
+    ``items`` is how many there are in a step of the optimizer, 0 if nobody knows. ``listen`` gets what is to
+    be called where such a step ends; None: every optimizer tells.
     """
     from rich.console import Console
 
@@ -60,14 +60,18 @@ def live_line(
         redirect_stdout=shared,
     )
     with line as live:
-        renewed_s = time.perf_counter()
+        renewed_s, step, renewed_step = time.perf_counter(), 0, 0
 
         def step_ended(*_: Any) -> None:
-            nonlocal renewed_s
-            if time.perf_counter() - renewed_s < _EVERY_S:
+            nonlocal renewed_s, step, renewed_step
+            step += 1
+            passed_s = time.perf_counter() - renewed_s
+            if passed_s < _EVERY_S:
                 return
-            live.update(_lines(sentence(stats(), items, unit), console.width), refresh=True)
-            renewed_s = time.perf_counter()
+            step_s = passed_s / (step - renewed_step)
+            said = sentence(stats(), step=step, step_s=step_s, items=items, unit=unit)
+            live.update(_lines(said, console.width), refresh=True)
+            renewed_s, renewed_step = time.perf_counter(), step
 
         live.refresh()
         hook = (listen or register_optimizer_step_post_hook)(step_ended)
@@ -77,15 +81,18 @@ def live_line(
             hook.remove()
 
 
-def sentence(stats: dict[str, Any], items: int = 0, unit: str = "items") -> str:
-    """What LMS does now, by its figures, and what that takes."""
+def sentence(
+    stats: dict[str, Any], *, step: int = 0, step_s: float = 0.0, items: int = 0, unit: str = "items"
+) -> str:
+    """What LMS does now, by its figures, and what that takes. ``step`` counts those of the optimizer, which
+    took ``step_s`` each of late, with all that the loop does beside them."""
     if stats["state"] == "off":
         return "a run without LMS"
-    parts = [_doing(stats), f"step {stats['steps']}"]
-    if stats["measured_step_s"]:
-        parts.append(f"{stats['measured_step_s'] * 1e3:.0f} ms")
+    parts = [_doing(stats), f"step {step}"]
+    if step_s:
+        parts.append(f"{step_s * 1e3:.0f} ms")
         if items:
-            parts.append(f"{items / stats['measured_step_s']:.0f} {unit}/s")
+            parts.append(f"{items / step_s:.0f} {unit}/s")
     parts.append(f"device {_pair(stats['peak_device_bytes'], stats['budget_bytes'])}")
     if stats["peak_host_bytes"]:
         parts.append(f"host {_pair(stats['peak_host_bytes'], stats['host_budget_bytes'])}")

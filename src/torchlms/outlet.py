@@ -49,10 +49,14 @@ def into_nothing(figures: Any) -> None:
 
 def check_folder(*paths: Path | None) -> None:
     """BadOption for a file that could not be written in the end: its folder does not exist or takes no files,
-    or it is one."""
+    it is one, or another of ``paths`` is the same."""
+    seen = set()
     for path in paths:
         if path is None or path == STDOUT:
             continue
+        if path.absolute() in seen:
+            raise BadOption(f"{path} is asked for twice: each needs a file of its own")
+        seen.add(path.absolute())
         folder = path.absolute().parent
         if not folder.is_dir():
             raise BadOption(f"{path}: its folder does not exist")
@@ -62,12 +66,22 @@ def check_folder(*paths: Path | None) -> None:
             raise BadOption(f"{path}: no permission to write into its folder")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While ``path`` is written: BadOption that names it where that fails, a full disk above all."""
+    try:
+        yield
+    except OSError as error:
+        raise BadOption(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def _into(path: Path | None) -> Put:
     if path is None:
         return into_nothing
 
     def write(figures: Any) -> None:
-        path.write_text(_text(figures) + "\n")
+        with writing(path):
+            path.write_text(_text(figures) + "\n")
 
     return write
 

@@ -33,6 +33,7 @@ def report_text(
     ``bound_s`` is a step time that no plan can beat, ``rules`` those that the plan had to keep to; ``over``:
     the program has ended, and the state is the one in which it did.
     """
+    over = over or stats["state"] == "off"
     lines = [_state_line(stats, over=over), *_verified(stats)]
     if plan is None and stats["steps"]:
         lines += _without_plan(stats)
@@ -40,7 +41,9 @@ def report_text(
         lines += _comparison(stats)
         if stats.get("racing"):
             lines.append(
-                "this plan is one of several that are timed against each other; the fastest will stay"
+                "it ended while several plans were timed against each other; this was one of them"
+                if over
+                else "this plan is one of several that are timed against each other; the fastest will stay"
             )
         lines.append(f"with nothing moved a step like this would need {format_bytes(peak_bytes(tape))}")
         lines += _limit(stats, bound_s)

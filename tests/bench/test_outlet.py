@@ -11,6 +11,13 @@ from torchlms.errors import BadOption
 from torchlms.outlet import STDOUT, outlet
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no such device")
+def test_a_full_disk_is_named() -> None:
+    said = "/dev/full could not be written: No space left"
+    with outlet(Path("/dev/full")) as put, pytest.raises(BadOption, match=said):
+        put({"a": 1})
+
+
 def test_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with outlet(tmp_path / "a.json") as put:
         print("said")

@@ -482,6 +482,35 @@ def levels(here: str, folder: Path) -> None:
     assert [name for name in LEVELS if f"`{name}`" not in here and f"={name}`" not in here] == []
 
 
+@heir_of("values leave only when")
+def without_a_plan(here: str, folder: Path) -> None:
+    assert "--no-plan" in here
+    lms = train(folder, plan=False)
+    found = lms.stats()
+    lms.__exit__(None, None, None)
+    assert lms.plan is None
+    assert found["reclaims"] > 0
+
+
+@heir_of("bytes reserved, the limit")
+def the_limit(here: str, folder: Path) -> None:
+    assert callable(torch.cuda.memory_reserved)
+    lms = train(folder)
+    found = lms.stats()
+    lms.__exit__(None, None, None)
+    assert found["budget_bytes"] == 1100 << 10
+    assert "peak_reserved_bytes" in found
+
+
+@heir_of("number of allocations")
+def the_largest(here: str, folder: Path) -> None:
+    lms = train(folder)
+    lms.__exit__(None, None, None)
+    assert lms.tape is not None
+    assert max(value.size_bytes for value in lms.tape.values) > 0
+    assert callable(torch.cuda.memory_stats)
+
+
 @heir_of("bytes in use", "bytes reclaimed", "single reclaims", "distribution of allocations")
 def counters(here: str, folder: Path) -> None:
     """Each name is a key; the first step, which has no plan, had to make room."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import torchlms
 from torchlms.doctor import device, host, software
 from torchlms.doctor.device import Link
 from torchlms.doctor.finding import State
@@ -50,8 +51,9 @@ def test_torch_in_range(version: str, state: State) -> None:
 
 
 def test_the_range_is_that_of_the_package() -> None:
-    torch_finding = list(software.versions())[1]
-    assert torch_finding.topic == "torch"
+    found = {finding.topic: finding for finding in software.versions()}
+    torch_finding = found["torch"]
+    assert found["torchlms"].found == torchlms.__version__
     assert torch_finding.state is not State.ATTENTION
 
 

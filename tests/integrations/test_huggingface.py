@@ -14,6 +14,7 @@ from trained import (
     all_bits,
     assert_off_for_good,
     assert_values_moved,
+    csv_steps,
     is_on,
     own_share,
     peak_bytes,
@@ -129,10 +130,12 @@ def test_it_costs_less_than_a_hundredth(
 
 
 def test_same_bits_with_accumulation_and_evaluation(plain: Any, tmp_path: Path, spill_dir: Path) -> None:
-    callback = LMSCallback(**options(plain, spill_dir))
+    path = tmp_path / "steps.csv"
+    callback = LMSCallback(**options(plain, spill_dir), csv=path)
     trainer = make_trainer(tmp_path, callback)
     trainer.train()
     assert left_by(trainer) == plain[0]
+    assert csv_steps(path) == list(range(trainer.state.global_step))
     assert [entry["step"] for entry in plain[0]["logged"] if "eval_loss" in entry] == [3, 6, STEPS]
     assert_values_moved(callback.lms)
     assert_off_for_good()
@@ -322,8 +325,14 @@ def caught(train: Any) -> BaseException:
 def test_options_are_read_at_once() -> None:
     with pytest.raises(torchlms.BadOption, match="1 banana"):
         LMSCallback(budget="1 banana")
-    with pytest.raises(TypeError, match="budgte"):
+    with pytest.raises(TypeError, match="LMSCallback has no option 'budgte'; did you mean budget"):
         LMSCallback(budgte="1GiB")
+    with pytest.raises(TypeError, match="LMSCallback has no option 'model'; there are csv, budget, "):
+        LMSCallback(model=None)
+    with pytest.raises(TypeError, match=r"by name, such as LMSCallback\(budget='1GiB'\)"):
+        LMSCallback("1GiB")
+    with pytest.raises(torchlms.BadOption, match="its folder does not exist"):
+        LMSCallback(csv="nowhere/steps.csv")
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

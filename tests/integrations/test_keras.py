@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sessions import bits
-from trained import SMALL, assert_off_for_good, assert_values_moved, is_on, own_share, peak_bytes
+from trained import SMALL, assert_off_for_good, assert_values_moved, csv_steps, is_on, own_share, peak_bytes
 
 from torchlms.core.tape import Kind
 
@@ -77,8 +77,13 @@ def callback(plain: tuple[dict[str, Any], int], spill_dir: Path) -> LMSCallback:
     return LMSCallback(budget=int(0.6 * plain[1]), rules=SMALL, disk_dir=spill_dir)
 
 
-def test_same_bits_with_accumulation_and_validation(plain: Any, callback: Any) -> None:
+def test_same_bits_with_accumulation_and_validation(plain: Any, tmp_path: Path, spill_dir: Path) -> None:
+    path = tmp_path / "steps.csv"
+    callback = LMSCallback(budget=int(0.6 * plain[1]), rules=SMALL, disk_dir=spill_dir, csv=path)
     assert fit(make_model(), callback) == plain[0]
+    steps = csv_steps(path)
+    assert steps == list(range(len(steps)))
+    assert len(steps) % len(plain[0]["history"]["loss"]) == 0
     assert "val_loss" in plain[0]["history"]
     assert_values_moved(callback.lms)
     assert_off_for_good()

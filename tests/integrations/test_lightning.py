@@ -16,6 +16,7 @@ from trained import (
     all_bits,
     assert_off_for_good,
     assert_values_moved,
+    csv_steps,
     is_on,
     own_share,
     peak_bytes,
@@ -157,8 +158,11 @@ def callback(plain: tuple[dict[str, Any], int], spill_dir: Path) -> LMSCallback:
     return LMSCallback(budget=int(0.6 * plain[1]), rules=SMALL, disk_dir=spill_dir)
 
 
-def test_same_bits_with_accumulation_and_validation(plain: Any, callback: Any, tmp_path: Path) -> None:
+def test_same_bits_with_accumulation_and_validation(plain: Any, tmp_path: Path, spill_dir: Path) -> None:
+    path = tmp_path / "steps.csv"
+    callback = LMSCallback(budget=int(0.6 * plain[1]), rules=SMALL, disk_dir=spill_dir, csv=path)
     assert fit(make_trainer(tmp_path, callback)) == plain[0]
+    assert csv_steps(path) == list(range(EPOCHS * BATCHES))
     assert len(plain[0]["losses"]) == EPOCHS * 2 * BATCHES + 2  # two before training, by the trainer's choice
     assert_values_moved(callback.lms)
     assert_off_for_good()
@@ -280,6 +284,28 @@ def test_fabric_same_bits(plain: Any, spill_dir: Path) -> None:
     assert losses == list(loop(fabric, model_again, optimizer_again, batches))
     assert all_bits(model.state_dict().items()) == all_bits(model_again.state_dict().items())
     assert state_bits(optimizer) == state_bits(optimizer_again)
+
+
+def test_fabric_with_several_optimizers(plain: Any, spill_dir: Path) -> None:
+    """The states of each are known as such."""
+    fabric = make_fabric()
+    torch.manual_seed(5)
+    model = network()
+    weights = list(model.parameters())
+    several = torch.optim.Adam(weights[:4], 1e-3), torch.optim.SGD(weights[4:], 1e-2, momentum=0.9)
+    model, *optimizers = fabric.setup(model, *several)
+    images, classes = next(iter(loader(True)))
+    options = {"budget": int(0.6 * plain[1]), "rules": SMALL, "disk_dir": spill_dir}
+    with FabricLMS(fabric, model, optimizers, **options) as lms:
+        for _ in range(4):
+            fabric.backward(F.cross_entropy(model(images), classes))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_values_moved(lms)
+    assert_off_for_good()
+    with pytest.raises(TypeError, match="the fabric comes first"):
+        FabricLMS(model, optimizers[0])
 
 
 def test_fabric_names_modules_as_the_user_does(plain: Any, spill_dir: Path) -> None:

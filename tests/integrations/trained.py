@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +58,13 @@ def assert_values_moved(lms: torchlms.LMS | None) -> None:
     assert stats["bytes_out_per_step"] > 0
     assert stats["bytes_in_per_step"] > 0
     assert stats["peak_device_bytes"] <= stats["budget_bytes"]
+
+
+def csv_steps(path: Path) -> list[int]:
+    """The numbers of the steps that a callback wrote a row of."""
+    rows = list(csv.DictReader(path.open()))
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    return [int(row["step"]) for row in rows]
 
 
 def assert_off_for_good() -> None:

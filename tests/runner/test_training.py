@@ -339,6 +339,7 @@ def test_running_out_of_memory_all_the_same(tmp_path: Path) -> None:
 def test_another_device_than_asked_for(tmp_path: Path) -> None:
     found = figures(tmp_path, write(tmp_path, USUAL), "--device=cuda")
     assert "was seen in this process's main thread on cuda" in found["said"]
+    assert "--device cuda: torch sees 0 CUDA devices" in found["said"]
 
 
 # -- plans and processes ---------------------------------------------------------------------
@@ -423,6 +424,13 @@ def test_figures_alone_on_standard_output(tmp_path: Path) -> None:
     assert "child" in ours.err
     assert plain_run((tmp_path / script).read_text()).out.split()[0] in ours.err
     assert not (tmp_path / "-").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no such device")
+def test_a_full_disk_for_notes_does_not_end_the_script(tmp_path: Path) -> None:
+    found = figures(tmp_path, write(tmp_path, USUAL), "--csv=/dev/full")
+    assert found["said"].count("/dev/full ends here, training goes on: No space left on device") == 1
+    assert found["averages"]["steps"] == 1
 
 
 @pytest.mark.more

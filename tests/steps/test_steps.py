@@ -78,9 +78,53 @@ def test_tags_and_a_rate(lms: torchlms.LMS, tmp_path: Path) -> None:
     assert log.averages()["items_per_s"] > 0
 
 
-def test_a_bad_skip(lms: torchlms.LMS) -> None:
-    with pytest.raises(ValueError, match="skip must be 0 or more"):
-        StepLog(lms, skip=-1)
+def test_tags_are_written_by_their_names(lms: torchlms.LMS, tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    with lms, StepLog(lms, path) as log:
+        log.step(phase="train", epoch=0)
+        log.step(epoch=1, phase="validate")
+        with pytest.raises(ValueError, match=r"\['seconds', 'step'\]: these columns are the log's own"):
+            StepLog(lms).step(seconds=3, step=7)
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["phase"], row["epoch"]) for row in rows] == [("train", "0"), ("validate", "1")]
+
+
+def test_averages_of_some_steps(lms: torchlms.LMS) -> None:
+    with lms, StepLog(lms, skip=1) as log:
+        for phase in ("train", "train", "validate", "train"):
+            time.sleep(0.02 if phase == "validate" else 0)
+            log.step(phase=phase)
+    assert log.averages()["steps"] == 3
+    assert log.averages(phase="train")["steps"] == 2
+    assert log.averages(phase="train")["seconds"] < 0.02 < log.averages(phase="validate")["seconds"]
+    assert log.averages(phase="test") == {}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no such device")
+def test_a_full_disk_ends_the_file_and_not_the_training(
+    lms: torchlms.LMS, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lms, StepLog(lms, "/dev/full", skip=0) as log:
+        for _ in range(3):
+            log.step()
+    assert len(log.rows) == log.averages()["steps"] == 3
+    said = [record.message for record in caplog.records if "/dev/full" in record.message]
+    assert said == ["/dev/full ends here, training goes on: No space left on device"]
+
+
+def test_what_can_be_no_log(lms: torchlms.LMS) -> None:
+    for wrong in ({"skip": -1}, {"batch_size": -4}):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            StepLog(lms, **wrong)
+    with pytest.raises(TypeError, match="lms must be an LMS, not None"):
+        StepLog(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="writer must have add_scalar"):
+        StepLog(lms, writer="runs")  # type: ignore[arg-type]
+
+
+def test_a_profile_that_could_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(torchlms.BadOption, match="its folder does not exist"):
+        ProfileWindow(tmp_path / "nowhere" / "trace.json")
 
 
 @pytest.mark.parametrize("steps", [6, 4])

@@ -12,7 +12,7 @@ from torchlms.bench.result import failed_json, result_json, write_csv
 from torchlms.bench.runner import run
 from torchlms.bench.table import COLUMNS, comparison_rows
 from torchlms.errors import BadOption, LMSError
-from torchlms.outlet import Put, check_folder, into_nothing
+from torchlms.outlet import Put, check_folder, into_nothing, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,8 @@ def bench(
         }
     put(result)
     if command.csv_path is not None:
-        write_csv(measurement, command.csv_path)
+        with writing(command.csv_path):
+            write_csv(measurement, command.csv_path)
     if command.identity and (identity is None or identity.first_difference is not None):
         raise NotIdentical(str(identity) if identity else "losses: the plain run gave none to compare with")
     return result

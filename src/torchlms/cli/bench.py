@@ -93,9 +93,10 @@ def bench(
     from torchlms.errors import BudgetTooSmall
     from torchlms.live import live_line
     from torchlms.loudness import choose
-    from torchlms.outlet import outlet
+    from torchlms.outlet import check_folder, outlet
 
     choose(log)
+    check_folder(json_path, csv_path, save_run)
     asked["rule"] = tuple(rule or ())
     names = {field.name for field in dataclasses.fields(BenchOptions)} - {"way"}
     options = BenchOptions(way=_way(way, no_lms), **{name: asked[name] for name in names})
@@ -162,14 +163,12 @@ def _onlooker(save_run: Path | None, options: BenchOptions) -> Onlooker | None:
     """What sees the run that is to be kept; None if none is."""
     from torchlms.bench.options import Way
     from torchlms.errors import BadOption
-    from torchlms.outlet import check_folder
     from torchlms.report_page.saving import Onlooker
 
     if save_run is None:
         return None
     if options.way is not Way.LMS:
         raise BadOption(f"--save-run keeps what LMS did, and --way {options.way.value} runs without it")
-    check_folder(save_run)
     return Onlooker(write)
 
 

@@ -29,6 +29,9 @@ DiskBudget = Annotated[Text, typer.Option(help="Disk for what leaves: bytes or 5
 SpillDir = Annotated[Text, typer.Option(help="Folder for a spill file. Default: a cache.")]
 SpillBudget = Annotated[Text, typer.Option(help="Size of the spill file: bytes or 500GB; 0 for none.")]
 PlanFile = Annotated[Text, typer.Option(help="A plan file to use instead of planning.")]
+NoPlan = Annotated[
+    bool, typer.Option("--no-plan", help="Plan nothing: values leave only when memory runs out.")
+]
 MachineFile = Annotated[File, typer.Option(help="Rates of another machine: torchlms probe --json.")]
 Report = Annotated[bool, typer.Option("--report", help="Print LMS's own report at the end.")]
 Json = Annotated[File, typer.Option("--json", help="Write the figures to this file; - prints nothing else.")]

@@ -78,7 +78,7 @@ def options_for_all(
     context: Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one line.")] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_version_asked, is_eager=True, help="As the verb.")
+        bool, typer.Option("--version", callback=_version_asked, is_eager=True, help="Versions, then stop.")
     ] = False,
 ) -> None:
     """Train networks that need more memory than the device has, on stock PyTorch."""

@@ -27,6 +27,7 @@ def run(
     disk_dir: opt.SpillDir = None,
     disk_budget: opt.SpillBudget = None,
     plan: opt.PlanFile = None,
+    no_plan: opt.NoPlan = False,
     recompute: opt.Recompute = True,
     rule: opt.Rule = None,
     verify: opt.Verify = False,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import torchlms
 from torchlms.doctor.finding import Finding, attention, fine, note
 from torchlms.eager.replayable import TABLE, may_replay
 
@@ -26,6 +27,7 @@ def versions() -> Iterator[Finding]:
         yield fine("system", system)
     else:
         yield attention("system", system, "use Linux: memory limits and spill files are read its way")
+    yield fine("torchlms", torchlms.__version__)
     yield torch_in_range(torch.__version__, _required_torch())
 
 

@@ -14,9 +14,16 @@ _PREDICTED = {"lms_predicted_peak_bytes": "peak_reserved_bytes", "lms_predicted_
 
 
 def key_figures(lms: LMS) -> dict[str, float]:
-    """Measured and, once there is a plan, predicted; a step is one forward and backward pass."""
+    """Measured and, once there is a plan, predicted; a step is one forward and backward pass. What is not
+    known yet, since no step has followed a plan or none was timed, is left out: no curve begins at a false
+    0."""
     stats = lms.stats()
-    measured = {name: float(stats[key]) for name, key in _MEASURED.items() if key in stats}
+    planned = bool(stats.get("predicted"))
+    measured = {
+        name: float(stats[key])
+        for name, key in _MEASURED.items()
+        if stats.get(key) or (planned and key != "measured_step_s")
+    }
     predicted = {
         name: float(stats["predicted"][key]) for name, key in _PREDICTED.items() if stats.get("predicted")
     }

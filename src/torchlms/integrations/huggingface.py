@@ -28,8 +28,8 @@ class LMSCallback(Keeper, TrainerCallback):  # type: ignore[misc]
     the key figures go through ``Trainer.log``.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *wrong: Any, **options: Any) -> None:
+        super().__init__(*wrong, **options)
         self._trainer: weakref.ref[Any] | None = None
 
     def on_train_begin(
@@ -46,6 +46,9 @@ class LMSCallback(Keeper, TrainerCallback):  # type: ignore[misc]
             trainer = call.f_locals["self"]
             self._trainer = weakref.ref(trainer)
             self._guard(trainer, "_run_epoch")  # of transformers 5; without it there is the call's frame
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._step_ended()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         trainer = self._trainer() if self._trainer is not None else None

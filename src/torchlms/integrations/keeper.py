@@ -12,11 +12,16 @@ is left over.
 
 from __future__ import annotations
 
+import inspect
+import logging
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from difflib import get_close_matches
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -24,6 +29,13 @@ import torch
 
 from torchlms.api import LMS
 from torchlms.integrations.figures import key_figures
+from torchlms.outlet import check_folder
+from torchlms.steps import StepLog
+
+log = logging.getLogger("torchlms")
+
+# What LMS can be asked for; model and optimizer are the trainer's.
+OPTIONS = tuple(name for name in inspect.signature(LMS).parameters if name not in ("model", "optimizer"))
 
 _TOKEN = "__torchlms__"  # no name that a program would use
 
@@ -35,15 +47,19 @@ class Keeper:
     """What all callbacks share: ``options`` are those of ``torchlms.LMS``, read at once.
 
     Each training gets an ``LMS`` of its own. ``lms`` is the current or the last one, so that its
-    ``report()`` can be asked for afterwards. In a ``with`` statement a callback is sure to be off
-    after it, whatever happens to errors.
+    ``report()`` can be asked for afterwards. ``csv`` is the path of a file that gets a row for each
+    step of the training (``torchlms.steps.StepLog``); each training writes it anew. In a ``with``
+    statement a callback is sure to be off after it, whatever happens to errors.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *wrong: Any, csv: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__()
-        LMS(**options)  # changes nothing, but a misspelt option is found now and not hours later
+        self._check(wrong, options)  # what is misspelt is found now and not hours later
         self.lms: LMS | None = None
         self._options = options
+        self._csv = Path(csv) if csv is not None else None
+        check_folder(self._csv)
+        self._steps: StepLog | None = None
         self._on = False
         self._call: int | None = None  # which frame must be running, by identity; None: not known
         self._finaliser: weakref.finalize[Any, Any] | None = None
@@ -81,8 +97,21 @@ class Keeper:
             "_on": False,
             "_call": None,
             "_finaliser": None,
+            "_steps": None,
             "_undo": ExitStack(),
         }
+
+    def _check(self, wrong: tuple[Any, ...], options: dict[str, Any]) -> None:
+        name = type(self).__name__
+        if wrong:
+            raise TypeError(f"options are given by name, such as {name}(budget={wrong[0]!r})")
+        known = ["csv", *OPTIONS]
+        for option in options:
+            if option not in known:
+                close = get_close_matches(option, known, 1)
+                meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+                raise TypeError(f"{name} has no option {option!r}; {meant}")
+        LMS(**options)  # changes nothing
 
     # -- for the adapters --------------------------------------------------------------------
 
@@ -92,8 +121,12 @@ class Keeper:
         if left is not None and (left is self or left._is_over()):
             left.close()
         lms = LMS(model, optimizer, **self._options)
+        self._steps = StepLog(lms, self._csv) if self._csv is not None else None
         lms.__enter__()
         self.lms, self._on, _here.keeper = lms, True, self
+        if self._steps is not None:
+            self._undo.callback(self._steps.close)
+        _say_if_several()
         self._call, self._finaliser = None, None
         if call is not None:
             token = _Token()
@@ -110,6 +143,11 @@ class Keeper:
         self._undo.callback(_restore, vars(owner), name, guarded, vars(owner).get(name))
         vars(owner)[name] = guarded
 
+    def _step_ended(self) -> None:
+        """A step of the training has ended, for those who want a row of each."""
+        if self._on and self._steps is not None:
+            self._steps.step()
+
     def _is_over(self) -> bool:
         """Whether the call that began this is known to run no more. Its frame is alive: its id is its own."""
         frame: FrameType | None = sys._getframe()
@@ -120,6 +158,16 @@ class Keeper:
     def _figures(self) -> dict[str, float]:
         """What to log now; empty if LMS is off."""
         return key_figures(self.lms) if self._on and self.lms is not None else {}
+
+
+def _say_if_several() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        log.warning(
+            "%d processes train together, each with an LMS of its own, which has not been tested: compare "
+            "the first losses with those of a run without it",
+            distributed.get_world_size(),
+        )
 
 
 class _Token:

@@ -35,8 +35,8 @@ class LMSCallback(Keeper, Callback):  # type: ignore[misc]
     added to the logs, and so to the history and to callbacks that come later.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *wrong: Any, **options: Any) -> None:
+        super().__init__(*wrong, **options)
         if backend.backend() != "torch":
             raise NotSupported(
                 f"Keras runs on its {backend.backend()} backend: set the environment variable "
@@ -53,6 +53,9 @@ class LMSCallback(Keeper, Callback):  # type: ignore[misc]
 
     def on_test_begin(self, logs: Any = None) -> None:
         self._guard(self.model, "test_function")
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._step_ended()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is not None:

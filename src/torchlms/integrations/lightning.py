@@ -11,7 +11,7 @@ from torchlms.integrations.keeper import Keeper
 from torchlms.integrations.optimizer_view import OptimizerView
 
 try:
-    from lightning.fabric import is_wrapped
+    from lightning.fabric import Fabric, is_wrapped
     from lightning.pytorch import Callback
 except ImportError as error:
     raise ModuleNotFoundError(
@@ -32,6 +32,11 @@ class LMSCallback(Keeper, Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._begin(pl_module, _one_optimizer(trainer.optimizers))
 
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_ended()
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.log_dict(self._figures())
 
@@ -44,6 +49,7 @@ class LMSCallback(Keeper, Callback):  # type: ignore[misc]
 
 class FabricLMS(LMS):
     """``torchlms.LMS`` for what ``fabric.setup`` returned; logs the key figures when the loop is over.
+    ``optimizer`` is one, or a list of several.
 
     >>> model, optimizer = fabric.setup(model, optimizer)                 # doctest: +SKIP
     >>> with FabricLMS(fabric, model, optimizer, budget="16GiB") as lms:  # doctest: +SKIP
@@ -51,9 +57,14 @@ class FabricLMS(LMS):
     """
 
     def __init__(self, fabric: Any, model: Any, optimizer: Any = None, **options: Any) -> None:
+        if not isinstance(fabric, Fabric):
+            raise TypeError(f"the fabric comes first: FabricLMS(fabric, model, optimizer), not {fabric!r}")
+        optimizers = [optimizer] if not isinstance(optimizer, (list, tuple)) else list(optimizer)
         super().__init__(
             model.module if is_wrapped(model) else model,
-            optimizer.optimizer if is_wrapped(optimizer) else optimizer,
+            _one_optimizer(
+                [each.optimizer if is_wrapped(each) else each for each in optimizers if each is not None]
+            ),
             **options,
         )
         self._fabric = fabric

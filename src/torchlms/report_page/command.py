@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchlms.core.record import to_json
 from torchlms.errors import BadOption
 from torchlms.fit.curve import curve
-from torchlms.outlet import check_folder
+from torchlms.outlet import check_folder, writing
 from torchlms.report_page.finding import findings_of
 from torchlms.report_page.page import page
 from torchlms.report_page.profiled import Profiled
@@ -50,8 +50,8 @@ class ReportOrder:
 def report(order: ReportOrder, write: Write) -> dict[str, Any]:
     """Write the page, the trace, or both; what is returned is for JSON. PlanMismatch for a file that is no
     record of a run."""
+    check_folder(order.page_path, order.trace)
     for path in filter(None, (order.page_path, order.trace)):
-        check_folder(path)
         if path.absolute() in {read.absolute() for read in (order.run, order.profile) if read is not None}:
             raise BadOption(f"{path} is what is to be read: choose another name for what is to be written")
     if order.profile is not None and order.trace is None:
@@ -63,10 +63,12 @@ def report(order: ReportOrder, write: Write) -> dict[str, Any]:
         write("planning for other budgets, for speed against budget (--no-curve leaves it out)")
         points = curve(run.tape, run.machine, run.plan.budget)
     if order.page_path is not None:
-        order.page_path.write_text(page(run, points), encoding="utf-8")
+        with writing(order.page_path):
+            order.page_path.write_text(page(run, points), encoding="utf-8")
         write(f"wrote {order.page_path}: open it in a browser")
     if order.trace is not None:
-        order.trace.write_text(trace_json(run, profiled))
+        with writing(order.trace):
+            order.trace.write_text(trace_json(run, profiled))
         write(f"wrote {order.trace}: open it in ui.perfetto.dev or chrome://tracing")
     return figures(run, points)
 

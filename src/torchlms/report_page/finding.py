@@ -63,7 +63,9 @@ def _counts(run: Run) -> list[Finding]:
     found = []
     for key, name, state, meaning in _COUNTED:
         count = int(run.stats.get(key) or 0)
-        found.append(Finding(name, str(count), state if count else "ok", meaning))
+        since = run.stats.get(f"{key}_since_plan")  # what came before is part of learning
+        said = str(count) if since is None else f"{count}, {since} of them under this plan"
+        found.append(Finding(name, said, state if count and since != 0 else "ok", meaning))
     return found
 
 

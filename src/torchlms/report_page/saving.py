@@ -31,7 +31,11 @@ def run_of(lms: LMS, *, state: str | None = None) -> Run:
     machine = lms.machine
     tape, plan = _pair(lms)
     if tape is None or machine is None:
-        raise NotSupported("there is no run to save yet: the first step has to be recorded to its end")
+        raise NotSupported(
+            "there is no run to save: with plan=False no step is recorded"
+            if not lms._options.planning
+            else "there is no run to save yet: the first step has to be recorded to its end"
+        )
     engine = lms._engine
     return Run(
         tape=tape if tape.model else replace(tape, model=lms._model_name()),

@@ -47,7 +47,7 @@ def comparison(run: Run, step: Step) -> list[tuple[str, str, str]]:
         ("of it, waiting for copies", _seconds(predicted.stall_s), _MISSING),
         ("its ops with nothing moved", seconds_text(step.plain_s), _MISSING),
         ("peak allocated", bytes_text(predicted.peak_device_bytes), _bytes(stats.get("peak_device_bytes"))),
-        ("peak reserved", _MISSING, _bytes(stats.get("peak_reserved_bytes"))),
+        *_reserved(run),
         ("out per step", bytes_text(predicted.bytes_out), _bytes(stats.get("bytes_out_per_step"))),
         ("back per step", bytes_text(predicted.bytes_in), _bytes(stats.get("bytes_in_per_step"))),
         ("to disk per step", bytes_text(predicted.disk_bytes), _bytes(stats.get("disk_bytes_per_step"))),
@@ -56,6 +56,14 @@ def comparison(run: Run, step: Step) -> list[tuple[str, str, str]]:
         ("planning", _MISSING, seconds_text(plan.plan_s)),
     ]
     return [row for row in rows if not set(row[1:]) <= {"0 bytes", _MISSING}]
+
+
+def _reserved(run: Run) -> list[tuple[str, str, str]]:
+    """Where there is a caching allocator. What it will reserve is said by ``LMS.stats``, not by the plan."""
+    if not run.machine.link:
+        return []
+    predicted = (run.stats.get("predicted") or {}).get("peak_reserved_bytes")
+    return [("peak reserved", _bytes(predicted), _bytes(run.stats.get("peak_reserved_bytes")))]
 
 
 def settings(run: Run) -> list[tuple[str, str]]:

@@ -7,14 +7,19 @@ a loop with two of them has one row a lap.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+
+from torch.utils.hooks import RemovableHandle
 
 from torchlms.live import live_line
 from torchlms.memory.limits import format_bytes
 from torchlms.steps import ProfileWindow, StepLog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from torchlms.runner.finder import Finder
@@ -29,16 +34,19 @@ class StepNotes:
         self._open = ExitStack()
         self._window: ProfileWindow | None = None
         self._log: StepLog | None = None
+        self._told: OrderedDict[int, Callable[[], None]] = (
+            OrderedDict()
+        )  # who else is told that a step has ended
         if request.csv_path is not None:
             log = StepLog(finder, request.csv_path, skip=request.skip, batch_size=request.batch_size)
             self._log = self._open.enter_context(log)
         if request.profile is not None:
             first, last = request.profiled
             self._window = self._open.enter_context(ProfileWindow(request.profile, first=first, last=last))
-        listen = finder.optimizers.register_step_post_hook
         if request.live:
-            self._open.enter_context(live_line(finder.stats, items=request.batch_size, listen=listen))
-        self._open.callback(listen(self._step_ended).remove)
+            line = live_line(finder.stats, items=request.batch_size, listen=self._listen)
+            self._open.enter_context(line)
+        self._open.callback(finder.optimizers.register_step_post_hook(self._step_ended).remove)
 
     def averages(self) -> dict[str, float]:
         """Of the log, empty if there is none."""
@@ -46,6 +54,11 @@ class StepNotes:
 
     def close(self) -> None:
         self._open.close()
+
+    def _listen(self, told: Callable[[], None]) -> RemovableHandle:
+        handle = RemovableHandle(self._told)
+        self._told[handle.id] = told
+        return handle
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
@@ -57,6 +70,8 @@ class StepNotes:
             self._log.step()
         if self._window is not None:
             self._window.step()
+        for told in self._told.values():
+            told()
 
 
 def averages_text(averages: dict[str, float]) -> str:

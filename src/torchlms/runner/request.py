@@ -32,6 +32,7 @@ class Request:
     disk_dir: str | None = None
     disk_budget: str | None = None
     plan: str | None = None
+    no_plan: bool = False  # values leave only when memory runs out
     recompute: bool = True
     rule: tuple[str, ...] = ()  # each as rule_text reads it
     verify: bool = False
@@ -71,14 +72,28 @@ class Request:
             )
         if self.plan is not None and not Path(self.plan).is_file():
             raise BadOption(f"--plan {self.plan}: there is no such file")
+        if self.plan is not None and self.no_plan:
+            raise BadOption("--plan and --no-plan: one or the other")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise BadOption(f"cannot read --device {self.device!r}: write 'cuda', 'cuda:1' or 'cpu'")
         if self.skip < 0 or self.batch_size < 0:
             raise BadOption("--skip and --batch-size must not be negative")
+        self._check_companions()
         _ = self.profiled, self.level()
         check_folder(
             self.save_plan, self.save_tape, self.save_run, self.json_path, self.csv_path, self.profile
         )
+
+    def _check_companions(self) -> None:
+        """Options that say something of another one, which is not there."""
+        for name, default, companions in (
+            ("profile_steps", "10-12", ("profile",)),
+            ("skip", 5, ("csv_path",)),
+            ("batch_size", 0, ("csv_path", "live")),
+        ):
+            if getattr(self, name) != default and not any(getattr(self, other) for other in companions):
+                others = " or ".join(f"--{other.removesuffix('_path')}" for other in companions)
+                raise BadOption(f"--{name.replace('_', '-')} does nothing without {others}")
 
     def _module(self) -> str:
         """A dotted name that leads to a file is meant as a module."""
@@ -107,7 +122,7 @@ class Request:
             "host_budget": self.host_budget,
             "disk_dir": self.disk_dir,
             "disk_budget": self.disk_budget,
-            "plan": self.plan,
+            "plan": False if self.no_plan else self.plan,
             "rules": read_rules(self.rule, recompute=self.recompute),
             "verify": self.verify_every or self.verify,
             "snapshot": self.snapshot,

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torchlms.errors import LMSError
+from torchlms.errors import BadOption, LMSError
 from torchlms.loudness import say_if_unknown, speak
 from torchlms.outlet import Put, into_nothing, last_outlet
 from torchlms.runner.importing import after_import
@@ -59,8 +59,20 @@ class Watch:
             from torchlms.runner.finder import Finder
             from torchlms.runner.notes import StepNotes
 
+            self._say_if_there_is_no_such_device()
             self._finder = Finder(self._request.lms_options(), self._request.device)
             self._notes = StepNotes(self._request, self._finder)
+
+    def _say_if_there_is_no_such_device(self) -> None:
+        device = self._request.device
+        if device is None or device == "cpu":
+            return
+        import torch
+
+        # Counted by the driver's management library: the script may want to fork before it begins with CUDA.
+        count = torch.cuda.device_count()
+        if int(device.partition(":")[2] or 0) >= count:
+            log.warning("--device %s: torch sees %d CUDA devices, so that LMS will not go on", device, count)
 
     def end(self, error: BaseException | None = None) -> None:
         """Take LMS off, and say and write what was asked for; never raises. ``error`` ended the script."""
@@ -72,12 +84,12 @@ class Watch:
         try:
             if self._notes is not None:
                 self._notes.close()
-        except OSError as error:
-            log.error("a file of steps could not be written: %s", error)
+        except (OSError, RuntimeError) as trouble:  # of files of steps; the profiler's are no OSErrors
+            log.error("what was to be noted of the steps could not be written: %s", trouble)
         try:
             finder.end()
-        except (LMSError, RuntimeError) as error:
-            log.warning("%s", error)
+        except (LMSError, RuntimeError) as trouble:
+            log.warning("%s", trouble)
         if finder.lms is None and not finder.left:
             log.warning(
                 "LMS was never on: no forward pass of a module with parameters to train was seen in this "
@@ -141,8 +153,10 @@ def _write(path: Path, what: str, write: Callable[[], Any] | None) -> None:
         return
     try:
         write()
+    except BadOption as error:
+        log.error("%s", error)
     except OSError as error:
-        log.error("%s could not be written: %s", path, error)
+        log.error("%s could not be written: %s", path, error.strerror or error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

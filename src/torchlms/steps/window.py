@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from torchlms.outlet import check_folder
+
 log = logging.getLogger("torchlms")
 
 
@@ -19,7 +21,7 @@ class ProfileWindow:
 
     Each step is marked in it, ``step 11``: ``torchlms report run.json --trace out.json --profile trace.json``
     puts the last one beside the plan. On CUDA every step of the loop is also an NVTX range of that name, for
-    profilers that watch from outside.
+    profilers that watch from outside. BadOption if ``path`` could not be written.
 
     >>> with ProfileWindow("trace.json", first=10, last=12) as window:  # doctest: +SKIP
     ...     for batch in loader:
@@ -33,6 +35,7 @@ class ProfileWindow:
                 f"first={first} and last={last}: steps are counted from 0, and first comes first"
             )
         self._path = Path(path)
+        check_folder(self._path)
         self._first, self._last = first, last
         self._profiler: Any = None
         self._mark: Any = None  # of the step, in the profile
