@@ -33,7 +33,7 @@ def report_text(
     ``bound_s`` is a step time that no plan can beat, ``rules`` those that the plan had to keep to; ``over``:
     the program has ended, and the state is the one in which it did.
     """
-    over = over or stats["state"] == "off"
+    over = over or (stats["state"] == "off" and bool(stats["steps"]))
     lines = [_state_line(stats, over=over), *_verified(stats)]
     if plan is None and stats["steps"]:
         lines += _without_plan(stats)
