@@ -50,7 +50,7 @@ test: $(READY)   ## the environment, ruff, mypy and the tests
 pytest: $(READY) ## the tests only (ARGS goes to pytest)
 	$(PY) -m pytest -v $(SHARED) $(ARGS)
 
-long: $(READY)   ## the tests that take longer than most (tests/long.txt); CI runs them at its end
+long: $(READY)   ## the tests that take longer than most (tests/long.txt), of which CI runs a third
 	$(PY) -m pytest -v $(SHARED) -m 'long and not more and not slow' $(ARGS)
 
 lint: $(READY)   ## ruff and mypy

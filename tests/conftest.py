@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,12 @@ else:
     settings.load_profile("torchlms")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", default="1/1", metavar="K/N", help="One of N parts of the tests: the same each time."
+    )
+
+
 def pytest_report_header() -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}"]
@@ -68,6 +75,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.nodeid in listed:
             item.add_marker(pytest.mark.long)
+    part, parts = map(int, config.getoption("--part").split("/"))
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts != part % parts]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        left_out = set(others)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(FIRST))
     if torch.cuda.is_available():
         return

@@ -1,4 +1,5 @@
-"""The tests that take long: `make test` leaves them to `make long`, which CI runs at its end.
+"""The tests that take long: `make test` leaves them to `make long`; CI runs a third of them, another one for
+each commit.
 
 tests/long.txt names them, one a line. To have it written anew, on a machine with nothing else to do:
 
