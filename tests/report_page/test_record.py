@@ -103,7 +103,6 @@ def test_help_has_an_example() -> None:
         (["report", "{}/tape.json"], "it holds a torchlms.tape/1, and not a torchlms.run/1"),
         (["report", "{}/run.json", "-o", "{}/no/where.html"], "its folder does not exist"),
         (["report", "{}/run.json", "-o", "{}/run.json"], "choose another name for what is to be written"),
-        (["report", "{}/run.json", "--profile={}/run.json"], "add --trace FILE"),
         (["report", "{}/run.json", "--trace={}/t.json", "--profile={}/run.json"], "marks no step"),
         (["report", "{}/run.json", "--trace={}/t.json", "--profile={}/t.json"], "choose another name"),
         (["bench", "--model=mnist", "--no-lms", "--save-run={}/r.json"], "runs without it"),

@@ -21,7 +21,7 @@ def report(
     ] = None,
     trace: Annotated[File, typer.Option(help="Also, or without -o only: a trace for Perfetto.")] = None,
     profile: Annotated[
-        File, typer.Option(help="Into that trace: a step that run --profile or ProfileWindow saw.")
+        File, typer.Option(help="Also shown: a step that run --profile or ProfileWindow saw.")
     ] = None,
     curve: Annotated[bool, typer.Option(help="Draw speed against budget: some planning.")] = True,
     json_path: opt.Json = None,

@@ -35,7 +35,7 @@ class ReportOrder:
     run: Path
     page: Path | None = None
     trace: Path | None = None
-    profile: Path | None = None  # a profiler's trace, shown in that one
+    profile: Path | None = None  # a profiler's, of a step that is shown in both
     curve: bool = True
     as_json: bool = False
 
@@ -54,8 +54,6 @@ def report(order: ReportOrder, write: Write) -> dict[str, Any]:
     for path in filter(None, (order.page_path, order.trace)):
         if path.absolute() in {read.absolute() for read in (order.run, order.profile) if read is not None}:
             raise BadOption(f"{path} is what is to be read: choose another name for what is to be written")
-    if order.profile is not None and order.trace is None:
-        raise BadOption("--profile is drawn in the trace: add --trace FILE")
     run = Run.load(order.run)
     profiled = Profiled.load(order.profile) if order.profile is not None else None
     points: tuple[CurvePoint, ...] = ()
@@ -64,7 +62,7 @@ def report(order: ReportOrder, write: Write) -> dict[str, Any]:
         points = curve(run.tape, run.machine, run.plan.budget)
     if order.page_path is not None:
         with writing(order.page_path):
-            order.page_path.write_text(page(run, points), encoding="utf-8")
+            order.page_path.write_text(page(run, points, profiled), encoding="utf-8")
         write(f"wrote {order.page_path}: open it in a browser")
     if order.trace is not None:
         with writing(order.trace):

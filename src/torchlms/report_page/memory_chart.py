@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torchlms.report_page.run import Run
     from torchlms.report_page.step import Step
 
+NOTHING: Mapping[int, int] = MappingProxyType({})
 HEIGHT = 300.0
 MOST_POINTS = 700  # more cannot be told apart
 _AIR = 1.06  # above the highest line
@@ -34,23 +37,35 @@ def shown_ops(curve: Bytes, most: int = MOST_POINTS) -> tuple[int, ...]:
     return tuple(int(group[curve[group].argmax()]) for group in groups)
 
 
-def memory_chart(run: Run, step: Step, bands: Sequence[Band]) -> Chart:
-    """Predicted, stacked; as lines the budget, the step with nothing moved, and the peaks measured."""
+def memory_chart(
+    run: Run, step: Step, bands: Sequence[Band], measured: Mapping[int, int] = NOTHING, name: str = ""
+) -> Chart:
+    """Predicted, stacked; as lines the budget, the step with nothing moved, and the peaks measured.
+
+    ``measured`` is what was allocated during each op of one step, called ``name``, by the op."""
     levels = _levels(run)
     plain_most = int(step.plain_bytes.max(initial=0))
-    most = _AIR * max(step.timeline.peak_device_bytes, plain_most, *(level for _, _, level in levels), 1)
+    levels_most = max((level for _, _, level in levels), default=1)
+    most = _AIR * max(step.timeline.peak_device_bytes, plain_most, levels_most, *measured.values(), 1)
     ops = shown_ops(step.timeline.memory_bytes)
     shapes = _stack(step, bands, ops, most)
     plain = [_y(float(step.plain_bytes[op]), most) for op in shown_ops(step.plain_bytes)]
     xs = _xs(step, shown_ops(step.plain_bytes))
     shapes.append(svg.stairs(xs, plain, svg.WIDTH, "line plain"))
+    if measured:
+        shown = _shown_of(measured)
+        ys = [_y(measured[op], most) for op in shown]
+        shapes.append(svg.stairs(_xs(step, shown), ys, svg.WIDTH, "line seen"))
     for key, _, level in reversed(levels):  # the budget is dashed: what it lies upon is seen, too
         shapes.append(svg.line([(0, _y(level, most)), (svg.WIDTH, _y(level, most))], f"line {key}"))
     legend = _keys(bands)
     legend.append(
         Key("plain", "with nothing moved, at the same ops", f"peak {bytes_text(plain_most)}", line=True)
     )
-    legend += [Key(key, name, bytes_text(level), line=True) for key, name, level in levels]
+    if measured:
+        peak = f"peak {bytes_text(max(measured.values()))}"
+        legend.append(Key("seen", f"measured in {name}, at the same ops", peak, line=True))
+    legend += [Key(key, what, bytes_text(level), line=True) for key, what, level in levels]
     return Chart(
         svg.drawing(shapes, height=HEIGHT, label="Predicted device memory over one step"),
         300,
@@ -59,6 +74,12 @@ def memory_chart(run: Run, step: Step, bands: Sequence[Band]) -> Chart:
         legend=tuple(legend),
         timed=True,
     )
+
+
+def _shown_of(measured: Mapping[int, int]) -> list[int]:
+    """The ops that are drawn of those that were measured."""
+    ops = sorted(measured)
+    return [ops[place] for place in shown_ops(np.array([measured[op] for op in ops], dtype=np.int64))]
 
 
 def away_chart(step: Step, bands: Sequence[Band]) -> Chart:

@@ -21,6 +21,8 @@ _STEP = re.compile(r"step \d+")
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _CALLS = {"cuda_runtime", "cuda_driver"}
 _ON_HOST = {"cpu_op"}
+_MEMORY = "cpu_instant_event"
+_CUDA = 1  # a type of device, as the profiler numbers them
 _DIRECTIONS = {"DtoH": "copies out", "HtoD": "copies in"}
 
 
@@ -36,10 +38,18 @@ class Happened:
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """The last step of a profile: its name, and what happened on each stream or thread, by the track's."""
+    """The last step of a profile: its name, and what happened on each stream or thread, by the track's.
+
+    ``calls`` are the ops as the program called them, nested ones too, by when they began; ``allocated`` when
+    the program had how many bytes. These two are on the program's clock, of which a device may be behind.
+    ``absolute``: those bytes count from nothing, and not from the beginning of the profile.
+    """
 
     name: str
     tracks: dict[str, tuple[Happened, ...]]
+    calls: tuple[Happened, ...] = ()
+    allocated: tuple[tuple[float, int], ...] = ()
+    absolute: bool = True
 
     @staticmethod
     def load(path: Path) -> Profiled:
@@ -51,11 +61,26 @@ class Profiled:
                 f"{path} marks no step: it is no trace that ProfileWindow or torchlms run --profile wrote"
             )
         last = max(marks, key=lambda mark: float(mark["ts"]))
-        found = _on_device(events, last) or _on_host(events, last)
+        on_device = _on_device(events, last)
+        found = on_device or _on_host(events, last)
         if not found:
             raise BadOption(f"{path}: nothing ran in {last['name']}, the last step of the profile")
         begin_us = min(float(event["ts"]) for event in found)
-        return Profiled(last["name"], _tracks(found, begin_us))
+        calls = sorted(_on_host(events, last), key=lambda event: float(event["ts"]))
+        notes = [event for event in events if event.get("name") == "[memory]" and _within(event, last)]
+        on_cuda = [event for event in notes if event["args"].get("Device Type") == _CUDA]
+        return Profiled(
+            last["name"],
+            _tracks(found, begin_us),
+            calls=tuple(_happened(event, float(last["ts"])) for event in calls),
+            allocated=tuple(
+                ((float(note["ts"]) - float(last["ts"])) * 1e-6, int(note["args"]["Total Allocated"]))
+                for note in sorted(
+                    on_cuda if on_device else on_cuda or notes, key=lambda event: float(event["ts"])
+                )
+            ),
+            absolute=bool(on_cuda),
+        )
 
 
 def _events(path: Path) -> list[_Event]:
@@ -69,7 +94,11 @@ def _events(path: Path) -> list[_Event]:
     events = data.get("traceEvents") if isinstance(data, dict) else None
     if not isinstance(events, list):
         return []
-    return [event for event in events if isinstance(event, dict) and event.get("ph") == "X"]
+    return [
+        event
+        for event in events
+        if isinstance(event, dict) and (event.get("ph") == "X" or event.get("cat") == _MEMORY)
+    ]
 
 
 def _marks_step(event: _Event) -> bool:
@@ -102,16 +131,19 @@ def _tracks(found: list[_Event], begin_us: float) -> dict[str, tuple[Happened, .
         lanes[event.get("args", {}).get("stream", event.get("tid"))].append(event)
     return {
         f"{_kind(lane)}, {'stream' if lane[0]['cat'] in _ON_DEVICE else 'thread'} {number}": tuple(
-            Happened(
-                str(event["name"]),
-                (float(event["ts"]) - begin_us) * 1e-6,
-                float(event.get("dur", 0)) * 1e-6,
-                int(event.get("args", {}).get("bytes", 0)),
-            )
-            for event in lane
+            _happened(event, begin_us) for event in lane
         )
         for number, lane in lanes.items()
     }
+
+
+def _happened(event: _Event, begin_us: float) -> Happened:
+    return Happened(
+        str(event["name"]),
+        (float(event["ts"]) - begin_us) * 1e-6,
+        float(event.get("dur", 0)) * 1e-6,
+        int(event.get("args", {}).get("bytes", 0)),
+    )
 
 
 def _kind(lane: list[_Event]) -> str:

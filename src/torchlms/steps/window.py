@@ -69,7 +69,7 @@ class ProfileWindow:
     def _begin(self) -> None:
         if self._number == self._first:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._ranges else [])]
-            self._profiler = profile(activities=activities)
+            self._profiler = profile(activities=activities, profile_memory=True)
             self._profiler.__enter__()
         if self._profiler is not None:
             self._mark = record_function(f"step {self._number}")
