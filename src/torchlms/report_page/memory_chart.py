@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from torchlms.report_page.axis import bytes_ticks, seconds_ticks
 from torchlms.report_page.chart import Chart, Key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torchlms.core.curve import Bytes
     from torchlms.report_page.axis import Tick
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from torchlms.report_page.run import Run
     from torchlms.report_page.step import Step
 
-NOTHING: Mapping[int, int] = MappingProxyType({})
 HEIGHT = 300.0
 MOST_POINTS = 700  # more cannot be told apart
 _AIR = 1.06  # above the highest line
@@ -38,12 +35,12 @@ def shown_ops(curve: Bytes, most: int = MOST_POINTS) -> tuple[int, ...]:
 
 
 def memory_chart(
-    run: Run, step: Step, bands: Sequence[Band], measured: Mapping[int, int] = NOTHING, name: str = ""
+    run: Run, step: Step, bands: Sequence[Band], measured: Mapping[int, int] | None = None, name: str = ""
 ) -> Chart:
     """Predicted, stacked; as lines the budget, the step with nothing moved, and the peaks measured.
 
     ``measured`` is what was allocated during each op of one step, called ``name``, by the op."""
-    levels = _levels(run)
+    levels, measured = _levels(run), measured or {}
     plain_most = int(step.plain_bytes.max(initial=0))
     levels_most = max((level for _, _, level in levels), default=1)
     most = _AIR * max(step.timeline.peak_device_bytes, plain_most, levels_most, *measured.values(), 1)

@@ -60,30 +60,29 @@ class Profiled:
             raise BadOption(
                 f"{path} marks no step: it is no trace that ProfileWindow or torchlms run --profile wrote"
             )
-        last = max(marks, key=lambda mark: float(mark["ts"]))
-        on_device = _on_device(events, last)
-        found = on_device or _on_host(events, last)
+        last = marks[-1]
+        on_device, calls = _on_device(events, last), _on_host(events, last)
+        found = on_device or calls
         if not found:
             raise BadOption(f"{path}: nothing ran in {last['name']}, the last step of the profile")
-        begin_us = min(float(event["ts"]) for event in found)
-        calls = sorted(_on_host(events, last), key=lambda event: float(event["ts"]))
         notes = [event for event in events if event.get("name") == "[memory]" and _within(event, last)]
         on_cuda = [event for event in notes if event["args"].get("Device Type") == _CUDA]
+        if on_cuda or on_device:
+            notes = on_cuda
         return Profiled(
             last["name"],
-            _tracks(found, begin_us),
+            _tracks(found),
             calls=tuple(_happened(event, float(last["ts"])) for event in calls),
             allocated=tuple(
                 ((float(note["ts"]) - float(last["ts"])) * 1e-6, int(note["args"]["Total Allocated"]))
-                for note in sorted(
-                    on_cuda if on_device else on_cuda or notes, key=lambda event: float(event["ts"])
-                )
+                for note in notes
             ),
             absolute=bool(on_cuda),
         )
 
 
 def _events(path: Path) -> list[_Event]:
+    """What lasted, and the notes on memory, by when each began."""
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             data = json.load(file)
@@ -94,11 +93,12 @@ def _events(path: Path) -> list[_Event]:
     events = data.get("traceEvents") if isinstance(data, dict) else None
     if not isinstance(events, list):
         return []
-    return [
+    found = [
         event
         for event in events
         if isinstance(event, dict) and (event.get("ph") == "X" or event.get("cat") == _MEMORY)
     ]
+    return sorted(found, key=lambda event: float(event["ts"]))
 
 
 def _marks_step(event: _Event) -> bool:
@@ -124,10 +124,11 @@ def _correlation(event: _Event) -> object:
     return event.get("args", {}).get("correlation")
 
 
-def _tracks(found: list[_Event], begin_us: float) -> dict[str, tuple[Happened, ...]]:
+def _tracks(found: list[_Event]) -> dict[str, tuple[Happened, ...]]:
     """By stream or thread, in the order in which these began."""
     lanes: dict[object, list[_Event]] = defaultdict(list)
-    for event in sorted(found, key=lambda event: float(event["ts"])):
+    begin_us = float(found[0]["ts"])
+    for event in found:
         lanes[event.get("args", {}).get("stream", event.get("tid"))].append(event)
     return {
         f"{_kind(lane)}, {'stream' if lane[0]['cat'] in _ON_DEVICE else 'thread'} {number}": tuple(

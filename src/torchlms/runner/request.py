@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchlms.outlet import check_folder
 from torchlms.rule_text import read_rules
 from torchlms.runner.main_module import STDIN
 
+_COMPANIONS = {"profile_steps": ("profile",), "skip": ("csv_path",), "batch_size": ("csv_path", "live")}
 _SOME_WHOLE = 1 << 62  # to read a percentage before its whole is known
 
 
@@ -86,12 +87,10 @@ class Request:
 
     def _check_companions(self) -> None:
         """Options that say something of another one, which is not there."""
-        for name, default, companions in (
-            ("profile_steps", "10-12", ("profile",)),
-            ("skip", 5, ("csv_path",)),
-            ("batch_size", 0, ("csv_path", "live")),
-        ):
-            if getattr(self, name) != default and not any(getattr(self, other) for other in companions):
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, companions in _COMPANIONS.items():
+            alone = not any(getattr(self, other) for other in companions)
+            if alone and getattr(self, name) != defaults[name]:
                 others = " or ".join(f"--{other.removesuffix('_path')}" for other in companions)
                 raise BadOption(f"--{name.replace('_', '-')} does nothing without {others}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchlms.errors import BadOption, LMSError
 from torchlms.loudness import say_if_unknown, speak
-from torchlms.outlet import Put, into_nothing, last_outlet
+from torchlms.outlet import Put, into_nothing, last_outlet, writing
 from torchlms.runner.importing import after_import
 
 if TYPE_CHECKING:
@@ -152,11 +152,10 @@ def _write(path: Path, what: str, write: Callable[[], Any] | None) -> None:
         log.warning("no %s was made, so that %s is not written", what, path)
         return
     try:
-        write()
+        with writing(path):
+            write()
     except BadOption as error:
         log.error("%s", error)
-    except OSError as error:
-        log.error("%s could not be written: %s", path, error.strerror or error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
