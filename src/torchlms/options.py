@@ -67,7 +67,10 @@ class Options:
                 f"model must be a torch.nn.Module, not {type(model).__name__}; budget is a keyword"
             )
         if optimizer is not None and not hasattr(optimizer, "param_groups"):
-            raise BadOption(f"optimizer must be one torch optimizer, not {type(optimizer).__name__}")
+            raise BadOption(
+                f"optimizer must be one torch optimizer, not {type(optimizer).__name__}. With several, leave "
+                "it out: it is asked for its states, which stay all the same, and for snapshot=True"
+            )
         for name, size in (("budget", budget), ("host_budget", host_budget), ("disk_budget", disk_budget)):
             if size is not None:
                 parse_option(name, size, whole_bytes=_SOME_WHOLE, or_none=name != "budget")

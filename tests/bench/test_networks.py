@@ -240,6 +240,24 @@ def test_a_users_mistakes_are_named(user_module: str, spec: str, said: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1 / 0", r"faulty failed as it was imported: ZeroDivisionError: .* \(faulty.py:1\)"),
+        ("def f(:", "faulty failed as it was imported: SyntaxError"),
+        ("import sys\nsys.exit(3)", r"faulty ends the program as it is imported \(SystemExit: 3\)"),
+        ("import no_such_thing", "cannot import faulty: No module named 'no_such_thing'"),
+    ],
+)
+def test_a_module_that_fails_as_it_is_imported(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BadOption, match=said):
+        get_network("faulty:f")
+
+
+@pytest.mark.parametrize(
     ("factory", "said"),
     [
         ("nothing", "gave int; it gives a torch.nn.Module"),

@@ -56,6 +56,7 @@ class House:
     def __init__(self, budget_bytes: int) -> None:
         self.ledger = Ledger()
         self.slots: list[FakeSlot] = []
+        self.spares: list[FakeSlot] = []
         self.log: list[str] = []
         self.room_bytes = 1 << 40
         self.ladder = Ladder(CpuDevice(self.ledger), self, self, ResultSizes(), budget_bytes)  # type: ignore[arg-type]
@@ -66,6 +67,9 @@ class House:
 
     def living(self) -> Iterator[Any]:
         yield from self.slots
+
+    def spare(self) -> Iterator[Any]:
+        yield from self.spares
 
     def may_lend(self, slot: Any) -> bool:
         return False
@@ -94,6 +98,35 @@ def test_what_is_leaving_goes_first_then_what_came_early() -> None:
     leaving.place = object()
     house.ladder.reclaim(6 * MIB)
     assert house.log == ["release leaving", "turn back coming", "send idle", "release idle"]
+
+
+def test_what_only_recipes_will_read_goes_last() -> None:
+    house = House(100 * MIB)
+    house.spares.append(FakeSlot(house, "spare", 5 * MIB))
+    house.spares.append(FakeSlot(house, "read just now", 5 * MIB, held=True))
+    house.add("saved", 100)
+    assert house.ladder.reclaim(5 * MIB) == 5 * MIB + 100
+    assert house.log == ["send saved", "release saved", "send spare", "release spare"]
+
+
+@pytest.mark.parametrize("garbage", ["of its own", "none"])
+def test_what_only_garbage_held_leaves_before_anything_is_refused(garbage: str) -> None:
+    """A collection that frees nothing itself: the slot still has the bytes, but nobody else."""
+    house = House(100 * MIB)
+    for name in ("first", "second"):
+        house.add(name, 45 * MIB, held=True)
+
+    def collect() -> None:
+        for slot in house.slots:
+            slot.held = False
+
+    house.ladder._collect = collect
+    house.ladder.begin_step()
+    if garbage == "none":  # which makes collections rare, but not before a refusal
+        house.ladder._collect_from = 1000
+    kwargs = {"size": [60 * MIB // 4], "device": torch.device("cpu")}
+    house.ladder.enter_in_ledger(aten.empty.memory_format, (kwargs.pop("size"),), kwargs, lambda: "")
+    assert [line for line in house.log if line.startswith("release")] == ["release first", "release second"]
 
 
 def test_it_stops_when_there_is_enough() -> None:

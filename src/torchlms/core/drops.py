@@ -2,9 +2,9 @@
 
 A dropped value is two on the new tape: itself until the idle stretch begins that it is dropped in, and
 another, at the end of the list, from where it is made again. There the op takes longer by the recipe,
-needs the recipe's intermediate results, and the sources must be present: a source's own idle stretch ends
-there at the latest, and it lives until then at least. A source that autograd did not save is kept for it
-alone.
+needs room for its intermediate results, each until its last use, and the sources must be present: a
+source's own idle stretch ends there at the latest, and it lives until then at least. A source that autograd
+did not save is kept for it alone.
 
 [Note: Chains]
 A source may itself be dropped. Then it is made again first, which is where the value made from it is
@@ -168,22 +168,32 @@ def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
         values[dropped.id] = first
         again = replace(dropped, id=len(values), birth=stop, idle=(), movable=False, saved=-1, saved_at=-1)
         values.append(again)
-        between_bytes = sum(
-            value.size_bytes
-            for op in dropped.recipe
-            for value in births.get(op, ())
-            if value.id != dropped.id
-        )
-        workspace_bytes = max((tape.ops[op].scratch_bytes for op in dropped.recipe), default=0)
         ops[stop] = replace(
             ops[stop],
             time_s=ops[stop].time_s + replay_s(tape, dropped),
-            scratch_bytes=max(ops[stop].scratch_bytes, between_bytes + workspace_bytes),
+            scratch_bytes=max(ops[stop].scratch_bytes, _between_bytes(tape, dropped, births)),
         )
         for source in dropped.sources:
             if source not in returns:
                 values[source] = _present_at(values[source], stop)
     return replace(tape, ops=tuple(ops), values=tuple(values))
+
+
+def _between_bytes(tape: Tape, dropped: Value, births: Mapping[int, Sequence[Value]]) -> int:
+    """What making ``dropped`` again takes at its worst moment, besides it and its sources: workspace, and
+    intermediate results from the op that makes each to the last that reads it."""
+    last = {value: op for op in dropped.recipe for value in (*tape.ops[op].reads, *tape.ops[op].writes)}
+    ends: dict[int, int] = {}
+    present_bytes = worst_bytes = 0
+    for op in dropped.recipe:
+        for value in births.get(op, ()):
+            if value.id != dropped.id:
+                present_bytes += value.size_bytes
+                end = max(op, last.get(value.id, op))
+                ends[end] = ends.get(end, 0) + value.size_bytes
+        worst_bytes = max(worst_bytes, present_bytes + tape.ops[op].scratch_bytes)
+        present_bytes -= ends.get(op, 0)
+    return worst_bytes
 
 
 def _present_at(source: Value, op: int) -> Value:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torchlms.core.machine import Machine
     from torchlms.core.plan import Plan
-    from torchlms.core.tape import Stretch, Tape
+    from torchlms.core.tape import Stretch, Tape, Value
 
 __all__ = ["IMPOSSIBLE", "Fault", "Reason", "validate"]
 
@@ -234,6 +234,23 @@ def _share(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
+def _replaying(tape: Tape, value: Value) -> int:
+    """The most bytes that the recipe of ``value`` needs at once, besides the value and its sources."""
+    between = [other for other in tape.values if other.birth in value.recipe and other.id != value.id]
+    worst = 0
+    for index, op in enumerate(value.recipe):
+        to_come = {
+            used
+            for later in value.recipe[index:]
+            for used in (*tape.ops[later].reads, *tape.ops[later].writes)
+        }
+        there = [
+            other for other in between if other.birth == op or (other.birth < op and other.id in to_come)
+        ]
+        worst = max(worst, sum(other.size_bytes for other in there) + tape.ops[op].scratch_bytes)
+    return worst
+
+
 def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
     count = len(tape.ops)
     changes = [0] * (count + 1)
@@ -256,11 +273,7 @@ def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterat
     for _, decision in sound:
         value = tape.values[decision.value]
         if decision.choice is Choice.RECOMPUTE and decision.reload_op < count:
-            between = [other for other in tape.values if other.birth in value.recipe and other.id != value.id]
-            between_bytes = sum(other.size_bytes for other in between)
-            workspace_bytes = max(tape.ops[op].scratch_bytes for op in value.recipe)
-            extra_bytes = between_bytes + workspace_bytes
-            scratch[decision.reload_op] = max(scratch[decision.reload_op], extra_bytes)
+            scratch[decision.reload_op] = max(scratch[decision.reload_op], _replaying(tape, value))
             for source in value.sources:
                 kept_until[source] = max(kept_until.get(source, -1), decision.reload_op)
     for source, last in kept_until.items():

@@ -89,7 +89,15 @@ class Engine(SlotOwner):
         self.guard.may_look_away = self._may_look_away
         self.sizes = ResultSizes()
         self.rooms = ConvolutionRoom(self.sizes)
-        self.ladder = Ladder(device, store, self, self.sizes, budget_bytes, self.collector.look_everywhere)
+        self.ladder = Ladder(
+            device,
+            store,
+            self,
+            self.sizes,
+            budget_bytes,
+            collect=self.collector.look_everywhere,
+            forget=self._forget_calls,
+        )
         self.holes = Holes(device, self)
         self.accounts = Accounts(device, self.ladder)
         self.prover = Prover(self)
@@ -108,6 +116,7 @@ class Engine(SlotOwner):
         self.dead = False  # closed, or inherited through a fork
         self.starved_aside = False  # left alone, it did not fit: not again
         self._live: dict[int, weakref.ref[Slot]] = {}
+        self._spare: dict[int, weakref.ref[Slot]] = {}  # those that no saved tensor has
         self._ooms_aside = 0
         _ENGINES.add(self)
 
@@ -238,6 +247,15 @@ class Engine(SlotOwner):
                 "the budget leaves no room for the workspace of some convolution",
                 starved,
             )
+
+    def _forget_calls(self, refusing: bool) -> None:
+        """Memory has run out: let go of the calls of this lap, if no recipe needs them any more. They hold
+        parameters and buffers as they were read, also where the program has put others in their place.
+        Before a refusal a tape may do without recipes as well."""
+        now = self.now
+        spent = now.backward_seen or (refusing and now.recorder is not None)
+        if now.provenance is not None and spent and not self.dropped:
+            now.provenance.forget()
 
     def restart_measuring(self) -> None:
         """Peaks and counters from here on are those of planned steps."""
@@ -370,20 +388,26 @@ class Engine(SlotOwner):
 
     def enrolled(self, slot: Slot) -> None:
         """Autograd has saved a tensor of the slot, which from here on may leave."""
+        self._spare.pop(id(slot), None)
         self._live[id(slot)] = weakref.ref(slot)
+
+    def held_for_recipes(self, slot: Slot) -> None:
+        """Recipes will read the slot, and nobody else: it leaves only where memory runs out."""
+        self._spare[id(slot)] = weakref.ref(slot)
 
     def forget(self, slot: Slot) -> None:
         self._live.pop(id(slot), None)
+        self._spare.pop(id(slot), None)
         self.lent.discard(slot)
         self.dropped.discard(id(slot))
         if self.now.recorder is not None:
             self.now.recorder.forgotten(slot)
 
     def living(self) -> Iterator[Slot]:
-        for reference in list(self._live.values()):
-            slot = reference()
-            if slot is not None:
-                yield slot
+        yield from _there(self._live)
+
+    def spare(self) -> Iterator[Slot]:
+        yield from _there(self._spare)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -437,12 +461,19 @@ class Engine(SlotOwner):
 
     def inactive_bytes(self) -> int:
         """On the device, and could leave it at once."""
-        return sum(slot.size_bytes for slot in self.living() if slot.alone())
+        return sum(slot.size_bytes for slot in (*self.living(), *self.spare()) if slot.alone())
 
     def reclaim(self) -> int:
         """Have everything leave that can; returns the bytes freed."""
         with private.unwatched():
             return self.ladder.reclaim(EVERYTHING_BYTES)
+
+
+def _there(slots: dict[int, weakref.ref[Slot]]) -> Iterator[Slot]:
+    for reference in list(slots.values()):
+        slot = reference()
+        if slot is not None:
+            yield slot
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -85,6 +85,7 @@ class Call:
     backends: State = ()  # how the switches stood that choose its kernel
     blank: bool = False  # what it makes has no bytes of its own yet
     refs: tuple[Ref, ...] = ()  # all that are among the arguments
+    serial: int = 0  # in the order of the program
 
 
 def mark(storage: torch.UntypedStorage, cell: Cell) -> None:

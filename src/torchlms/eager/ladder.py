@@ -35,6 +35,9 @@ class Population(Protocol):
 
     def living(self) -> Iterator[Slot]: ...
 
+    def spare(self) -> Iterator[Slot]:
+        """Those that no saved tensor has: recipes alone will read them."""
+
     def may_lend(self, slot: Slot) -> bool:
         """Whether the slot may leave now although the program itself holds it."""
 
@@ -50,8 +53,10 @@ class Ladder:
         sizes: ResultSizes,
         budget_bytes: int,
         collect: Callable[[], None] = lambda: None,
+        forget: Callable[[bool], None] = lambda refusing: None,
     ) -> None:
-        """``collect`` has Python's collector look everywhere, which takes a good part of a second."""
+        """``collect`` has Python's collector look everywhere, which takes a good part of a second. ``forget``
+        lets go of what is held for recipes that nobody needs, or could do without before a refusal."""
         self.device = device
         self.store = store
         self.slots = slots
@@ -59,6 +64,7 @@ class Ladder:
         self.budget_bytes = budget_bytes
         self.refusals = Refusals(device, sizes)
         self._collect = collect
+        self._forget = forget
         self._steps = 0
         self._collect_from = 0  # the step
         self._fruitless = 0  # collections, the last ones
@@ -80,20 +86,9 @@ class Ladder:
 
         ``operands`` are the arguments of the op that room is made for, which stay in any case.
         """
-        freed = left = 0
-        full: HostBudgetTooSmall | SpillError | None = None
-        for slot in self._victims(operands):
-            if freed >= want_bytes:
-                break
-            try:
-                freed_here = self._evict(slot)
-            except (HostBudgetTooSmall, SpillError) as error:
-                full = error.with_traceback(None)  # another one may still find a place
-                continue
-            freed += freed_here
-            left += freed_here > 0
-        if not freed:
-            freed = self._collect_garbage()
+        freed, left, full = self._send_away(want_bytes, operands)
+        if not freed and self._steps >= self._collect_from:
+            freed, left, full = self._send_what_garbage_held(want_bytes, operands, refusing=False)
         if not freed and full is not None:
             try:
                 raise full
@@ -106,18 +101,47 @@ class Ladder:
             self.reclaimed_bytes += freed
         return freed
 
-    def _collect_garbage(self, *, refusing: bool = False) -> int:
+    def _send_away(
+        self, want_bytes: int, operands: Operands | None
+    ) -> tuple[int, int, HostBudgetTooSmall | SpillError | None]:
+        """Have values leave until ``want_bytes`` are free: the bytes, how many values, and what was in the
+        way of one."""
+        freed = left = 0
+        full: HostBudgetTooSmall | SpillError | None = None
+        for slot in self._victims(operands):
+            if freed >= want_bytes:
+                break
+            try:
+                freed_here = self._evict(slot)
+            except (HostBudgetTooSmall, SpillError) as error:
+                full = error.with_traceback(None)  # another one may still find a place
+                continue
+            freed += freed_here
+            left += freed_here > 0
+        return freed, left, full
+
+    def _send_what_garbage_held(
+        self, want_bytes: int, operands: Operands | None, *, refusing: bool
+    ) -> tuple[int, int, HostBudgetTooSmall | SpillError | None]:
         """The last that can be done: tensors in cycles that nobody holds any more may have been among what
-        the collector passed by. Once in a step at most, and more and more seldom while it finds none; but
-        always before an op, or a value that it needs, is refused."""
-        if self._steps < self._collect_from and not refusing:
-            return 0
+        the collector passed by, and values that only these held may leave from now on. Once in a step at
+        most, and more and more seldom while that finds nothing; but always before an op, or a value that it
+        needs, is refused."""
         before_bytes = self.device.allocated_bytes()
+        self._forget(refusing)
         self._collect()
-        freed_bytes = max(0, before_bytes - self.device.allocated_bytes())
-        self._fruitless = 0 if freed_bytes else self._fruitless + 1
+        found = max(0, before_bytes - self.device.allocated_bytes())
+        freed, left, full = self._send_away(want_bytes - found, operands)
+        self._fruitless = 0 if found + freed else self._fruitless + 1
         self._collect_from = self._steps + (1 << self._fruitless)
-        return freed_bytes
+        return found + freed, left, full
+
+    def _at_last(self, want_bytes: int, operands: Operands | None) -> bool:
+        """Whether anything could be freed after all, before a refusal."""
+        freed, _, _ = self._send_what_garbage_held(want_bytes, operands, refusing=True)
+        self.reclaims += freed > 0
+        self.reclaimed_bytes += freed
+        return freed > 0
 
     def reserve(self, blocks: tuple[int, ...], operands: Operands | None = None) -> bool:
         """Make sure that ``blocks`` can be allocated together, by evicting. Gives way (False) once nothing
@@ -144,7 +168,7 @@ class Ladder:
         need_bytes = sum(self.sizes.of(func, args, kwargs))
         if not need_bytes or self.fit(need_bytes, (args, kwargs)):
             return
-        if not (self._collect_garbage(refusing=True) and self.fit(need_bytes, (args, kwargs))):
+        if not (self._at_last(need_bytes, (args, kwargs)) and self.fit(need_bytes, (args, kwargs))):
             raise self.refusals.op(func, args, kwargs, where(), need_bytes, self.budget_bytes)
 
     def fit(self, need_bytes: int, operands: Operands | None = None) -> bool:
@@ -161,7 +185,7 @@ class Ladder:
         it may just as well come later, and a refusal is cheap."""
         if not self.device.is_cuda:
             if not self.fit(size_bytes, operands):
-                found = not early and self._collect_garbage(refusing=True)
+                found = not early and self._at_last(size_bytes, operands)
                 if not (found and self.fit(size_bytes, operands)):
                     raise self.refusals.way_back(size_bytes, operands is not None, self.budget_bytes)
             return new_bytes(size_bytes, self.device.torch_device)
@@ -172,12 +196,13 @@ class Ladder:
                 self.ooms += 1  # the exception holds frames and those hold tensors: let go of it first
             if self.reclaim(max(size_bytes, _ROUND_BYTES), operands):
                 continue
-            if early or not self._collect_garbage(refusing=True):
+            if early or not self._at_last(size_bytes, operands):
                 raise self.refusals.way_back(size_bytes, operands is not None, self.budget_bytes)
 
     def _victims(self, operands: Operands | None) -> Iterator[Slot]:
         """What is already on its way out, then what came back early, then large values, then all the
-        rest; oldest first, which backward needs last. What the program holds comes at the very end."""
+        rest; oldest first, which backward needs last. Then what only recipes will read, and what the
+        program holds at the very end."""
         living = list(self.slots.living())
         yield from (slot for slot in living if slot.where is Where.HELD and slot.place is not None)
         yield from (slot for slot in living if slot.where is Where.COMING)
@@ -185,6 +210,7 @@ class Ladder:
             for slot in living:
                 if slot.place is None and (slot.size_bytes >= _SMALL_BYTES) is large and slot.alone():
                     yield slot
+        yield from (slot for slot in list(self.slots.spare()) if slot.alone())
         held = [slot for slot in living if self.slots.may_lend(slot)] if operands is not None else []
         if operands is not None and held and all_plain(*operands):
             needed = {tensor.untyped_storage()._cdata for tensor in tensors_in(*operands)}
@@ -217,7 +243,7 @@ class Ladder:
 
         ``begin_again`` is called before each: it undoes what the last one changed (a generator's offset)."""
         want_bytes = max(want_bytes, _ROUND_BYTES)
-        while self.reclaim(want_bytes, (args, kwargs)) or self._collect_garbage(refusing=True):
+        while self.reclaim(want_bytes, (args, kwargs)) or self._at_last(want_bytes, (args, kwargs)):
             self.retries += 1
             if begin_again is not None:
                 begin_again()

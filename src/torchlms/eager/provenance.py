@@ -51,6 +51,7 @@ class Provenance:
         self._hollow = hollow
         self._backends = Backends(device.type)
         self._histories: list[list[Call]] = []
+        self._serial = itertools.count()
         self._held: list[Slot] = []  # until they are dropped values' sources, or backward begins
         self.value_of: Callable[[torch.Tensor], int] | None = None  # while a tape is written
 
@@ -72,7 +73,8 @@ class Provenance:
             return Call(func, (), {}, op, False)
         generator = generator_of(func, args, kwargs, self._device) if manner.seeded else None
         drawn = (generator, generator.get_state()) if generator is not None else None
-        return Call(func, refs, named, op, True, drawn, self._backends.state(), manner.blank, tuple(found))
+        backends, serial = self._backends.state(), next(self._serial)
+        return Call(func, refs, named, op, True, drawn, backends, manner.blank, tuple(found), serial)
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep what a recipe will ask for and nobody else may."""

@@ -20,6 +20,8 @@ from torchlms.eager.history import Ref
 from torchlms.eager.per_op import PerOp
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchlms.eager.history import Call, Cell
     from torchlms.eager.slot import Slot
 
@@ -121,6 +123,16 @@ class Recipe:
     def ops(self) -> tuple[int, ...]:
         """The places on the tape of the calls that would run again."""
         return tuple(sorted({call.op for call in self.calls.values()}))
+
+    def unwritten_since(self) -> Callable[[], bool]:
+        """For whoever asks later whether what the recipe reads was written since; it keeps none of that."""
+        cells = [
+            *(cell for cell, _ in self.slots.values()),
+            *self.asked.values(),
+            *(ref.cell for ref in self.lasting.values()),
+        ]
+        then = [(cell, len(cell.history)) for cell in cells]
+        return lambda: all(len(cell.history) == writes for cell, writes in then)
 
     def read_by(self, slot: Slot) -> None:
         """Have writes to any source heard of by ``slot``, which is dropped and will need it."""

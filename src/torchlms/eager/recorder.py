@@ -76,6 +76,9 @@ class Recorder:
         self._ops: list[OpDraft] = []
         self._values: list[ValueDraft] = []
         self._waiting: dict[int, weakref.ref[Slot]] = {}  # saved, and still held by others
+        # By value, whether what its recipe reads is as it was. What is written before the value is needed
+        # would have it made before that write, where memory may be shortest.
+        self._unwritten: dict[int, Callable[[], bool]] = {}
         self._saved_in: dict[int, str] = {}  # the module in which autograd saved what it keeps, by identity
         self._running: _Running | None = None
         self._resident_bytes = device.allocated_bytes()
@@ -183,6 +186,9 @@ class Recorder:
         draft.note_held(now)
         # Between two uses in one backward pass it is not worth going.
         if draft.idle_from is not None and draft.idle_from < now and draft.used_in != backward:
+            unwritten = self._unwritten.pop(slot.value, None)
+            if unwritten is not None and not unwritten():
+                draft.recipe = draft.sources = ()
             draft.idle.append(Stretch(draft.idle_from, now))
         draft.idle_from, draft.used_in = None, backward
         self._waiting[slot.value] = weakref.ref(slot)
@@ -243,6 +249,7 @@ class Recorder:
         if recipe is not None:
             draft.recipe = recipe.ops
             draft.sources = recipe.source_values
+            self._unwritten[slot.value] = recipe.unwritten_since()
 
     def _here(self, args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         device = self.device.torch_device
@@ -287,6 +294,7 @@ class Recorder:
         """The tape of what was seen; the recorder is closed afterwards."""
         self.closed = True
         self._provenance = None
+        self._unwritten.clear()
         self.device.synchronize()
         count = len(self._ops)
         last = max((at for at, op in enumerate(self._ops) if op.phase is Phase.BACKWARD), default=0)

@@ -74,11 +74,14 @@ class Refusals:
 
     def lost_in(self, error: BaseException | None) -> BudgetTooSmall | None:
         """The refusal of this step that ``error`` stands for: TorchScript passes on the words of no error but
-        its own."""
-        if self._last is None or _SCRIPTED not in str(error) or isinstance(error, BudgetTooSmall):
+        its own, and ``load_state_dict`` only the words."""
+        if self._last is None or error is None or isinstance(error, BudgetTooSmall):
             return None
         said, smallest_bytes = self._last
-        return BudgetTooSmall(said, smallest_bytes=smallest_bytes)
+        words = str(error)
+        if _SCRIPTED in words or repr(said)[1:-1] in words:
+            return BudgetTooSmall(said, smallest_bytes=smallest_bytes)
+        return None
 
     def _made(self, said: str, smallest_bytes: int) -> BudgetTooSmall:
         self._last = (said, smallest_bytes)

@@ -7,7 +7,7 @@ switches of the backends stand for each op as they did when it ran first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ def replay(recipe: Recipe, run: Run) -> torch.Tensor:
     that. Of a write that torch does not count either, nobody knows.
     """
     with _no_gradients(), below_autograd(recipe.device_type), outside_vmap():  # kernels ask for the mode, too
-        return _Replay(recipe, run).tensor(recipe.cell, recipe.writes)
+        return _Replay(recipe, run).made()
 
 
 def _no_gradients() -> contextlib.AbstractContextManager[None]:
@@ -73,40 +73,45 @@ def _unchanged(ref: Ref, lasting: torch.Tensor, storage: torch.UntypedStorage) -
 
 
 class _Replay:
-    """One evaluation. Shared work is done once; what an in-place op has changed is not shared."""
+    """One evaluation: the calls of a recipe in the order of the program, each once. What they make is there
+    until the last of them has read it, and no longer."""
 
     def __init__(self, recipe: Recipe, run: Run) -> None:
         self._recipe = recipe
         self._run_op = run
         self._backends = Backends(recipe.device_type)
         self._stand = self._backends.state()  # which nothing turns while we run
-        self._results: dict[int, list[torch.Tensor | None]] = {}
-        self._tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self._there: dict[int, torch.Tensor] = {}  # what is made and still to be read, by its cell's identity
 
-    def tensor(self, cell: Cell, writes: int) -> torch.Tensor:
-        """Some tensor in what lay in ``cell`` after ``writes`` writes."""
-        known = self._tensors.get((id(cell), writes))
-        if known is not None:
-            return known
-        first, *rest = cell.history[:writes]
-        made = self._made(first, cell)
-        for call in rest:
-            self._call(call, {id(cell): made.untyped_storage()})
-        self._tensors[id(cell), writes] = made
-        return made
+    def made(self) -> torch.Tensor:
+        """Some tensor in what the recipe makes."""
+        target = self._recipe.cell
+        calls = sorted(self._recipe.calls.values(), key=lambda call: call.serial)
+        made_by: dict[int, list[Cell]] = {id(target.history[0]): [target]}
+        last: dict[int, int] = {}  # which call reads or writes it last
+        for place, call in enumerate(calls):
+            for ref in call.refs:
+                if ref.lasting is None and id(ref.cell) not in self._recipe.slots:
+                    if id(ref.cell) not in last and ref.cell is not target:
+                        made_by.setdefault(id(ref.cell.history[0]), []).append(ref.cell)
+                    last[id(ref.cell)] = place
+        last[id(target)] = len(calls)
+        for place, call in enumerate(calls):
+            self._carry_out(call, made_by.get(id(call), ()))
+            for gone in [cell for cell in self._there if last[cell] <= place]:
+                del self._there[gone]
+        return self._there[id(target)]
 
-    def _made(self, call: Call, cell: Cell) -> torch.Tensor:
-        results = self._results.get(id(call))
-        place = cell.place
-        if results is None or results[place] is None:
-            results = self._results[id(call)] = self._call(call, {})
-        made, results[place] = results[place], None  # whoever comes next gets it from ``_tensors``
-        assert made is not None
-        return made
+    def _carry_out(self, call: Call, makes: Sequence[Cell]) -> None:
+        results = self._call(call)
+        for cell in makes:
+            result = results[cell.place]
+            assert result is not None
+            self._there[id(cell)] = result
 
-    def _call(self, call: Call, here: dict[int, torch.UntypedStorage]) -> list[torch.Tensor | None]:
-        args = tuple([self._item(item, here) for item in call.args])
-        kwargs = {name: self._item(item, here) for name, item in call.kwargs.items()}
+    def _call(self, call: Call) -> list[torch.Tensor | None]:
+        args = tuple([self._item(item) for item in call.args])
+        kwargs = {name: self._item(item) for name, item in call.kwargs.items()}
         if call.drawn is None and call.backends == self._stand:
             return results_of(self._run(call.func, args, kwargs))
         drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -125,22 +130,20 @@ class _Replay:
         except Exception as error:
             raise ReplayFailed(f"{func} raised {type(error).__name__} when it ran again: {error}") from error
 
-    def _item(self, item: Any, here: dict[int, torch.UntypedStorage]) -> Any:
+    def _item(self, item: Any) -> Any:
         if isinstance(item, Ref):
-            return self._tensor(item, here)
+            return self._tensor(item)
         if type(item) in (list, tuple):
-            return type(item)(self._item(part, here) for part in item)
+            return type(item)(self._item(part) for part in item)
         return item
 
-    def _tensor(self, ref: Ref, here: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    def _tensor(self, ref: Ref) -> torch.Tensor:
         if ref.lasting is not None and ref.storage is not None:
             storage = _unchanged(ref, ref.lasting, ref.storage)
-        elif id(ref.cell) in here:
-            storage = here[id(ref.cell)]
         elif id(ref.cell) in self._recipe.slots:
             storage = self._slot(ref).take()
         else:
-            storage = self.tensor(ref.cell, ref.writes).untyped_storage()
+            storage = self._there[id(ref.cell)].untyped_storage()
         empty = torch.empty(0, dtype=ref.dtype, device=storage.device)
         return empty.set_(storage, ref.offset, ref.shape, ref.strides)  # type: ignore[call-overload]
 

@@ -166,10 +166,12 @@ class Saver:
             now.stray()
 
     def hold(self, tensor: torch.Tensor) -> Slot | None:
-        """A slot that no saved tensor has: recipes hold it. It stays where it is."""
+        """A slot that no saved tensor has: recipes hold it. It leaves only where memory runs out."""
         if not self.movable(tensor) or find(tensor.untyped_storage(), self._engine) is not None:
             return None
-        return Slot(self._engine, tensor)
+        slot = Slot(self._engine, tensor)
+        self._engine.held_for_recipes(slot)
+        return slot
 
     def value_to_hold(self, tensor: torch.Tensor) -> int:
         """The tape's id of what could be held, -1 for what could not."""

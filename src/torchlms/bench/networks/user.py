@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import PurePath
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,10 +66,7 @@ def load_user_network(spec: str) -> Network:
 
 
 def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[[], Any]:
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise BadOption(f"--model {spec}: cannot import {module_name}: {error}") from error
+    module = _imported(spec, module_name)
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
@@ -77,6 +75,21 @@ def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[[], A
         meant = f"; did you mean {module_name}:{alike[0]}?" if alike else ""
         raise BadOption(f"--model {spec}: {module_name} has no callable {attribute!r}{meant}")
     return found  # type: ignore[no-any-return]
+
+
+def _imported(spec: str, module_name: str) -> ModuleType:
+    try:
+        failed = f"--model {spec}: {module_name} failed as it was imported"
+        with blamed(lambda error: f"{failed}: {error}; {_MORE}"):
+            try:
+                return importlib.import_module(module_name)
+            except ImportError as error:
+                raise BadOption(f"--model {spec}: cannot import {module_name}: {error}") from error
+    except SystemExit as error:
+        raise BadOption(
+            f"--model {spec}: {module_name} ends the program as it is imported (SystemExit: {error}): put "
+            'what a script does under `if __name__ == "__main__":`'
+        ) from error
 
 
 def _made_by(spec: str, factory: Callable[[], Any]) -> tuple[nn.Module, MakeBatch | None]:
