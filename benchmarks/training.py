@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     Emit = Callable[[dict[str, Any]], None]
 
-_MOST_EXTRA_WARMUP = 50  # steps, while LMS still plans anew, learns where memory is tight, or races plans
+_MOST_EXTRA_WARMUP = 80  # steps, while LMS still plans anew, learns where memory is tight, or races plans
 _CALM_STEPS = 6  # steps without a new plan before timing begins: the allocator has to settle, too
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
 _WAITED_STEPS = 5

@@ -22,7 +22,7 @@ from torchlms.errors import BudgetTooSmall
 from torchlms.maker import Maker
 
 BUDGET = Budget(4 * GIB, 64 * GIB, 0)
-USUAL = headroom_bytes(gpu(), BUDGET.device_bytes)
+USUAL = headroom_bytes(gpu(), BUDGET.device_bytes, drops=False)
 LEAN = lean_bytes(gpu(), BUDGET.device_bytes)
 
 

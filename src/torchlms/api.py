@@ -212,7 +212,7 @@ class LMS:
         # After the cap is lifted: values that come home may need more than the budget.
         undo.callback(engine.close)
         if isinstance(device, CudaDevice):
-            _use_remappable_segments(undo, device, tiers.device_bytes)
+            _use_remappable_segments(undo, device, tiers.device_bytes, drops=self._options.rules.recompute)
         if isinstance(device, CpuDevice):
             for storage, _ in (*self._kinds.lasting(), *self._kinds.passing()):
                 device.ledger.add(storage)
@@ -400,10 +400,10 @@ def _room(device: CudaDevice | CpuDevice) -> dict[str, int]:
     return dict.fromkeys(("whole_bytes", "available_bytes"), host_available_bytes())
 
 
-def _use_remappable_segments(undo: ExitStack, device: CudaDevice, budget_bytes: int) -> None:
+def _use_remappable_segments(undo: ExitStack, device: CudaDevice, budget_bytes: int, *, drops: bool) -> None:
     """Back new device memory by remappable pages, so that holes between tensors can be closed."""
     before = private.expandable_segments()
     torch.cuda.empty_cache()
-    granted_bytes = private.set_expandable_segments(True, page_bytes(budget_bytes))
+    granted_bytes = private.set_expandable_segments(True, page_bytes(budget_bytes, drops=drops))
     device.page_bytes = granted_bytes or SMALLEST_PAGE_BYTES
     undo.callback(private.set_expandable_segments, before)

@@ -34,11 +34,9 @@ class Maker:
         self.machine = machine
         self.budget = budget
         self.rules = rules
-        self.headroom_bytes = self._usual_bytes = headroom_bytes(
-            machine, budget.device_bytes, rules.headroom_bytes
-        )
         self._entered_bytes = budget.device_bytes
-        self._mapped_bytes = page_bytes(budget.device_bytes)
+        self._mapped_bytes = page_bytes(budget.device_bytes, drops=rules.recompute)
+        self.headroom_bytes = self._usual_bytes = self._usual_for(budget)
         self._lean_tried = False
 
     def rebudget(self, budget: Budget) -> None:
@@ -47,12 +45,16 @@ class Maker:
         tried that leaves few of them free."""
         if budget.device_bytes != self.budget.device_bytes:
             learned_bytes = max(0, self.headroom_bytes - self._usual_bytes)
-            self._usual_bytes = headroom_bytes(
-                self.machine, budget.device_bytes, self.rules.headroom_bytes, mapped_bytes=self._mapped_bytes
-            )
+            self._usual_bytes = self._usual_for(budget)
             self.headroom_bytes = self._usual_bytes + learned_bytes
             self._lean_tried |= budget.device_bytes < self._entered_bytes
         self.budget = budget
+
+    def _usual_for(self, budget: Budget) -> int:
+        asked_bytes, drops = self.rules.headroom_bytes, self.rules.recompute
+        return headroom_bytes(
+            self.machine, budget.device_bytes, asked_bytes, drops=drops, mapped_bytes=self._mapped_bytes
+        )
 
     def first(self, tape: Tape, *, rough: bool) -> Plan:
         """A plan with headroom, or without where there is none to have. ``rough``: the tape's times are, and

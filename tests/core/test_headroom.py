@@ -15,8 +15,9 @@ SIZES = [1, MIB, GIB, 5 * GIB, 13_934_000_000, 16 * GIB, 40 * GIB, 141 * GIB]
 
 
 @pytest.mark.parametrize("budget_bytes", SIZES)
-def test_pages_are_whole_and_within_bounds(budget_bytes: int) -> None:
-    size_bytes = page_bytes(budget_bytes)
+@pytest.mark.parametrize("drops", [False, True])
+def test_pages_are_whole_and_within_bounds(budget_bytes: int, drops: bool) -> None:
+    size_bytes = page_bytes(budget_bytes, drops=drops)
     assert size_bytes % (2 * MIB) == 0  # what a device can map
     assert SMALLEST_PAGE_BYTES <= size_bytes <= 256 * MIB
 
@@ -26,6 +27,14 @@ def test_a_small_budget_has_large_pages_too() -> None:
     assert page_bytes(16 * GIB) == 128 * MIB
     assert page_bytes(int(4.2 * GIB)) == 64 * MIB
     assert page_bytes(2 * GIB) == 32 * MIB
+
+
+@pytest.mark.parametrize("budget_bytes", SIZES)
+def test_pages_are_small_where_every_byte_counts(budget_bytes: int) -> None:
+    """Values that can only be moved are slow to do without. As much is left free for twice as many."""
+    assert page_bytes(budget_bytes, drops=False) <= page_bytes(budget_bytes)
+    assert page_bytes(16 * GIB, drops=False) == 64 * MIB
+    assert headroom_bytes(gpu(), 16 * GIB, drops=False) == headroom_bytes(gpu(), 16 * GIB)
 
 
 def test_some_pages_are_left_free() -> None:

@@ -13,14 +13,27 @@ if TYPE_CHECKING:
     from torchlms.core.machine import Machine
 
 SMALLEST_PAGE_BYTES = 20 << 20  # what PyTorch's allocator maps at a time unless it is told otherwise
-_USUAL_PAGE_BYTES = 64 << 20
-_LARGEST_PAGE_BYTES = 256 << 20
 _GRAIN_BYTES = 2 << 20  # a device's own pages: what is mapped has to be a multiple of it
-_PAGES = 128  # in a budget
-_FEWEST_PAGES = 64  # in a small one
-_SPARE_PAGES = 2
 _SPARE_FOR_PAGES = 0.04  # of the budget at most: small ones have few pages
 _SPARE = 0.01  # of the budget, besides
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """How a budget is cut: into so ``many`` pages, or into ``fewest`` as long as these are not above
+    ``usual_bytes``; and how many of them a plan leaves free."""
+
+    many: int
+    fewest: int
+    usual_bytes: int
+    largest_bytes: int
+    spare: int
+
+
+# Where values can be made again, a little less memory costs next to nothing. Where they can only be moved
+# every byte counts, and pages are to waste few.
+_DROPPING = _Pages(128, fewest=64, usual_bytes=64 << 20, largest_bytes=256 << 20, spare=2)
+_MOVING = _Pages(256, fewest=256, usual_bytes=0, largest_bytes=128 << 20, spare=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +52,40 @@ NO_ELBOW = Elbow()
 ELBOW = Elbow(flying=0.2)
 
 
-def page_bytes(budget_bytes: int) -> int:
-    """In how large pages an allocator under this budget should map memory.
+def page_bytes(budget_bytes: int, *, drops: bool = True) -> int:
+    """In how large pages an allocator under this budget should map memory, for plans that may drop values
+    or only move them.
 
     Mapping and unmapping take a time per page, so there are not to be too many of them. (H200: 80 ms for
     15 GiB in pages of 20 MiB, 28 ms in pages of 64 MiB, 18 in 128, 13 in 256, 10 in 512.)
     """
-    usual_bytes = min(_USUAL_PAGE_BYTES, budget_bytes // _FEWEST_PAGES)
-    wanted_bytes = max(usual_bytes, budget_bytes // _PAGES, SMALLEST_PAGE_BYTES)
-    wanted_bytes = min(wanted_bytes, _LARGEST_PAGE_BYTES)
+    pages = _pages(drops)
+    usual_bytes = min(pages.usual_bytes, budget_bytes // pages.fewest)
+    wanted_bytes = max(usual_bytes, budget_bytes // pages.many, SMALLEST_PAGE_BYTES)
+    wanted_bytes = min(wanted_bytes, pages.largest_bytes)
     return wanted_bytes // _GRAIN_BYTES * _GRAIN_BYTES
 
 
 def headroom_bytes(
-    machine: Machine, budget_bytes: int, asked_bytes: int | None = None, *, mapped_bytes: int = 0
+    machine: Machine,
+    budget_bytes: int,
+    asked_bytes: int | None = None,
+    *,
+    drops: bool = True,
+    mapped_bytes: int = 0,
 ) -> int:
     """What was asked for, else that with which most steps run undisturbed. A ledger, which is the budget of
     a CPU, has no holes. ``mapped_bytes`` is the size of the allocator's pages, if they are not those for
     this budget."""
     if asked_bytes is not None or not machine.link:
         return asked_bytes or 0
-    mapped_bytes = mapped_bytes or page_bytes(budget_bytes)
-    pages_bytes = min(_SPARE_PAGES * mapped_bytes, int(_SPARE_FOR_PAGES * budget_bytes))
+    mapped_bytes = mapped_bytes or page_bytes(budget_bytes, drops=drops)
+    pages_bytes = min(_pages(drops).spare * mapped_bytes, int(_SPARE_FOR_PAGES * budget_bytes))
     return lean_bytes(machine, budget_bytes) + pages_bytes
+
+
+def _pages(drops: bool) -> _Pages:
+    return _DROPPING if drops else _MOVING
 
 
 def lean_bytes(machine: Machine, budget_bytes: int) -> int:

@@ -100,13 +100,14 @@ def planned(
     """The plan that LMS would begin with: with room for holes where it has some, else without. ``quick``
     tries fewer sets of values to drop, for questions that take many plans to answer."""
     make_plan = partial(joint.plan, quick=quick) if rules.recompute else planner.plan
+    asked_bytes, drops = rules.headroom_bytes, rules.recompute
     try:
         return make_plan(
             tape,
             machine,
             budget,
             rules,
-            headroom_bytes=headroom_bytes(machine, budget.device_bytes, rules.headroom_bytes),
+            headroom_bytes=headroom_bytes(machine, budget.device_bytes, asked_bytes, drops=drops),
             elbow=ELBOW if machine.link else NO_ELBOW,
         )
     except BudgetTooSmall:
