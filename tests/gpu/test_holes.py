@@ -37,7 +37,7 @@ def test_a_hole_is_opened_while_the_device_is_busy() -> None:
     clean()
     device = CudaDevice(torch.device("cuda"))
     with ExitStack() as undo:
-        _use_remappable_segments(undo, device, 2 * GIB)
+        _use_remappable_segments(undo, device, 2 * GIB, drops=True)
         device.cap(torch.cuda.memory_reserved() + 2 * GIB)
         undo.callback(device.uncap)
         owner = Owner()
