@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchlms.cli import completion
 from torchlms.cli import options as opt
 from torchlms.cli.root import debugging
 from torchlms.cli.terminal import write, write_table
@@ -24,7 +25,7 @@ File = opt.File
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="A name from --list, or package.module:factory.")] = "resnet50",
+    model: opt.Model = "resnet50",
     batch_size: Annotated[int, typer.Option(help="Samples per step. 0: the network's own.")] = 0,
     image_size: opt.ImageSize = 0,
     num_batches: Annotated[int, typer.Option(help="Timed steps.")] = 100,
@@ -49,10 +50,18 @@ def bench(
     no_lms: Annotated[bool, typer.Option("--no-lms", help="The plain run, nothing installed.")] = False,
     way: Annotated[
         Text,
-        typer.Option(help="lms, none, none_capped, save_on_cpu, checkpoint or checkpoint_offload."),
+        typer.Option(
+            help="lms, none, none_capped, save_on_cpu, checkpoint or checkpoint_offload.",
+            autocompletion=completion.ways,
+        ),
     ] = None,
     cap: Annotated[Text, typer.Option(help="Without LMS, on CUDA: cap the allocator: bytes or none.")] = None,
-    compare: Annotated[str, typer.Option(help="Other ways to run first, separated by commas.")] = "",
+    compare: Annotated[
+        str,
+        typer.Option(
+            help="Other ways to run first, separated by commas.", autocompletion=completion.several_ways
+        ),
+    ] = "",
     compare_timeout: Annotated[float, typer.Option(help="Seconds for each other way.")] = 600.0,
     cap_rivals: Annotated[
         bool, typer.Option("--cap-rivals", help="Cap the other ways at --budget too.")

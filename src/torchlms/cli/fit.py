@@ -17,7 +17,7 @@ File = opt.File
 
 
 def fit(
-    model: Annotated[str, typer.Option(help="As for bench: a name, or package.module:factory.")] = "resnet50",
+    model: opt.Model = "resnet50",
     batch_size: Annotated[int, typer.Option(help="The batch asked about. 0: the network's own.")] = 0,
     image_size: opt.ImageSize = 0,
     device: opt.Device = "",
