@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -233,6 +233,11 @@ class LMS:
     def _give_way(self) -> bool:
         """Whether this LMS closed itself in favour of one that the program opens."""
         return False
+
+    def _unseen(self) -> AbstractContextManager[None]:
+        """For ops that are no part of training, such as those of a trainer's log: LMS has no business there,
+        and they take half of the time without it."""
+        return private.without_modes()
 
     def _over(self) -> bool:
         """Whether this LMS has ended, perhaps in another thread than the one it was opened in."""

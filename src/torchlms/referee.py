@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("torchlms")
 
 _MOST_CALIBRATIONS = 2
-_AS_PREDICTED = 0.07  # off by less is as good as predicted
+_AS_PREDICTED = 0.07  # off by less is as good as predicted: nothing is tried for it
+_AS_SHOWN = 0.02  # what stays foretells what its laps have shown, if they are off by more
 _ROOMIER = 0.05  # of the budget, for a contender
 _UNPINCHED = 0.01  # off by more may be what closing holes costs, where there are any
 _MOVES_ONLY = "moving alone"
@@ -173,7 +174,7 @@ class Referee:
     def _correct(self, tape: Tape, winner: Contender) -> None:
         """Have the winner's plan predict what its steps have shown, from here on."""
         plan = winner.plan
-        if not winner.done or not _off(tape, winner):
+        if not winner.done or not _off(tape, winner, _AS_SHOWN):
             return
         between_s = plan.predicted.step_s - lap_s(tape, plan.predicted.step_s)
         rates = self._explanation(tape, winner)
@@ -192,7 +193,7 @@ def race_of(routine: Routine) -> Race | None:
     return routine.notes if isinstance(routine.notes, Race) else None
 
 
-def _off(tape: Tape, contender: Contender) -> bool:
+def _off(tape: Tape, contender: Contender, more_than: float = _AS_PREDICTED) -> bool:
     """Whether its laps took clearly more or less than was predicted."""
     predicted_s = lap_s(tape, contender.plan.predicted.step_s)
-    return abs(contender.median_s / predicted_s - 1) > _AS_PREDICTED
+    return abs(contender.median_s / predicted_s - 1) > more_than

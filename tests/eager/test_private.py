@@ -170,6 +170,26 @@ def test_unwatched_ops_are_seen_by_no_mode() -> None:
     assert d.tolist() == [4, 4, 4]
 
 
+def test_without_modes_classes_keep_their_own_dispatch() -> None:
+    """Which ``unwatched`` takes from them; and the modes are back afterwards, the same ones."""
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return torch.zeros(())
+
+    called: list[str] = []
+    own = torch.Tensor._make_subclass(Own, torch.ones(3))
+    with Names() as outer, Names() as inner:
+        with private.without_modes():
+            own.sum()
+        assert private.top_dispatch_mode() is inner
+        torch.ones(1)
+    assert called == ["aten.sum.default"]
+    assert inner.seen == outer.seen == ["aten.ones.default"]
+
+
 def test_unwatched_leaves_autograd_on() -> None:
     x = torch.ones(3, requires_grad=True)
     with Names(), private.unwatched():

@@ -233,6 +233,18 @@ def test_ops_that_were_timed_too_long(
     assert plan.predicted.compute_s == pytest.approx(sum(op.time_s for op in told.ops), rel=0.01)
 
 
+def test_ops_that_were_timed_a_little_too_short(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
+) -> None:
+    """Nothing is tried for so little, but the plan predicts what its steps have shown."""
+    know_times(monkeypatch, machine, lambda timing: 0.96)
+    plan, tape, said = raced(spill_dir, caplog)
+    assert not any("taken to" in text for text in said)
+    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
+    true_s = OP_S * sum(op.time_s / tape.ops[0].time_s for op in with_drops(tape, drops).ops)
+    assert plan.predicted.compute_s == pytest.approx(true_s, rel=0.01)
+
+
 def test_ops_that_take_longer_once_the_device_is_warm(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
 ) -> None:

@@ -206,13 +206,22 @@ def test_several_optimizers(callback: Any, tmp_path: Path) -> None:
     assert_values_moved(callback.lms)
 
 
-def test_key_figures_are_logged(callback: Any, tmp_path: Path) -> None:
+def test_key_figures_are_logged(callback: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on: list[bool] = []
+    log_dict = Classifier.log_dict
+
+    def noted(model: Any, figures: Any) -> None:
+        on.append(is_on())
+        log_dict(model, figures)
+
+    monkeypatch.setattr(Classifier, "log_dict", noted)
     trainer = make_trainer(tmp_path, callback)
     fit(trainer)
     assert trainer.callback_metrics["lms_bytes_out_per_step"] > 0
     assert trainer.callback_metrics["lms_peak_bytes"] <= callback.lms.stats()["budget_bytes"]
     assert trainer.callback_metrics["lms_predicted_step_s"] > 0
     assert "train_loss" in trainer.callback_metrics
+    assert on == [False] * EPOCHS, "what a log does is no business of LMS"
 
 
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "on_before_optimizer_step", "data"])

@@ -63,6 +63,14 @@ def code_hash(package: Path = _PACKAGE, parts: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
+def adapters_hash(package: Path = _PACKAGE) -> str:
+    """SHA-256 over the adapters to trainers, of which no other figure is."""
+    digest = hashlib.sha256()
+    for path in sorted((package / "integrations").glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def host_facts() -> dict[str, Any]:
     """CPUs this process may use, and the machine's memory."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -96,6 +104,8 @@ def stale_results(folder: Path) -> list[Path]:
             fresh = all(run.get("code") == (here if run.get("lms") else rivals) for run in result["entries"])
         elif schema.startswith("torchlms.suites/"):
             fresh = all(suite.get("code") == here for suite in result["suites"].values())
+        elif schema.startswith("torchlms.callbacks/"):
+            fresh = result.get("code") == adapters_hash()
         else:
             continue
         if not fresh:

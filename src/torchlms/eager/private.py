@@ -321,6 +321,14 @@ def _mode_bypass() -> Callable[[], contextlib.AbstractContextManager[Any]]:
 unwatched = _mode_bypass()
 
 
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no dispatch mode is on, for ops of others: what they do may need the dispatch of
+    their tensors' own classes, which ``unwatched`` bypasses as well."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 def _below() -> Callable[[str], contextlib.AbstractContextManager[Any]]:
     guard = getattr(torch._C, "_ExcludeDispatchKeyGuard", None)
     key_set, key = getattr(torch._C, "DispatchKeySet", None), getattr(torch._C, "DispatchKey", None)

@@ -19,7 +19,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -154,6 +154,10 @@ class Keeper:
         while frame is not None and id(frame) != self._call:
             frame = frame.f_back
         return self._call is not None and frame is None
+
+    def _unseen(self) -> AbstractContextManager[None]:
+        """While the trainer does something that is no part of training."""
+        return self.lms._unseen() if self._on and self.lms is not None else nullcontext()
 
     def _figures(self) -> dict[str, float]:
         """What to log now; empty if LMS is off."""

@@ -38,7 +38,8 @@ class LMSCallback(Keeper, Callback):  # type: ignore[misc]
         self._step_ended()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.log_dict(self._figures())
+        with self._unseen():
+            self.log_dict(self._figures())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.close()
