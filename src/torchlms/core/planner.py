@@ -258,8 +258,8 @@ def _too_small(simulator: Simulator, floor: Bytes, budget: Budget, headroom_byte
     return BudgetTooSmall(
         f"a device budget of {bytes_text(budget.device_bytes)} is too small: op {worst} ({op.name} in "
         f"{op.module or 'no module'}) needs {bytes_text(int(floor[worst]))} at once, "
-        f"{bytes_text(operands_bytes)} of it for its own operands, with everything away that can be. "
-        f"The smallest budget is {bytes_text(smallest_bytes)} ({smallest_bytes} bytes)"
+        f"{bytes_text(operands_bytes)} of it for its own operands, with everything away that a plan can have "
+        f"away. The smallest budget with a plan is {bytes_text(smallest_bytes)} ({smallest_bytes} bytes)"
         f"{f', {bytes_text(headroom_bytes)} of it headroom' if headroom_bytes else ''}.{hint}",
         smallest_bytes=smallest_bytes,
     )

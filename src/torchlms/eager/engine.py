@@ -254,7 +254,8 @@ class Engine(SlotOwner):
         Before a refusal a tape may do without recipes as well."""
         now = self.now
         spent = now.backward_seen or (refusing and now.recorder is not None)
-        if now.provenance is not None and spent and not self.dropped:
+        needed = self.dropped or self.prover.busy
+        if now.provenance is not None and spent and not needed:
             now.provenance.forget()
 
     def restart_measuring(self) -> None:

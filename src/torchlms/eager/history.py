@@ -4,7 +4,8 @@
 A storage has a cell: the history of the calls that wrote it, first the one that made it, then those
 that changed it in place. A call remembers its arguments, with each tensor replaced by where it lay:
 in which cell, after how many writes, and as which view. Cells hold no device memory. A storage holds
-its cell, a cell its calls, a call the cells it read: what nobody can ask for any more goes by itself.
+its cell, a cell its calls, a call the cells it read: what nobody can ask for any more goes by itself. None of them is
+shown in full (``repr=False``): what is shared would be told again each time that it is met, without end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _MARK = "_torchlms_cell"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Cell:
     """One storage's history in one lap of the program."""
 
@@ -57,7 +58,7 @@ class Cell:
         return version - self.first_version == writes - 1
 
 
-@dataclass(slots=True, eq=False)  # not frozen, which takes as long again to make
+@dataclass(slots=True, eq=False, repr=False)  # not frozen, which takes as long again to make
 class Ref:
     """A tensor argument: the view ``shape, strides, offset`` of a cell after ``writes`` writes."""
 
@@ -72,7 +73,7 @@ class Ref:
     storage: torch.UntypedStorage | None = None  # where it lay, should the program give it another one
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Call:
     """One op that ran."""
 

@@ -9,7 +9,7 @@ import torch
 
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import whole
-from torchlms.errors import LMSError
+from torchlms.errors import LMSError, ReplayFailed
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -26,6 +26,7 @@ class Prover:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.busy = False  # with recipes that no dropped value has yet, or has no more
         self.tried = False  # since this was last looked at; trying takes moves that no plan foresaw
 
     def prove(self, slot: Slot, recipe: Recipe) -> bool | None:
@@ -33,14 +34,23 @@ class Prover:
 
         What it is made from and was gone comes back for it, and goes again.
         """
+        self.tried = self.busy = True
+        try:
+            return self._try(slot, recipe)
+        finally:
+            self.busy = False
+
+    def _try(self, slot: Slot, recipe: Recipe) -> bool | None:
         engine = self._engine
         gone = [
             (other, other.recipe) for other in engine.living() if other.where in (Where.DROPPED, Where.AWAY)
         ]
-        self.tried = True
         try:
             again = engine.replay(recipe).untyped_storage()
             return self._same_bytes(slot.take(), again)
+        except ReplayFailed as error:
+            log.debug("a recipe cannot be carried out: %s", error)
+            return False
         except (LMSError, torch.OutOfMemoryError) as error:
             log.debug("a recipe could not be tried: %s", error)
             return None

@@ -29,7 +29,7 @@ _MOST_CALLS = 32  # a longer recipe is not worth following
 _TINY = 1 / 1024  # of what is made: held sooner than made again, which takes the program longer
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Recipe:
     """A history and its sources, which it keeps alive."""
 
@@ -41,12 +41,14 @@ class Recipe:
     lasting: dict[int, Ref] = field(default_factory=dict)
     asked: dict[int, Cell] = field(default_factory=dict)  # would have to be held
     dear: int = 0  # calls that take long for the bytes they make
+    _made: dict[int, Cell] = field(default_factory=dict)  # by identity, what the calls make
     _cut: set[int] = field(default_factory=set)  # where the way back has been found dearer than holding
 
     def follow(self, cell: Cell, writes: int, *, target: Slot | None) -> bool:
         """Note all that is needed for ``cell`` after ``writes`` writes; False where the way is barred."""
         if not writes or not cell.made:
             return False
+        self._made[id(cell)] = cell
         for call in cell.history[:writes]:
             if id(call) in self.calls:
                 continue
@@ -73,7 +75,9 @@ class Recipe:
         slot = ref.cell.slot() if ref.cell.slot is not None else None
         # A write that the mode did not see, from another thread or a compiled region, still counts.
         whole = ref.writes == len(ref.cell.history) and ref.version == ref.cell.saved_version
-        if slot is not None and slot is not target and whole and not slot.given_away():
+        # What is made, because an op read it before a write, goes through that write as it did then.
+        made = id(ref.cell) in self._made
+        if slot is not None and slot is not target and whole and not made and not slot.given_away():
             self.slots[id(ref.cell)] = (ref.cell, slot)
             return True
         return self._follow_or_ask(ref, target)
@@ -82,7 +86,10 @@ class Recipe:
         """Follow ``ref`` further back, or ask for it: whichever holds fewer bytes. Nothing dear is done again
         where holding would gain something, and nothing at all for what is tiny beside what is made."""
         cell = ref.cell
+        if ref.writes < len(cell.history) and (id(cell) in self.slots or id(cell) in self.asked):
+            return False  # it is there as it was later, and cannot be there twice
         can_ask = cell.value >= 0 and cell.slot is None and ref.writes == len(cell.history)
+        can_ask = can_ask and id(cell) not in self._made
         before, dear, asked_bytes = self._lengths(), self.dear, self.asked_bytes
         tiny = can_ask and cell.size_bytes <= _TINY * self.cell.size_bytes
         known = not tiny and cell.accounts_for(ref.writes, ref.version)
@@ -100,13 +107,16 @@ class Recipe:
         return True
 
     def _lengths(self) -> tuple[int, ...]:
-        return len(self.calls), len(self.slots), len(self.lasting), len(self.asked)
+        return tuple(len(noted) for noted in self._notes)
 
     def _undo(self, lengths: tuple[int, ...]) -> None:
-        notes: tuple[dict[int, Any], ...] = (self.calls, self.slots, self.lasting, self.asked)
-        for noted, length in zip(notes, lengths, strict=True):
+        for noted, length in zip(self._notes, lengths, strict=True):
             while len(noted) > length:
                 noted.popitem()
+
+    @property
+    def _notes(self) -> tuple[dict[int, Any], ...]:
+        return self.calls, self.slots, self.lasting, self.asked, self._made
 
     @property
     def asked_bytes(self) -> int:
