@@ -4,8 +4,8 @@
 A storage has a cell: the history of the calls that wrote it, first the one that made it, then those
 that changed it in place. A call remembers its arguments, with each tensor replaced by where it lay:
 in which cell, after how many writes, and as which view. Cells hold no device memory. A storage holds
-its cell, a cell its calls, a call the cells it read: what nobody can ask for any more goes by itself. None of them is
-shown in full (``repr=False``): what is shared would be told again each time that it is met, without end.
+its cell, a cell its calls, a call the cells it read: what nobody can ask for any more goes by itself.
+None of them is shown in full (``repr=False``): what is shared would be told again wherever it is met.
 """
 
 from __future__ import annotations
