@@ -123,9 +123,12 @@ def run_one(name: str, epochs: int) -> dict[str, Any]:
         setattr(callback, method, clock.counts(vars(callback)[method], 1))
     entered: list[torchlms.LMS] = []
     enter = torchlms.LMS.__enter__
-    torchlms.LMS.__enter__ = clock.counts(  # type: ignore[method-assign]
-        lambda lms: (entered.append(lms), enter(lms))[1], -1
-    )
+
+    def entering(lms: torchlms.LMS) -> torchlms.LMS:
+        entered.append(lms)
+        return enter(lms)
+
+    torchlms.LMS.__enter__ = clock.counts(entering, -1)  # type: ignore[method-assign]
     torchlms.LMS.__exit__ = clock.counts(torchlms.LMS.__exit__, -1)  # type: ignore[method-assign]
     sys.argv = [name, "--epochs", str(epochs)]
     began_s = time.process_time()
@@ -147,6 +150,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=FOLDER / "callbacks.json", help="where the result goes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
+    unknown = ", ".join(name for name in asked.examples if name not in EXAMPLES)
+    if unknown:
+        parser.error(f"no such example: {unknown}; there are {', '.join(EXAMPLES)}")
     asked.examples = asked.examples or list(EXAMPLES)
     return asked
 

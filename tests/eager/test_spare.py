@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sessions
 import torch
 from sessions import bits
 from torch import Tensor, nn
 
 import torchlms
 from torchlms.bench.peak import LedgerMode
-from torchlms.core.machine import Machine
 from torchlms.eager import engine as engine_module
 from torchlms.eager.watcher import Watcher
 from torchlms.memory.ledger import Ledger
@@ -25,14 +25,7 @@ RULES = {"min_bytes": 1024}
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """On which nothing leaves that can be made again."""
-    made = Machine(
-        device="cpu",
-        device_bytes=16 << 30,
-        torch=torch.__version__,
-        disk_write_bytes_per_s=2e6,
-        disk_read_bytes_per_s=2e6,
-    )
-    monkeypatch.setattr(torchlms.api, "measured_machine", lambda *_, **__: made)
+    sessions.slow_disk(monkeypatch)
 
 
 class Shift(nn.Module):

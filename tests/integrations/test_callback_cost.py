@@ -38,6 +38,12 @@ def test_a_callback_that_takes_too_much(tmp_path: Path, monkeypatch: pytest.Monk
     assert callbacks.main(["--runs", "2", "--json", str(tmp_path / "found.json")]) == 1
 
 
+def test_an_example_that_there_is_none_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        callbacks.main(["mnist_flax"])
+    assert "no such example: mnist_flax; there are mnist_huggingface" in capsys.readouterr().err
+
+
 def test_results_are_stale_when_an_adapter_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "callbacks.json"
     result = {"schema": "torchlms.callbacks/1", "code": provenance.adapters_hash()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import functools
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +18,10 @@ from torchlms.bench.peak import LedgerMode
 from torchlms.eager import private
 from torchlms.eager.install import WatchMode
 from torchlms.memory.ledger import Ledger
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
+
+from callbacks import Clock
 
 SMALL = {"min_bytes": 1024}  # rules under which values as small as those of these networks move
 
@@ -83,28 +87,16 @@ def own_share(
     methods, without that of entering and leaving LMS. Both in one run, for two runs of a busy machine differ
     by more than a callback takes."""
 
-    class Timed(callback_type):  # type: ignore[misc]
-        own_s = 0.0
+    clock = Clock()
 
+    class Timed(callback_type):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
             found = super().__getattribute__(name)
-            return timed(found, self, 1) if name.startswith("on_") else found
+            return clock.counts(found, 1) if name.startswith("on_") else found
 
     callback = Timed(**options)
     for name in ("__enter__", "__exit__"):
-        monkeypatch.setattr(torchlms.LMS, name, timed(getattr(torchlms.LMS, name), callback, -1))
+        monkeypatch.setattr(torchlms.LMS, name, clock.counts(getattr(torchlms.LMS, name), -1))
     began_s = time.process_time()
     train(callback)
-    return callback, callback.own_s / (time.process_time() - began_s)
-
-
-def timed(function: Any, to: Any, sign: int) -> Any:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        began_s = time.process_time()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            to.own_s += sign * (time.process_time() - began_s)
-
-    return call
+    return callback, clock.own_s / (time.process_time() - began_s)
