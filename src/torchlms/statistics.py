@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchlms.core.drops import replay_s
-from torchlms.core.plan import Choice, Plan
+from torchlms.core.drops import Drops, replay_s
+from torchlms.core.plan import Plan
 from torchlms.core.tape import Tape
 from torchlms.eager.counts import Counts
 from torchlms.report import choice_totals
@@ -89,8 +89,7 @@ def _recompute_s(tape: Tape | None, plan: Plan | None) -> float:
     """Seconds of a step that go into making values again, by the plan."""
     if tape is None or plan is None:
         return 0.0
-    dropped = (tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE)
-    return sum(replay_s(tape, value) for value in dropped)
+    return sum(replay_s(tape, value) for value in Drops.of(tape, plan.moves).through())
 
 
 def _predicted(plan: Plan | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ from tapes import gpu
 from test_drops import LOTS, RULES, blocks
 
 from torchlms.core import joint, planner
+from torchlms.core.again import with_drops
 from torchlms.core.calibrate import (
     LEAST,
     MOST,
@@ -20,7 +21,7 @@ from torchlms.core.calibrate import (
     stretched,
 )
 from torchlms.core.curve import baseline_curve
-from torchlms.core.drops import with_drops
+from torchlms.core.drops import Drops
 from torchlms.core.pace import Load, Pace, lap_s
 from torchlms.core.plan import Budget, Choice
 from torchlms.core.simulate import Simulator
@@ -33,10 +34,10 @@ def test_the_factor_is_found_again(factor: float, recompute: bool) -> None:
     tape, machine = blocks(10), gpu(link=4e9)
     budget = Budget(int(0.4 * baseline_curve(tape).max()), LOTS, 0)
     plan = (joint if recompute else planner).plan(tape, machine, budget, RULES)
-    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
+    drops = Drops.of(tape, plan.moves)
     moves = [move for move in plan.moves if move.choice is Choice.HOST]
     assert moves
-    assert bool(drops) is recompute
+    assert bool(drops.values) is recompute
     measured = Simulator(with_drops(tape, drops), scaled(machine, factor)).run(moves).step_s
     found = explanation(tape, machine, plan, lap_s(tape, measured))
     assert found.copies == pytest.approx(factor, rel=0.01)

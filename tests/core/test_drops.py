@@ -12,17 +12,10 @@ import pytest
 from tapes import MIB, gpu
 
 from torchlms.core import joint, planner
+from torchlms.core.again import feasible, with_drops
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import baseline_curve, floor_curve
-from torchlms.core.drops import (
-    droppable,
-    feasible,
-    gain_bytes,
-    replay_s,
-    return_ops,
-    short_chains,
-    with_drops,
-)
+from torchlms.core.drops import Drops, droppable, gain_bytes, replay_s, return_ops, short_chains
 from torchlms.core.plan import Budget, Choice, Decision
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
@@ -75,7 +68,7 @@ def candidates(tape: Tape) -> list[Value]:
 def test_a_dropped_value_is_absent_in_its_stretch_and_nowhere_else() -> None:
     tape = blocks(4)
     value = candidates(tape)[0]
-    before, after = baseline_curve(tape), baseline_curve(with_drops(tape, [value]))
+    before, after = baseline_curve(tape), baseline_curve(with_drops(tape, Drops((value,))))
     absent = np.zeros(len(tape.ops), dtype=bool)
     absent[value.idle[0].start : value.idle[0].stop] = True
     assert (before - after == np.where(absent, value.size_bytes, 0)).all()
@@ -85,7 +78,7 @@ def test_making_again_takes_time_and_keeps_the_source_there() -> None:
     tape = blocks(4)
     value = candidates(tape)[0]
     stop = value.idle[0].stop
-    changed = with_drops(tape, [value])
+    changed = with_drops(tape, Drops((value,)))
     assert changed.ops[stop].time_s == pytest.approx(tape.ops[stop].time_s + replay_s(tape, value))
     assert sum(op.time_s for op in changed.ops) == pytest.approx(
         sum(op.time_s for op in tape.ops) + replay_s(tape, value)
@@ -100,7 +93,7 @@ def test_a_source_that_would_be_gone_lives_on() -> None:
     value = candidates(tape)[0]
     source = replace(tape.values[value.sources[0]], death=value.idle[0].stop - 1, idle=())
     tape = replace(tape, values=tuple(source if other.id == source.id else other for other in tape.values))
-    assert with_drops(tape, [value]).values[source.id].death == value.idle[0].stop
+    assert with_drops(tape, Drops((value,))).values[source.id].death == value.idle[0].stop
 
 
 def chained(tape: Tape, *, back: int = 1) -> Tape:
@@ -121,9 +114,9 @@ def test_a_chain_comes_back_where_its_first_link_is_needed() -> None:
     drops = candidates(tape)
     assert len(drops) == 3  # the last block's value is needed at once
     needed = [value.idle[0].stop for value in drops]
-    assert return_ops(tape, drops) == {value.id: min(needed) for value in drops}
-    assert return_ops(tape, drops[::-1]) == return_ops(tape, drops)
-    changed = with_drops(tape, drops)
+    assert return_ops(drops) == {value.id: min(needed) for value in drops}
+    assert return_ops(drops[::-1]) == return_ops(drops)
+    changed = with_drops(tape, Drops(tuple(drops)))
     assert changed.ops[min(needed)].time_s == pytest.approx(tape.ops[min(needed)].time_s + 3e-3)
     again = changed.values[len(tape.values) :]
     assert {value.birth for value in again} == {min(needed)}
@@ -135,7 +128,7 @@ def test_what_is_held_longer_is_not_dropped_for_another() -> None:
     first, second = candidates(tape)
     held = replace(first, idle=(Stretch(second.idle[0].stop + 1, first.idle[0].stop + 2),))
     tape = replace(tape, values=tuple(held if value.id == held.id else value for value in tape.values))
-    assert return_ops(tape, [held, second])[held.id] == held.idle[0].stop
+    assert return_ops([held, second])[held.id] == held.idle[0].stop
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -177,10 +170,10 @@ def test_what_must_be_kept_for_it_is_counted_against_it() -> None:
 def test_what_has_no_room_to_be_made_again_is_not_dropped() -> None:
     tape = blocks(6)
     limit_bytes = int(floor_curve(tape).max())
-    chosen = feasible(tape, candidates(tape), limit_bytes)
-    assert floor_curve(with_drops(tape, chosen)).max() <= limit_bytes
-    tight = int(floor_curve(with_drops(tape, candidates(tape))).max())
-    assert feasible(tape, candidates(tape), tight) == candidates(tape)
+    everything = Drops(tuple(candidates(tape)))
+    assert floor_curve(with_drops(tape, feasible(tape, everything, limit_bytes))).max() <= limit_bytes
+    tight = int(floor_curve(with_drops(tape, everything)).max())
+    assert feasible(tape, everything, tight) == everything
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
@@ -207,7 +200,7 @@ def test_close_to_the_best_subset() -> None:
     for count in range(len(candidates(tape)) + 1):
         for drops in itertools.combinations(candidates(tape), count):
             try:
-                made = planner.plan(with_drops(tape, list(drops)), machine, budget, RULES)
+                made = planner.plan(with_drops(tape, Drops(tuple(drops))), machine, budget, RULES)
             except BudgetTooSmall:
                 continue
             best = min(best, made.predicted.step_s)
@@ -299,7 +292,7 @@ def test_no_plan_beats_the_bound(share: float, link: float, linked: bool) -> Non
     for count in range(len(candidates(tape)) + 1):
         for drops in itertools.combinations(candidates(tape), count):
             with contextlib.suppress(BudgetTooSmall):
-                made = planner.plan(with_drops(tape, list(drops)), machine, budget, RULES)
+                made = planner.plan(with_drops(tape, Drops(tuple(drops))), machine, budget, RULES)
                 best = min(best, made.predicted.step_s)
     assert bound_s <= best * (1 + 1e-9)
     if share < 0.5 and link < 3e9:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tapes import MIB, gpu
 
 from torchlms.core import joint
+from torchlms.core.again import with_drops
 from torchlms.core.bound import lower_bound
 from torchlms.core.curve import baseline_curve, smallest_budget
-from torchlms.core.drops import droppable, dropped_in, dropped_while, with_drops
+from torchlms.core.drops import Drops, droppable, dropped_in, dropped_while
 from torchlms.core.held import with_held
 from torchlms.core.plan import Budget, Choice, Decision
 from torchlms.core.planner import plan
@@ -67,7 +68,7 @@ def test_it_can_be_dropped_once_the_program_lets_go() -> None:
     value = tape.values[2]
     assert dropped_in(value) == 1
     assert dropped_while(value) == Stretch(10, 14)
-    dropped = with_drops(tape, [value]).values[2]
+    dropped = with_drops(tape, Drops((value,))).values[2]
     assert dropped.death == 9
     assert dropped.idle == value.idle[:1], "it may still be away before"
     assert dropped.movable

@@ -23,8 +23,9 @@ from sessions import (
 )
 from small_networks import NETWORKS
 
+from torchlms.core.again import with_drops
 from torchlms.core.calibrate import foretold
-from torchlms.core.drops import with_drops
+from torchlms.core.drops import Drops
 from torchlms.core.machine import Machine
 from torchlms.core.pace import lap_s
 from torchlms.core.plan import Choice, Plan
@@ -228,8 +229,8 @@ def test_ops_that_were_timed_too_long(
     plan, tape, _ = raced(spill_dir, caplog)
     texts = [record.getMessage() for record in caplog.records]
     assert sum("as was predicted: ops taken to be 0.50 times as long" in text for text in texts) == 1
-    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
-    told = with_drops(tape, drops)  # with the times that explain the steps, and not those that were measured
+    # With the times that explain the steps, and not those that were measured.
+    told = with_drops(tape, Drops.of(tape, plan.moves))
     assert plan.predicted.compute_s == pytest.approx(sum(op.time_s for op in told.ops), rel=0.01)
 
 
@@ -240,8 +241,8 @@ def test_ops_that_were_timed_a_little_too_short(
     know_times(monkeypatch, machine, lambda timing: 0.96)
     plan, tape, said = raced(spill_dir, caplog)
     assert not any("taken to" in text for text in said)
-    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
-    true_s = OP_S * sum(op.time_s / tape.ops[0].time_s for op in with_drops(tape, drops).ops)
+    told = with_drops(tape, Drops.of(tape, plan.moves))
+    true_s = OP_S * sum(op.time_s / tape.ops[0].time_s for op in told.ops)
     assert plan.predicted.compute_s == pytest.approx(true_s, rel=0.01)
 
 
@@ -266,7 +267,6 @@ def test_a_machine_that_was_busy_meanwhile(
     """What the plans took in a race beside something else is not what their steps are said to take."""
     know_times(monkeypatch, machine, stalled=lambda race: race is None or not race.confirming)
     plan, tape, _ = raced(spill_dir, caplog)
-    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
-    told = with_drops(tape, drops)
+    told = with_drops(tape, Drops.of(tape, plan.moves))
     true_s = OP_S * sum(op.time_s / tape.ops[0].time_s for op in told.ops)
     assert plan.predicted.compute_s == pytest.approx(true_s, rel=0.07)

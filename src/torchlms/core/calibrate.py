@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torchlms.core.drops import with_drops
+from torchlms.core.again import with_drops
+from torchlms.core.drops import Drops
 from torchlms.core.pace import Load, Pace, lap_s, paced
 from torchlms.core.plan import Choice
 from torchlms.core.simulate import Simulator
@@ -78,9 +79,8 @@ def stretched(tape: Tape, factor: float) -> Tape:
 
 def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURED) -> Prediction:
     """What ``plan`` predicts, with the times that follow from ``rates``."""
-    drops = [tape.values[move.value] for move in plan.moves if move.choice is Choice.RECOMPUTE]
     moves = [move for move in plan.moves if move.choice in (Choice.HOST, Choice.DISK)]
-    changed = with_drops(stretched(tape, rates.ops), drops)
+    changed = with_drops(stretched(tape, rates.ops), Drops.of(tape, plan.moves))
     timeline = Simulator(changed, scaled(machine, rates.copies)).run(moves)
     predicted = replace(
         plan.predicted,

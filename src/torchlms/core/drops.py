@@ -1,30 +1,27 @@
-"""Drops: a tape as it would be if some values were let go and made again when they are needed.
-
-A dropped value is two on the new tape: itself until the idle stretch begins that it is dropped in, and
-another, at the end of the list, from where it is made again. There the op takes longer by the recipe,
-needs room for its intermediate results, each until its last use, and the sources must be present: a
-source's own idle stretch ends there at the latest, and it lives until then at least. A source that autograd
-did not save is kept for it alone.
+"""Drops: values that are let go of and made again when they are needed; which can be, and what from.
 
 [Note: Chains]
 A source may itself be dropped. Then it is made again first, which is where the value made from it is
-needed, and stays until its own last use: each value is made once, and a chain of them is present all at
-once. That is the price of long chains, and the simulator sees it.
+needed, and stays until its own last use: a chain of such values is present all at once. Or it is made in
+passing: for the one that asks, which lets go of it again, and once more for itself. That takes the ops of its
+recipe each time, and no room in between. Which of the two is the planner's to say. A recipe that goes through
+what is made in passing is longer, and its sources are those further back (``Drops.through``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torchlms.core.curve import floor_curve, wraps
+from torchlms.core.curve import wraps
+from torchlms.core.plan import Choice
 from torchlms.core.tape import Stretch, Tape, Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-GIVEN_UP = 0.25  # of what makes an op too large, at a time
+    from torchlms.core.plan import Decision
 
 
 def droppable(tape: Tape, value: Value) -> bool:
@@ -93,42 +90,64 @@ def short_chains(ranked: Iterable[Value], most_bytes: float) -> list[Value]:
     return list(chosen.values())
 
 
-def feasible(tape: Tape, ranked: Sequence[Value], limit_bytes: int) -> list[Value]:
-    """Of ``ranked``, best first, those that can all be dropped and leave no op above ``limit_bytes``.
+@dataclass(frozen=True, slots=True)
+class Drops:
+    """What a plan drops; ``passing`` of that, by id, is made in passing where it is a source."""
 
-    What is made again needs its sources and intermediate results at one moment, which a tight op may
-    have no room for: of what is there because of that, the last in rank are not dropped.
-    """
-    chosen = list(ranked)
-    while chosen:
-        floor = floor_curve(with_drops(tape, chosen))
-        worst = int(floor.argmax())
-        if floor[worst] <= limit_bytes:
-            return chosen
-        returns = return_ops(tape, chosen)
-        present = [value.id for value in chosen if _present(tape, value, returns[value.id], worst)]
-        if not present:
-            return []  # it is too much without any drops
-        given_up = set(present[-max(1, round(GIVEN_UP * len(present))) :])
-        chosen = [value for value in chosen if value.id not in given_up]
-    return chosen
+    values: tuple[Value, ...] = ()
+    passing: frozenset[int] = frozenset()
+
+    @staticmethod
+    def of(tape: Tape, decisions: Iterable[Decision]) -> Drops:
+        """Those of a plan for ``tape``."""
+        dropped = [decision for decision in decisions if decision.choice is Choice.RECOMPUTE]
+        passing = frozenset(decision.value for decision in dropped if decision.passing)
+        return Drops(tuple(tape.values[decision.value] for decision in dropped), passing)
+
+    def through(self) -> list[Value]:
+        """The values with the recipes that are really carried out, which go through what is made in passing.
+
+        What is there anyway when somebody asks, be it not dropped yet or made again before, is not made for
+        them.
+        """
+        if not self.passing:
+            return list(self.values)
+        first_asked = return_ops(self.values)
+        done: dict[int, Value] = {}
+        for value in reversed(users_first(self.values)):
+            made = [
+                done[source]
+                for source in value.sources
+                if source in self.passing and source in done and _passes(done[source], value, first_asked)
+            ]
+            done[value.id] = _lengthened(value, made)
+        return [done[value.id] for value in self.values]
 
 
-def _present(tape: Tape, dropped: Value, back: int, op: int) -> bool:
-    """Whether making ``dropped`` again has something on the device during ``op`` that need not be there."""
-    sources = [tape.values[source] for source in dropped.sources]
-    needs = (stretch.stop for source in sources for stretch in source.idle)
-    kept = any(source.death < op <= back for source in sources)
-    return kept or back <= op <= max((back, dropped_while(dropped).stop, *needs))
+def _passes(source: Value, user: Value, first_asked: Mapping[int, int]) -> bool:
+    """Whether ``source`` is away whenever ``user`` is made."""
+    away = dropped_while(source)
+    return away.start < first_asked[user.id] and dropped_while(user).stop < away.stop
 
 
-def return_ops(tape: Tape, drops: Sequence[Value]) -> dict[int, int]:
+def _lengthened(value: Value, made: Sequence[Value]) -> Value:
+    """``value`` by a recipe that makes ``made``, some of its sources, first."""
+    if not made:
+        return value
+    ops = {*value.recipe, *(op for source in made for op in source.recipe)}
+    further = {*value.sources, *(source for between in made for source in between.sources)}
+    sources = further - {between.id for between in made}
+    return replace(value, recipe=tuple(sorted(ops)), sources=tuple(sorted(sources)))
+
+
+def return_ops(drops: Sequence[Value]) -> dict[int, int]:
     """Before which op each of ``drops`` is made again, by id: its own need, or of one made from it."""
     returns = {value.id: dropped_while(value).stop for value in drops}
+    begins = {value.id: dropped_while(value).start for value in drops}
     for value in users_first(drops):
         for source in value.sources:
             # Whoever still holds it then has not let it be dropped yet.
-            if source in returns and dropped_while(tape.values[source]).start < returns[value.id]:
+            if source in returns and begins[source] < returns[value.id]:
                 returns[source] = min(returns[source], returns[value.id])
     return returns
 
@@ -151,66 +170,6 @@ def users_first(drops: Sequence[Value]) -> list[Value]:
             else:
                 path.append(dropped[waiting[0]])
     return order[::-1]
-
-
-def with_drops(tape: Tape, drops: Sequence[Value]) -> Tape:
-    """``tape`` if ``drops`` were dropped. The values keep their ids; what comes back gets new ones."""
-    ops, values = list(tape.ops), list(tape.values)
-    births: dict[int, list[Value]] = {}
-    for value in tape.values:
-        births.setdefault(value.birth, []).append(value)
-    returns = return_ops(tape, drops)
-    for dropped in drops:
-        start, stop = dropped_while(dropped).start, returns[dropped.id]
-        before = dropped.idle[: dropped_in(dropped)]
-        death = max(start - 1, dropped.birth, 0)
-        first = replace(values[dropped.id], death=death, idle=before, movable=bool(before))
-        values[dropped.id] = first
-        again = replace(dropped, id=len(values), birth=stop, idle=(), movable=False, saved=-1, saved_at=-1)
-        values.append(again)
-        ops[stop] = replace(
-            ops[stop],
-            time_s=ops[stop].time_s + replay_s(tape, dropped),
-            scratch_bytes=max(ops[stop].scratch_bytes, _between_bytes(tape, dropped, births)),
-        )
-        for source in dropped.sources:
-            if source not in returns:
-                values[source] = _present_at(values[source], stop)
-    return replace(tape, ops=tuple(ops), values=tuple(values))
-
-
-def _between_bytes(tape: Tape, dropped: Value, births: Mapping[int, Sequence[Value]]) -> int:
-    """What making ``dropped`` again takes at its worst moment, besides it and its sources: workspace, and
-    intermediate results from the op that makes each to the last that reads it."""
-    last = {value: op for op in dropped.recipe for value in (*tape.ops[op].reads, *tape.ops[op].writes)}
-    ends: dict[int, int] = {}
-    present_bytes = worst_bytes = 0
-    for op in dropped.recipe:
-        for value in births.get(op, ()):
-            if value.id != dropped.id:
-                present_bytes += value.size_bytes
-                end = max(op, last.get(value.id, op))
-                ends[end] = ends.get(end, 0) + value.size_bytes
-        worst_bytes = max(worst_bytes, present_bytes + tape.ops[op].scratch_bytes)
-        present_bytes -= ends.get(op, 0)
-    return worst_bytes
-
-
-def _present_at(source: Value, op: int) -> Value:
-    """The source, on the device at ``op``."""
-    idle = tuple(
-        _until(stretch, op) if stretch.start < op < stretch.stop else stretch
-        for stretch in source.idle
-        if not (stretch.start >= op and not wraps(stretch))
-    )
-    if idle == source.idle and op <= source.death:
-        return source  # as it is
-    return replace(source, idle=idle, movable=source.movable and bool(idle), death=max(source.death, op))
-
-
-def _until(stretch: Stretch, op: int) -> Stretch:
-    held_until = None if stretch.held_until is None else min(stretch.held_until, op)
-    return Stretch(stretch.start, op, held_until)
 
 
 def _lengthen(

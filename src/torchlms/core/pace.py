@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torchlms.core.plan import Choice
+from torchlms.core.drops import Drops
 from torchlms.core.tape import Phase
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Load:
     def of(tape: Tape, moves: Iterable[Decision]) -> Load:
         """The load of a plan for ``tape`` that ``moves`` values."""
         moves = tuple(moves)
-        dropped = (tape.values[move.value] for move in moves if move.choice is Choice.RECOMPUTE)
-        return Load(len(moves), sum(len(value.recipe) for value in dropped))
+        made = Drops.of(tape, moves).through()
+        return Load(len(moves), sum(len(value.recipe) for value in made))
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ class Decision:
     waits for it and the device bytes are let go; before op ``reload_op`` device bytes are allocated
     again and the copy back is issued; the first use is before op ``stretch.stop``. So the value is
     absent during ops ``release_op <= i < reload_op``. ``offset_bytes`` is its place in the host
-    arena (HOST) or in the spill file (DISK); -1 for KEEP and RECOMPUTE.
+    arena (HOST) or in the spill file (DISK); -1 for KEEP and RECOMPUTE. ``passing``: where others are
+    made from the value before ``reload_op``, it is made for each of them and let go of again.
     """
 
     value: int
@@ -47,6 +48,7 @@ class Decision:
     reload_op: int = -1
     offset_bytes: int = -1
     reason: str = ""
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

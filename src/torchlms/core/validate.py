@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torchlms.core.plan import Choice, Decision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from torchlms.core.machine import Machine
     from torchlms.core.plan import Plan
@@ -90,9 +90,10 @@ def validate(tape: Tape, plan: Plan, machine: Machine | None = None) -> list[Fau
             faults.append(Fault(*found, index))
         elif decision.choice is not Choice.KEEP:
             sound.append((index, decision))
-    faults += _sources(tape, sound)
+    makings = _makings(tape, sound)
+    faults += _sources(sound, makings)
     faults += _places(tape, sound)
-    faults += _device(tape, plan, sound)
+    faults += _device(tape, plan, sound, makings)
     faults += _tiers(tape, plan, sound, has_link)
     return faults
 
@@ -167,17 +168,52 @@ def _alignment(decision: Decision) -> Found | None:
     return None
 
 
-def _sources(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
-    """What a value is made from must be on the device, or come back there, before the same op."""
-    away: dict[int, list[Decision]] = {}
-    for _, decision in sound:
-        away.setdefault(decision.value, []).append(decision)
+Making = tuple[list[int], set[int]]  # the ops that run again, and the values that must be there
+
+
+def _makings(tape: Tape, sound: list[tuple[int, Decision]]) -> dict[int, Making]:
+    """How each decision to drop has its value made again: a source that is made in passing, and away then, is
+    made first, from what it is made from."""
+    away = _by_value(sound)
+    makings: dict[int, Making] = {}
     for index, decision in sound:
         if decision.choice is not Choice.RECOMPUTE:
             continue
-        for source in tape.values[decision.value].sources:
+        ops = set(tape.values[decision.value].recipe)
+        sources: set[int] = set()
+        waiting, met = list(tape.values[decision.value].sources), set[int]()
+        while waiting:
+            source = waiting.pop()
+            if source in met:
+                continue
+            met.add(source)
+            if any(other.passing and _away(other, decision.reload_op) for other in away.get(source, ())):
+                ops.update(tape.values[source].recipe)
+                waiting.extend(tape.values[source].sources)
+            else:
+                sources.add(source)
+        makings[index] = (sorted(ops), sources)
+    return makings
+
+
+def _by_value(sound: list[tuple[int, Decision]]) -> dict[int, list[Decision]]:
+    found: dict[int, list[Decision]] = {}
+    for _, decision in sound:
+        found.setdefault(decision.value, []).append(decision)
+    return found
+
+
+def _away(decision: Decision, op: int) -> bool:
+    return decision.release_op <= op < decision.reload_op
+
+
+def _sources(sound: list[tuple[int, Decision]], makings: dict[int, Making]) -> Iterator[Fault]:
+    """What a value is made from must be on the device, or come back there, before the same op."""
+    away = _by_value(sound)
+    for index, decision in sound:
+        for source in makings[index][1] if index in makings else ():
             for other in away.get(source, ()):
-                if other.release_op <= decision.reload_op < other.reload_op:
+                if _away(other, decision.reload_op):
                     yield Fault(
                         Reason.SOURCE_AWAY,
                         f"value {decision.value} before op {decision.reload_op}, its source {source} is back "
@@ -234,24 +270,27 @@ def _share(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-def _replaying(tape: Tape, value: Value) -> int:
-    """The most bytes that the recipe of ``value`` needs at once, besides the value and its sources."""
-    between = [other for other in tape.values if other.birth in value.recipe and other.id != value.id]
+def _replaying(tape: Tape, value: Value, ops: Sequence[int], passing: Container[int]) -> int:
+    """The most bytes that ``ops`` need at once to make ``value`` again, besides it and its sources. What they
+    make in passing is there to the end."""
+    between = [other for other in tape.values if other.birth in ops and other.id != value.id]
     worst = 0
-    for index, op in enumerate(value.recipe):
+    for index, op in enumerate(ops):
         to_come = {
-            used
-            for later in value.recipe[index:]
-            for used in (*tape.ops[later].reads, *tape.ops[later].writes)
+            used for later in ops[index:] for used in (*tape.ops[later].reads, *tape.ops[later].writes)
         }
         there = [
-            other for other in between if other.birth == op or (other.birth < op and other.id in to_come)
+            other
+            for other in between
+            if other.birth == op or (other.birth < op and (other.id in to_come or other.id in passing))
         ]
         worst = max(worst, sum(other.size_bytes for other in there) + tape.ops[op].scratch_bytes)
     return worst
 
 
-def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
+def _device(
+    tape: Tape, plan: Plan, sound: list[tuple[int, Decision]], makings: dict[int, Making]
+) -> Iterator[Fault]:
     count = len(tape.ops)
     changes = [0] * (count + 1)
 
@@ -270,12 +309,17 @@ def _device(tape: Tape, plan: Plan, sound: list[tuple[int, Decision]]) -> Iterat
             add(0, decision.reload_op, -size_bytes)
     scratch = [op.scratch_bytes for op in tape.ops]
     kept_until: dict[int, int] = {}
-    for _, decision in sound:
-        value = tape.values[decision.value]
-        if decision.choice is Choice.RECOMPUTE and decision.reload_op < count:
-            scratch[decision.reload_op] = max(scratch[decision.reload_op], _replaying(tape, value))
-            for source in value.sources:
-                kept_until[source] = max(kept_until.get(source, -1), decision.reload_op)
+    passing = {decision.value for _, decision in sound if decision.passing}
+    for index, decision in sound:
+        back = decision.reload_op
+        if decision.choice is Choice.RECOMPUTE and back < count:
+            ops, sources = makings[index]
+            # Before the op that asks has any results.
+            results = sum(other.size_bytes for other in tape.values if other.birth == back)
+            replaying = _replaying(tape, tape.values[decision.value], ops, passing)
+            scratch[back] = max(scratch[back], replaying - results)
+            for source in sources:
+                kept_until[source] = max(kept_until.get(source, -1), back)
     for source, last in kept_until.items():
         value = tape.values[source]
         if last > value.death:

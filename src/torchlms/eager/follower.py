@@ -92,6 +92,7 @@ class Follower:
             return
         recipe = self._provenance.recipe(slot)
         if recipe is not None and self._trusted(slot, recipe):
+            slot.passing = action.decision is not None and action.decision.passing
             slot.drop(recipe)
             return
         if recipe is None:

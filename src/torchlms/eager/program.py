@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from torchlms.core.curve import baseline_curve
+from torchlms.core.drops import Drops, return_ops
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.tape import Phase, Tape, Value
 from torchlms.eager.slot import UNUSED
@@ -226,10 +227,11 @@ class Program:
         for op, known in enumerate(self.tape.ops):
             made.setdefault(op, []).append(known.scratch_bytes)
         blocks: dict[int, list[int]] = {}
-        for decision in self.plan.moves:
-            if decision.choice is Choice.RECOMPUTE:
-                for op in self.tape.values[decision.value].recipe:
-                    blocks.setdefault(decision.reload_op, []).extend(made.get(op, ()))
+        drops = Drops.of(self.tape, self.plan.moves).through()
+        returns = return_ops(drops)
+        for value in drops:
+            for op in value.recipe:
+                blocks.setdefault(returns[value.id], []).extend(made.get(op, ()))
         for op, own in made.items():
             blocks.setdefault(op, []).extend(own)
         return blocks

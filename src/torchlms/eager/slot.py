@@ -68,6 +68,7 @@ class Slot:
         "lent",
         "ordinal",
         "owner",
+        "passing",
         "pid",
         "place",
         "recipe",
@@ -97,6 +98,7 @@ class Slot:
         self.value = -1  # the tape's id, while recording
         self.cell: Cell | None = None  # where its provenance is told, if anybody keeps it
         self.recipe: Recipe | None = None
+        self.passing = False  # made for each that is made from it, and let go of again
         self.lent = False  # leaving, or gone, while the program holds the storage
         self.emptied: torch.Tensor | None = None  # on the storage that the program was left with
         self.used_at = UNUSED  # the op before which autograd asked for it last
@@ -257,7 +259,7 @@ class Slot:
         return refill(self.owner, self.emptied.untyped_storage(), self.size_bytes, early=early)
 
     def drop(self, recipe: Recipe) -> None:
-        """Let the device bytes go: ``recipe`` makes them again."""
+        """Let the device bytes go: ``recipe`` makes them again. Needs ``alone``, and no copy elsewhere."""
         self.owner.leaving(self)
         self.recipe = recipe
         recipe.read_by(self)
@@ -266,8 +268,12 @@ class Slot:
         self.bytes = None
 
     def _remake(self) -> None:
-        """Make the bytes again; what they are made from and was dropped itself, before."""
+        """Make the bytes again; what they are made from and was dropped itself, before. Of that, what is made
+        in passing goes again."""
+        passing: list[tuple[Slot, Recipe]] = []
         for source in _dropped_before(self):
+            if source.passing and source.recipe is not None:
+                passing.append((source, source.recipe))
             source.take()
         assert self.recipe is not None
         made = self.owner.remake(self, self.recipe)
@@ -280,6 +286,9 @@ class Slot:
         link(storage, self)
         self.owner.moved(self)
         self.owner.back(self)
+        for source, recipe in reversed(passing):
+            if source.place is None and source.alone():  # and not evicted meanwhile
+                source.drop(recipe)
 
     def turn_back(self) -> bool:
         """Give the device bytes of a value that is coming back up again: its copy is still in place. False

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torchlms.core.again import with_drops
 from torchlms.core.curve import baseline_curve
-from torchlms.core.drops import with_drops
+from torchlms.core.drops import Drops
 from torchlms.core.plan import Choice
 from torchlms.core.rules import Rules, stayers
 from torchlms.core.simulate import simulate
@@ -59,7 +60,7 @@ def step_of(run: Run) -> Step:
     drops = tuple(move for move in decisions if move.choice is Choice.RECOMPUTE)
     moves = tuple(move for move in decisions if move.choice is not Choice.RECOMPUTE)
     rules = Rules.read(run.options.get("rules", {}))
-    tape = with_drops(run.tape, [run.tape.values[drop.value] for drop in drops])
+    tape = with_drops(run.tape, Drops.of(run.tape, drops))
     return Step(
         recorded=run.tape,
         tape=tape,
