@@ -47,10 +47,10 @@ HALVINGS = 4  # then the interval around the best is halved as often; once on lo
 FEW = 8  # sets that can be tried at most, and every second share has to do, without more
 MANY = 24  # sets that can be tried at least: below that a tape is long
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
-SETS = 95  # that are tried at the most, on a short tape
+SETS = 130  # that are tried at the most, on a short tape
 HALF_WORK = 2_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
-PASSES_SHARE = 0.35  # of the sets, to find out what is better made in passing
+PASSES_SHARE = 0.2  # of the sets, and beside them, to find out what is better made in passing
 SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
 THINNER = (0.75, 0.5, 0.25)  # of the values dropped, the smallest are left out
 WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
@@ -115,8 +115,9 @@ def plan(
             _thin_out(trials)
         if not quick:
             _turn(trials, ranked, most - trials.count)
+            left = most - trials.count
             _make_in_passing(trials, ranked, int(PASSES_SHARE * most))
-            _flip_groups(trials, ranked, min(MOST_FLIPS, most - trials.count))
+            _flip_groups(trials, ranked, min(MOST_FLIPS, left))
         trials.search_best()
     drops, moves = trials.winner()
     return replace(
