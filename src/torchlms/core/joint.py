@@ -2,7 +2,8 @@
 
 What to drop is decided first and what to move second, over and over: for each of several sets of drops
 the planner of moves plans the tape as it would be with them, and the simulator's word on the whole step
-decides, together with what the plan asks of the program. First come the cheapest so many, then sets that
+decides, together with what the plan asks of the program. First come the cheapest so many; then what the best
+plan moves is dropped, one value after the other; then some of that is made in passing; then come sets that
 differ from the best one by a group of values. Dropping nothing is one of the sets, so that the result is
 never predicted to be slower than moving alone by more than its values ask of the program.
 """
@@ -26,15 +27,15 @@ from torchlms.core.drops import (
     short_chains,
 )
 from torchlms.core.headroom import NO_ELBOW, Elbow
-from torchlms.core.pace import NOTICED, Load, paced
+from torchlms.core.pace import NOTICED, paced
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
+from torchlms.core.trials import Trials, load
 from torchlms.core.units import seconds_text
-from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torchlms.core.machine import Machine
     from torchlms.core.pace import Pace
@@ -46,14 +47,12 @@ SHARES = (0.25, 0.5, 0.75, 1.0)  # of the droppable values, tried first
 HALVINGS = 4  # then the interval around the best is halved as often; once on long tapes
 FEW = 8  # sets that can be tried at most, and every second share has to do, without more
 MANY = 24  # sets that can be tried at least: below that a tape is long
-LOOK = 0.25  # of the usual effort, for a set that is only looked at
 SETS = 130  # that are tried at the most, on a short tape
 HALF_WORK = 2_000_000  # ops times droppable values of a tape on which half as many are tried
 MOST_FLIPS = 64
 PASSES_SHARE = 0.2  # of the sets, and beside them, to find out what is better made in passing
 SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
 THINNER = (0.75, 0.5, 0.25)  # of the values dropped, the smallest are left out
-WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 
 def plan(
@@ -91,9 +90,9 @@ def plan(
             effort=effort,
             fingerprint=fingerprint,
         )
-        return replace(made, predicted=paced(made.predicted, tape, pace, _load(made, drops)))
+        return replace(made, predicted=paced(made.predicted, tape, pace, load(made, drops)))
 
-    trials = _Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through()))
+    trials = Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through()))
     trials.of((), effort=1.0)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
@@ -134,110 +133,7 @@ def _dropped_by(plan: Plan, ranked: Sequence[Value]) -> tuple[list[Value], froze
     return [value for value in ranked if value.id in dropped], passing
 
 
-class _Trials:
-    """Sets of drops that were tried, the plan of moves for each, and which is the best so far."""
-
-    def __init__(self, make: Callable[[Drops, float], Plan], least_s: Callable[[Drops], float]) -> None:
-        self._make = make
-        self._least_s = least_s  # what a step takes with a set of drops, if it never waits
-        self._made: dict[_Key, Plan | None] = {}
-        self._searched: set[_Key] = set()  # with the whole effort
-        self._refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
-        self._best = Drops()
-
-    def of(
-        self, values: Sequence[Value], passing: frozenset[int] | None = None, *, effort: float = LOOK
-    ) -> bool:
-        """Whether to drop ``values`` is better than all that was tried before. A set is looked at once, and
-        once more with the whole effort. What is made in passing stays so, if nothing is said of it."""
-        sources = frozenset(source for value in values for source in value.sources)
-        drops = Drops(tuple(values), sources & (self._best.passing if passing is None else passing))
-        key = _key(drops)
-        if key in (self._made if effort < 1 else self._searched):
-            return False
-        if effort >= 1:
-            self._searched.add(key)
-        before = self.cost_s
-        if effort < 1 and self._least_s(drops) >= before:
-            self._made[key] = None
-            return False
-        try:
-            made = self._made[key] = self._make(drops, effort)
-        except (BudgetTooSmall, HostBudgetTooSmall) as error:
-            self._made[key] = None
-            # Without its traceback, or the frames would keep tensors alive.
-            self._refusal = self._refusal or error.with_traceback(None)
-            return False
-        better = self._cost_s(made, drops) < before
-        if better:
-            self._best = drops
-        return better
-
-    def search_best(self) -> None:
-        """The best set with the whole effort."""
-        self.of(self.best, effort=1.0)
-
-    @property
-    def best(self) -> tuple[Value, ...]:
-        return self._best.values
-
-    @property
-    def passing(self) -> frozenset[int]:
-        """What the best set makes in passing."""
-        return self._best.passing
-
-    @property
-    def count(self) -> int:
-        return len(self._made)
-
-    @property
-    def cost_s(self) -> float:
-        """Of the best set."""
-        made = self._made.get(_key(self._best))
-        return self._cost_s(made, self._best) if made is not None else math.inf
-
-    @staticmethod
-    def _cost_s(made: Plan, drops: Drops) -> float:
-        """The predicted step, and some of what the values that leave ask of the program."""
-        return made.predicted.step_s + NOTICED.lap_s(_load(made, drops))
-
-    @property
-    def free_of_stalls(self) -> bool:
-        made = self._made.get(_key(self._best))
-        return made is not None and made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
-
-    @property
-    def moved(self) -> list[int]:
-        """The values that the best plan moves."""
-        made = self._made.get(_key(self._best))
-        return [move.value for move in made.moves] if made is not None else []
-
-    @property
-    def smallest_bytes(self) -> int:
-        return min(made.smallest_bytes for made in self._made.values() if made is not None)
-
-    def winner(self) -> tuple[Drops, Plan]:
-        """The best set and its plan; what the first set was refused with, if none had one."""
-        made = self._made.get(_key(self._best))
-        if made is None:
-            assert self._refusal is not None
-            raise self._refusal
-        return self._best, made
-
-
-def _load(moves: Plan, drops: Drops) -> Load:
-    return Load(len(moves.moves) + len(drops.values), sum(len(value.recipe) for value in drops.through()))
-
-
-_Key = tuple[frozenset[int], frozenset[int]]
-
-
-def _key(drops: Drops) -> _Key:
-    values = frozenset(value.id for value in drops.values)
-    return values, drops.passing & values
-
-
-def _try_shares(trials: _Trials, ranked: Drops, *, shares: Sequence[float], halvings: int) -> None:
+def _try_shares(trials: Trials, ranked: Drops, *, shares: Sequence[float], halvings: int) -> None:
     """The first so many of ``ranked``, closer and closer to the best number."""
     values, passing = ranked.values, ranked.passing
     counts = {0} | {max(1, round(share * len(values))) for share in shares if values}
@@ -252,14 +148,14 @@ def _try_shares(trials: _Trials, ranked: Drops, *, shares: Sequence[float], halv
             trials.of(values[:count], passing)
 
 
-def _thin_out(trials: _Trials) -> None:
+def _thin_out(trials: Trials) -> None:
     """Without the smallest values of the best set, which take the program as long as the largest."""
     for share in THINNER:
         by_size = sorted(trials.best, key=lambda value: value.size_bytes)
         trials.of(by_size[int(share * len(by_size)) :])
 
 
-def _turn(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
+def _turn(trials: Trials, ranked: Sequence[Value], most: int) -> None:
     """What the best plan moves is dropped instead, one value after the other, the largest first."""
     rank = {value.id: place for place, value in enumerate(ranked)}
     last = trials.count + most
@@ -274,7 +170,7 @@ def _turn(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
                 improved |= trials.of((*trials.best, ranked[place]))
 
 
-def _make_in_passing(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
+def _make_in_passing(trials: Trials, ranked: Sequence[Value], most: int) -> None:
     """Instead of moving a value, or having it stay once something was made from it: sources are made in
     passing. The largest first, over and over while that helps."""
     by_id = {value.id: value for value in ranked}
@@ -291,7 +187,7 @@ def _make_in_passing(trials: _Trials, ranked: Sequence[Value], most: int) -> Non
                     improved |= trials.of(values, passing)
 
 
-def _ways(trials: _Trials, value: Value) -> Iterator[tuple[Sequence[Value], frozenset[int]]]:
+def _ways(trials: Trials, value: Value) -> Iterator[tuple[Sequence[Value], frozenset[int]]]:
     """Sets like the best one, with ``value`` or what it is made from made in passing."""
     best, passing = trials.best, trials.passing
     dropped = {other.id for other in best}
@@ -308,7 +204,7 @@ def _ways(trials: _Trials, value: Value) -> Iterator[tuple[Sequence[Value], froz
             yield values, passing | sources | {value.id}
 
 
-def _flip_groups(trials: _Trials, ranked: Sequence[Value], most: int) -> None:
+def _flip_groups(trials: Trials, ranked: Sequence[Value], most: int) -> None:
     """Groups of neighbours in rank, ever smaller ones, taken in and left out while that helps."""
     size = len(ranked)
     left = most
