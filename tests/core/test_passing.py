@@ -18,6 +18,7 @@ from torchlms.core.pace import Load
 from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.core.validate import Reason, validate
+from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 
 def all_in_passing(tape: Tape) -> Drops:
@@ -177,3 +178,14 @@ def test_the_planner_makes_a_stem_twice() -> None:
     assert made.predicted.compute_s == pytest.approx(sum(op.time_s for op in tape.ops) + 4e-3 + 6e-3)
     again = joint.plan(tape, machine, budget, RULES, like=made)
     assert again.moves == made.moves
+
+
+def test_where_nothing_else_fits() -> None:
+    """No host memory and no disk: only with the first value made in passing is there a plan."""
+    tape, machine = stem(), gpu()
+    budget = Budget(int(3.4 * 1024 * MIB), 0, 0)
+    made = joint.plan(tape, machine, budget, RULES)
+    assert validate(tape, made, machine) == []
+    assert [move.value for move in made.moves if move.passing] == [1]
+    with pytest.raises((BudgetTooSmall, HostBudgetTooSmall)):
+        joint.plan(tape, machine, replace(budget, device_bytes=3000 * MIB), RULES)
