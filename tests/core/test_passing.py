@@ -57,8 +57,9 @@ def test_what_is_there_anyway_is_not_made_for_others() -> None:
     held = replace(first, idle=(Stretch(second.idle[0].stop + 1, first.idle[0].stop + 2),))
     early = replace(first, idle=(Stretch(first.idle[0].start, second.idle[0].stop),))
     for there in (held, early):
-        made = Drops((there, second), frozenset({there.id})).through()
-        assert [value.recipe for value in made] == [there.recipe, second.recipe]
+        assert Drops.passing_where_away((there, second), frozenset({there.id})) == Drops((there, second))
+    assert Drops.passing_where_away((first, second), frozenset({first.id})).passing == {first.id}
+    assert not Drops.passing_where_away((first, second), frozenset({second.id})).passing, "of no use"
 
 
 def test_the_results_of_the_op_that_asks_come_later() -> None:

@@ -17,7 +17,7 @@ from torchlms.core.drops import Drops, dropped_in, dropped_while, replay_s, retu
 from torchlms.core.tape import Stretch
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torchlms.core.tape import Tape, Value
 
@@ -30,7 +30,7 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
     births: dict[int, list[Value]] = {}
     for value in tape.values:
         births.setdefault(value.birth, []).append(value)
-    made = drops.through()
+    made, passed = drops.through(), drops.before()
     returns = return_ops(made)
     for dropped in made:
         start, stop = dropped_while(dropped).start, returns[dropped.id]
@@ -45,7 +45,8 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
             time_s=ops[stop].time_s + replay_s(tape, dropped),
             scratch_bytes=max(
                 ops[stop].scratch_bytes,
-                _between_bytes(tape, dropped, births, drops.passing) - _bytes(births.get(stop, ())),
+                _making_bytes(tape, tape.values[dropped.id], passed[dropped.id], births)
+                - sum(result.size_bytes for result in births.get(stop, ())),
             ),
         )
         for source in dropped.sources:
@@ -54,25 +55,34 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
     return replace(tape, ops=tuple(ops), values=tuple(values))
 
 
-def _bytes(values: Sequence[Value]) -> int:
-    return sum(value.size_bytes for value in values)
+def _making_bytes(
+    tape: Tape, dropped: Value, before: Sequence[Value], births: Mapping[int, Sequence[Value]]
+) -> int:
+    """What making ``dropped`` again takes at its worst moment, besides it and its sources: what is made in
+    passing ``before`` it, one after the other, is there until it is made."""
+    held_bytes = worst_bytes = 0
+    for source in before:
+        worst_bytes = max(worst_bytes, held_bytes + _between_bytes(tape, source, births, counted=True))
+        held_bytes += source.size_bytes
+    return max(worst_bytes, held_bytes + _between_bytes(tape, dropped, births))
 
 
 def _between_bytes(
-    tape: Tape, dropped: Value, births: Mapping[int, Sequence[Value]], passing: Container[int]
+    tape: Tape, made: Value, births: Mapping[int, Sequence[Value]], *, counted: bool = False
 ) -> int:
-    """What making ``dropped`` again takes at its worst moment, besides it and its sources: workspace, and
-    intermediate results from the op that makes each to the last that reads it. What is made in passing is
-    let go of at the end."""
-    last = {value: op for op in dropped.recipe for value in (*tape.ops[op].reads, *tape.ops[op].writes)}
+    """What the recipe of ``made`` takes at its worst moment: workspace, and intermediate results from the op
+    that makes each to the last that reads it; ``made`` itself only if it is ``counted``."""
+    last = {value: op for op in made.recipe for value in (*tape.ops[op].reads, *tape.ops[op].writes)}
     ends: dict[int, int] = {}
     present_bytes = worst_bytes = 0
-    for op in dropped.recipe:
+    for op in made.recipe:
         for value in births.get(op, ()):
-            if value.id != dropped.id:
+            if value.id != made.id:
                 present_bytes += value.size_bytes
-                end = dropped.recipe[-1] if value.id in passing else max(op, last.get(value.id, op))
+                end = max(op, last.get(value.id, op))
                 ends[end] = ends.get(end, 0) + value.size_bytes
+            elif counted:
+                present_bytes += value.size_bytes
         worst_bytes = max(worst_bytes, present_bytes + tape.ops[op].scratch_bytes)
         present_bytes -= ends.get(op, 0)
     return worst_bytes

@@ -104,40 +104,46 @@ class Drops:
         passing = frozenset(decision.value for decision in dropped if decision.passing)
         return Drops(tuple(tape.values[decision.value] for decision in dropped), passing)
 
-    def through(self) -> list[Value]:
-        """The values with the recipes that are really carried out, which go through what is made in passing.
+    @staticmethod
+    def passing_where_away(values: Sequence[Value], passing: frozenset[int]) -> Drops:
+        """``values``, with those of ``passing`` made in passing that others are made from, and that are away
+        whenever one of these is made: not dropped later, nor needed before."""
+        first_asked = return_ops(values) if passing else {}
+        dropped = {value.id: value for value in values}
+        away, there = set[int](), set[int]()
+        for user in values if passing else ():
+            for source in passing.intersection(user.sources, dropped):
+                gone = dropped_while(dropped[source])
+                ever = gone.start < first_asked[user.id] and dropped_while(user).stop < gone.stop
+                (away if ever else there).add(source)
+        return Drops(tuple(values), frozenset(away - there))
 
-        What is there anyway when somebody asks, be it not dropped yet or made again before, is not made for
-        them.
-        """
+    def before(self) -> dict[int, tuple[Value, ...]]:
+        """What is made in passing before each value, by its id: in this order, and there until it is made."""
+        found: dict[int, tuple[Value, ...]] = {}
+        dropped = {value.id: value for value in self.values}
+        for value in reversed(users_first(self.values)):
+            order: dict[int, Value] = {}
+            passed = self.passing.intersection(value.sources, dropped)
+            for source in sorted((dropped[source] for source in passed), key=lambda source: source.birth):
+                order |= {further.id: further for further in (*found[source.id], source)}
+            found[value.id] = tuple(order.values())
+        return found
+
+    def through(self) -> list[Value]:
+        """The values with the recipes that are really carried out: those of what is made in passing come
+        first, each as a whole, and its sources are theirs, too."""
         if not self.passing:
             return list(self.values)
-        first_asked = return_ops(self.values)
-        done: dict[int, Value] = {}
-        for value in reversed(users_first(self.values)):
-            made = [
-                done[source]
-                for source in value.sources
-                if source in self.passing and source in done and _passes(done[source], value, first_asked)
-            ]
-            done[value.id] = _lengthened(value, made)
-        return [done[value.id] for value in self.values]
+        before = self.before()
+        return [_lengthened(value, before[value.id]) for value in self.values]
 
 
-def _passes(source: Value, user: Value, first_asked: Mapping[int, int]) -> bool:
-    """Whether ``source`` is away whenever ``user`` is made."""
-    away = dropped_while(source)
-    return away.start < first_asked[user.id] and dropped_while(user).stop < away.stop
-
-
-def _lengthened(value: Value, made: Sequence[Value]) -> Value:
-    """``value`` by a recipe that makes ``made``, some of its sources, first."""
-    if not made:
-        return value
-    ops = {*value.recipe, *(op for source in made for op in source.recipe)}
-    further = {*value.sources, *(source for between in made for source in between.sources)}
-    sources = further - {between.id for between in made}
-    return replace(value, recipe=tuple(sorted(ops)), sources=tuple(sorted(sources)))
+def _lengthened(value: Value, before: Sequence[Value]) -> Value:
+    parts = (*before, value)
+    sources = {source for part in parts for source in part.sources} - {part.id for part in before}
+    recipe = tuple(op for part in parts for op in part.recipe)
+    return replace(value, recipe=recipe, sources=tuple(sorted(sources)))
 
 
 def return_ops(drops: Sequence[Value]) -> dict[int, int]:

@@ -38,8 +38,7 @@ class Trials:
     ) -> bool:
         """Whether to drop ``values`` is better than all that was tried before. A set is looked at once, and
         once more with the whole effort. What is made in passing stays so, if nothing is said of it."""
-        sources = frozenset(source for value in values for source in value.sources)
-        drops = Drops(tuple(values), sources & (self._best.passing if passing is None else passing))
+        drops = Drops.passing_where_away(values, self._best.passing if passing is None else passing)
         key = _key(drops)
         if key in (self._made if effort < 1 else self._searched):
             return False
@@ -118,5 +117,4 @@ def load(moves: Plan, drops: Drops) -> Load:
 
 
 def _key(drops: Drops) -> Key:
-    values = frozenset(value.id for value in drops.values)
-    return values, drops.passing & values
+    return frozenset(value.id for value in drops.values), drops.passing

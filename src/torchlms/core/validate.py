@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torchlms.core.plan import Choice, Decision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torchlms.core.machine import Machine
     from torchlms.core.plan import Plan
@@ -168,7 +168,7 @@ def _alignment(decision: Decision) -> Found | None:
     return None
 
 
-Making = tuple[list[int], set[int]]  # the ops that run again, and the values that must be there
+Making = tuple[list[int], set[int]]  # values made in passing, in this order, and those that must be there
 
 
 def _makings(tape: Tape, sound: list[tuple[int, Decision]]) -> dict[int, Making]:
@@ -179,20 +179,28 @@ def _makings(tape: Tape, sound: list[tuple[int, Decision]]) -> dict[int, Making]
     for index, decision in sound:
         if decision.choice is not Choice.RECOMPUTE:
             continue
-        ops = set(tape.values[decision.value].recipe)
-        sources: set[int] = set()
-        waiting, met = list(tape.values[decision.value].sources), set[int]()
+        before: list[int] = []
+        there: set[int] = set()
+        waiting = [(decision.value, False)]
+        met: set[int] = set()
         while waiting:
-            source = waiting.pop()
-            if source in met:
-                continue
-            met.add(source)
-            if any(other.passing and _away(other, decision.reload_op) for other in away.get(source, ())):
-                ops.update(tape.values[source].recipe)
-                waiting.extend(tape.values[source].sources)
-            else:
-                sources.add(source)
-        makings[index] = (sorted(ops), sources)
+            value, ready = waiting.pop()
+            others = away.get(value, ())
+            if ready:
+                before.append(value)
+            elif value not in met:
+                met.add(value)
+                if value == decision.value or any(
+                    other.passing and _away(other, decision.reload_op) for other in others
+                ):
+                    waiting.append((value, True))
+                    sources = sorted(
+                        tape.values[value].sources, key=lambda source: -tape.values[source].birth
+                    )
+                    waiting.extend((source, False) for source in sources)
+                else:
+                    there.add(value)
+        makings[index] = (before[:-1], there)  # the last is the value itself
     return makings
 
 
@@ -270,21 +278,32 @@ def _share(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-def _replaying(tape: Tape, value: Value, ops: Sequence[int], passing: Container[int]) -> int:
-    """The most bytes that ``ops`` need at once to make ``value`` again, besides it and its sources. What they
-    make in passing is there to the end."""
-    between = [other for other in tape.values if other.birth in ops and other.id != value.id]
+def _replaying(tape: Tape, value: Value, before: Sequence[int]) -> int:
+    """The most bytes that it takes at once to make ``value`` again, besides it and its sources: each of
+    ``before`` is made first, and there until the end."""
+    held = worst = 0
+    for source in before:
+        worst = max(worst, held + _between(tape, tape.values[source], counted=True))
+        held += tape.values[source].size_bytes
+    return max(worst, held + _between(tape, value, counted=False))
+
+
+def _between(tape: Tape, value: Value, *, counted: bool) -> int:
+    """The most bytes that a recipe needs at once, besides its sources, and besides ``value`` that it makes
+    unless that is ``counted``."""
+    between = [other for other in tape.values if other.birth in value.recipe and other.id != value.id]
     worst = 0
-    for index, op in enumerate(ops):
+    for index, op in enumerate(value.recipe):
         to_come = {
-            used for later in ops[index:] for used in (*tape.ops[later].reads, *tape.ops[later].writes)
+            used
+            for later in value.recipe[index:]
+            for used in (*tape.ops[later].reads, *tape.ops[later].writes)
         }
         there = [
-            other
-            for other in between
-            if other.birth == op or (other.birth < op and (other.id in to_come or other.id in passing))
+            other for other in between if other.birth == op or (other.birth < op and other.id in to_come)
         ]
-        worst = max(worst, sum(other.size_bytes for other in there) + tape.ops[op].scratch_bytes)
+        itself = value.size_bytes if counted and value.birth <= op else 0
+        worst = max(worst, itself + sum(other.size_bytes for other in there) + tape.ops[op].scratch_bytes)
     return worst
 
 
@@ -309,14 +328,13 @@ def _device(
             add(0, decision.reload_op, -size_bytes)
     scratch = [op.scratch_bytes for op in tape.ops]
     kept_until: dict[int, int] = {}
-    passing = {decision.value for _, decision in sound if decision.passing}
     for index, decision in sound:
         back = decision.reload_op
         if decision.choice is Choice.RECOMPUTE and back < count:
-            ops, sources = makings[index]
+            before, sources = makings[index]
             # Before the op that asks has any results.
             results = sum(other.size_bytes for other in tape.values if other.birth == back)
-            replaying = _replaying(tape, tape.values[decision.value], ops, passing)
+            replaying = _replaying(tape, tape.values[decision.value], before)
             scratch[back] = max(scratch[back], replaying - results)
             for source in sources:
                 kept_until[source] = max(kept_until.get(source, -1), back)

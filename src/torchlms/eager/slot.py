@@ -268,13 +268,29 @@ class Slot:
         self.bytes = None
 
     def _remake(self) -> None:
-        """Make the bytes again; what they are made from and was dropped itself, before. Of that, what is made
-        in passing goes again."""
+        """Make the bytes again; what they are made from and was dropped itself, before."""
+        staying = [source for source in _dropped_before(self) if not source.passing]
+        for slot in (*staying, self):
+            if slot.where is Where.DROPPED:
+                slot._make_with_passing()
+
+    def _make_with_passing(self) -> None:
+        """All that is still dropped of what the bytes are made from is made in passing: it goes again."""
         passing: list[tuple[Slot, Recipe]] = []
-        for source in _dropped_before(self):
-            if source.passing and source.recipe is not None:
-                passing.append((source, source.recipe))
-            source.take()
+        try:
+            for source in _dropped_before(self):
+                assert source.recipe is not None
+                recipe = source.recipe
+                source._make()
+                passing.append((source, recipe))
+            self._make()
+        finally:
+            for source, recipe in reversed(passing):
+                if source.place is None and source.alone():  # and not evicted meanwhile
+                    source.drop(recipe)
+
+    def _make(self) -> None:
+        """Make the bytes again from what is there."""
         assert self.recipe is not None
         made = self.owner.remake(self, self.recipe)
         storage = made.untyped_storage()
@@ -286,9 +302,6 @@ class Slot:
         link(storage, self)
         self.owner.moved(self)
         self.owner.back(self)
-        for source, recipe in reversed(passing):
-            if source.place is None and source.alone():  # and not evicted meanwhile
-                source.drop(recipe)
 
     def turn_back(self) -> bool:
         """Give the device bytes of a value that is coming back up again: its copy is still in place. False
@@ -394,7 +407,9 @@ def _dropped_before(last: Slot) -> list[Slot]:
         elif slot.recipe is not None and id(slot) not in met:
             met.add(id(slot))
             waiting.append((slot, True))
-            waiting.extend((source, False) for _, source in reversed(slot.recipe.slots.values()))
+            dropped = [found for found in slot.recipe.slots.values() if found[1].recipe is not None]
+            dropped.sort(key=lambda found: found[0].history[0].serial, reverse=True)
+            waiting.extend((source, False) for _, source in dropped)  # of which the first made comes first
     return order[:-1]
 
 
