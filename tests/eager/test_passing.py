@@ -12,7 +12,7 @@ from in_passing import make_in_passing
 from sessions import DROPPING, more, plain_peak, run_lms, run_plain, slow_disk
 from small_networks import NETWORKS, Network
 from torch import Tensor, nn
-from traps import STEPS, Trap, assert_same, batch
+from traps import STEPS, assert_same, writing
 
 from torchlms.eager.slot import Slot, Where
 
@@ -86,18 +86,7 @@ def test_random_numbers_and_writes_in_between(
             x = F.silu(F.dropout(x, 0.3) if drop else x)
         return x
 
-    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
-        x, y = batch(step)
-        loss = F.cross_entropy(model(x), y)
-        if step % 2:
-            with torch.no_grad():
-                model.shift.add_(0.25)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach()).hex()
-
-    stats = assert_same(middle, spill_dir, loop, budget_bytes=1_300_000)
+    stats = assert_same(middle, spill_dir, writing(lambda step: step % 2 == 1), budget_bytes=1_300_000)
     assert stats["replayed_ops"]
     assert any(move.passing for move in stats["plan made"].moves)  # type: ignore[attr-defined]
 

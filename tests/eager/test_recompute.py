@@ -29,7 +29,7 @@ from sessions import (
 from small_networks import NETWORKS, Network
 from stream import Stream
 from torch import Tensor, nn
-from traps import STEPS, Trap, assert_same, batch, replayed_names, train, usual
+from traps import STEPS, Trap, assert_same, batch, replayed_names, train, usual, writing
 
 import torchlms
 from torchlms.core.plan import Choice
@@ -167,18 +167,9 @@ def test_a_source_that_is_written_before_backward(since: int, spill_dir: Path) -
     From the start, the recipes are never trusted; later, what was dropped is made before the write.
     """
 
-    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
-        x, y = batch(step)
-        loss = F.cross_entropy(model(x), y)
-        if step >= since:
-            with torch.no_grad():
-                model.shift.add_(0.25)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach()).hex()
-
-    stats = assert_same(lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, loop)
+    stats = assert_same(
+        lambda model, x: F.relu(F.silu(x) + model.shift), spill_dir, writing(lambda step: step >= since)
+    )
     assert stats["plan"]["recompute"]["values"]  # type: ignore[index]
     assert stats["replayed_ops"]
 

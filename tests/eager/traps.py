@@ -54,6 +54,23 @@ def usual(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
     return float(loss.detach()).hex()
 
 
+def writing(when: Callable[[int], bool]) -> Loop:
+    """The usual step, with a buffer written before backward in the steps for which ``when`` is true."""
+
+    def loop(model: Trap, optimizer: torch.optim.Optimizer, step: int) -> str:
+        x, y = batch(step)
+        loss = F.cross_entropy(model(x), y)
+        if when(step):
+            with torch.no_grad():
+                model.shift.add_(0.25)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach()).hex()
+
+    return loop
+
+
 def train(
     middle: Callable[[nn.Module, Tensor], Tensor],
     spill_dir: Path | None,
