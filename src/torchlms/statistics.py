@@ -89,7 +89,7 @@ def _recompute_s(tape: Tape | None, plan: Plan | None) -> float:
     """Seconds of a step that go into making values again, by the plan."""
     if tape is None or plan is None:
         return 0.0
-    return sum(replay_s(tape, value) for value in Drops.of(tape, plan.moves).through())
+    return sum(replay_s(tape, value) for value in Drops.of(tape, plan.moves).through)
 
 
 def _predicted(plan: Plan | None) -> dict[str, float]:

@@ -28,20 +28,20 @@ def all_in_passing(tape: Tape) -> Drops:
 
 def test_a_recipe_goes_through_what_is_made_in_passing() -> None:
     tape = chained(blocks(4))
-    first, second, third = all_in_passing(tape).through()
+    first, second, third = all_in_passing(tape).through
     assert (first.recipe, first.sources) == ((1,), (0,))
     assert (second.recipe, second.sources) == ((1, 3), (0, 2))
     assert (third.recipe, third.sources) == ((1, 3, 5), (0, 2, 4))
     kept = Drops(tuple(candidates(tape)), frozenset({1}))
-    assert [value.recipe for value in kept.through()] == [(1,), (1, 3), (5,)]
+    assert [value.recipe for value in kept.through] == [(1,), (1, 3), (5,)]
 
 
 def test_nothing_stays_because_something_was_made_from_it() -> None:
     tape = chained(blocks(4))
     stays, passes = Drops(tuple(candidates(tape))), all_in_passing(tape)
-    assert set(return_ops(stays.through()).values()) == {candidates(tape)[-1].idle[0].stop}
+    assert set(return_ops(stays.through).values()) == {candidates(tape)[-1].idle[0].stop}
     needed = {value.id: value.idle[0].stop for value in passes.values}
-    assert return_ops(passes.through()) == needed
+    assert return_ops(passes.through) == needed
     kept, passed = with_drops(tape, stays), with_drops(tape, passes)
     twice_s = sum(op.time_s for op in passed.ops) - sum(op.time_s for op in kept.ops)
     assert twice_s == pytest.approx(3e-3)  # the first twice more, the second once
@@ -80,7 +80,7 @@ def test_the_results_of_the_op_that_asks_come_later() -> None:
 
 def decided(tape: Tape, drops: Drops, budget_bytes: int) -> Plan:
     """A plan that drops so, and nothing else."""
-    made = drops.through()
+    made = drops.through
     returns = return_ops(made)
     decisions = tuple(
         Decision(
@@ -128,7 +128,7 @@ def test_a_plan_that_is_read_drops_the_same(tmp_path) -> None:  # type: ignore[n
     plan.save(tmp_path / "plan.json")
     assert Drops.of(tape, Plan.load(tmp_path / "plan.json").moves) == drops
     assert Load.of(tape, plan.moves).again == 1 + 2 + 3
-    again_s = sum(replay_s(tape, value) for value in drops.through())
+    again_s = sum(replay_s(tape, value) for value in drops.through)
     compute_s = sum(op.time_s for op in tape.ops)
     assert foretold(tape, gpu(), plan).compute_s == pytest.approx(compute_s + again_s)
 

@@ -30,9 +30,8 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
     births: dict[int, list[Value]] = {}
     for value in tape.values:
         births.setdefault(value.birth, []).append(value)
-    made, passed = drops.through(), drops.before()
-    returns = return_ops(made)
-    for dropped in made:
+    returns = return_ops(drops.through)
+    for dropped in drops.through:
         start, stop = dropped_while(dropped).start, returns[dropped.id]
         before = dropped.idle[: dropped_in(dropped)]
         death = max(start - 1, dropped.birth, 0)
@@ -45,7 +44,7 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
             time_s=ops[stop].time_s + replay_s(tape, dropped),
             scratch_bytes=max(
                 ops[stop].scratch_bytes,
-                _making_bytes(tape, tape.values[dropped.id], passed[dropped.id], births)
+                _making_bytes(tape, tape.values[dropped.id], drops.before.get(dropped.id, ()), births)
                 - sum(result.size_bytes for result in births.get(stop, ())),
             ),
         )
@@ -117,9 +116,8 @@ def feasible(tape: Tape, ranked: Drops, limit_bytes: int) -> Drops:
         worst = int(floor.argmax())
         if floor[worst] <= limit_bytes:
             return chosen
-        made = chosen.through()
-        returns = return_ops(made)
-        present = [value.id for value in made if _present(tape, value, returns[value.id], worst)]
+        returns = return_ops(chosen.through)
+        present = [value.id for value in chosen.through if _present(tape, value, returns[value.id], worst)]
         if not present:
             return Drops()  # it is too much without any drops
         given_up = set(present[-max(1, round(GIVEN_UP * len(present))) :])

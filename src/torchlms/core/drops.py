@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torchlms.core.curve import wraps
@@ -90,7 +91,7 @@ def short_chains(ranked: Iterable[Value], most_bytes: float) -> list[Value]:
     return list(chosen.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Drops:
     """What a plan drops; ``passing`` of that, by id, is made in passing where it is a source."""
 
@@ -118,25 +119,28 @@ class Drops:
                 (away if ever else there).add(source)
         return Drops(tuple(values), frozenset(away - there))
 
+    @cached_property
     def before(self) -> dict[int, tuple[Value, ...]]:
-        """What is made in passing before each value, by its id: in this order, and there until it is made."""
+        """What is made in passing before a value, by its id: in this order, and there until it is made."""
         found: dict[int, tuple[Value, ...]] = {}
         dropped = {value.id: value for value in self.values}
-        for value in reversed(users_first(self.values)):
+        for value in reversed(users_first(self.values)) if self.passing else ():
             order: dict[int, Value] = {}
             passed = self.passing.intersection(value.sources, dropped)
             for source in sorted((dropped[source] for source in passed), key=lambda source: source.birth):
-                order |= {further.id: further for further in (*found[source.id], source)}
-            found[value.id] = tuple(order.values())
+                order |= {further.id: further for further in (*found.get(source.id, ()), source)}
+            if order:
+                found[value.id] = tuple(order.values())
         return found
 
-    def through(self) -> list[Value]:
+    @cached_property
+    def through(self) -> tuple[Value, ...]:
         """The values with the recipes that are really carried out: those of what is made in passing come
         first, each as a whole, and its sources are theirs, too."""
-        if not self.passing:
-            return list(self.values)
-        before = self.before()
-        return [_lengthened(value, before[value.id]) for value in self.values]
+        return tuple(
+            _lengthened(value, self.before[value.id]) if value.id in self.before else value
+            for value in self.values
+        )
 
 
 def _lengthened(value: Value, before: Sequence[Value]) -> Value:

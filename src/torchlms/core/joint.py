@@ -92,13 +92,15 @@ def plan(
         )
         return replace(made, predicted=paced(made.predicted, tape, pace, load(made, drops)))
 
-    trials = Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through()))
+    trials = Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through))
     trials.of((), effort=1.0)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
         if like is not None:
             most = int(most * SHARE_LIKE)
-            trials.of(*_dropped_by(like, ranked))
+            before = Drops.of(tape, like.moves)
+            dropped = {value.id for value in before.values}
+            trials.of([value for value in ranked if value.id in dropped], before.passing)
         for share in () if trials.best else CHAINS if most >= MOST_FLIPS and not quick else CHAINS[:1]:
             chained = short_chains(ranked, share * limit_bytes)
             _try_shares(
@@ -124,13 +126,6 @@ def plan(
         smallest_bytes=trials.smallest_bytes,
         plan_s=time.perf_counter() - started_s,
     )
-
-
-def _dropped_by(plan: Plan, ranked: Sequence[Value]) -> tuple[list[Value], frozenset[int]]:
-    """Of ``ranked``, what ``plan`` drops, and what of that is made in passing."""
-    dropped = {move.value: move.passing for move in plan.moves if move.choice is Choice.RECOMPUTE}
-    passing = frozenset(value for value, in_passing in dropped.items() if in_passing)
-    return [value for value in ranked if value.id in dropped], passing
 
 
 def _try_shares(trials: Trials, ranked: Drops, *, shares: Sequence[float], halvings: int) -> None:
@@ -248,8 +243,7 @@ def _ranked(tape: Tape, rules: Rules, pace: Pace | None) -> list[Value]:
 def _joined(tape: Tape, machine: Machine, drops: Drops, moves: Plan) -> Plan:
     """The moves' plan with the drops among its decisions, for the tape as it was. Each reason says what
     the other choice would have cost."""
-    made = drops.through()
-    returns = return_ops(made)
+    returns = return_ops(drops.through)
     dropped = tuple(
         Decision(
             value=value.id,
@@ -260,7 +254,7 @@ def _joined(tape: Tape, machine: Machine, drops: Drops, moves: Plan) -> Plan:
             reason=_dropped_text(tape, machine, value, passing=value.id in drops.passing),
             passing=value.id in drops.passing,
         )
-        for value in made
+        for value in drops.through
     )
     kept = tuple(
         replace(decision, reason=decision.reason + _instead(tape, tape.values[decision.value]))

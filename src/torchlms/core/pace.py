@@ -32,7 +32,7 @@ class Load:
     def of(tape: Tape, moves: Iterable[Decision]) -> Load:
         """The load of a plan for ``tape`` that ``moves`` values."""
         moves = tuple(moves)
-        made = Drops.of(tape, moves).through()
+        made = Drops.of(tape, moves).through
         return Load(len(moves), sum(len(value.recipe) for value in made))
 
 

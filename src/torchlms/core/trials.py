@@ -113,7 +113,7 @@ class Trials:
 
 
 def load(moves: Plan, drops: Drops) -> Load:
-    return Load(len(moves.moves) + len(drops.values), sum(len(value.recipe) for value in drops.through()))
+    return Load(len(moves.moves) + len(drops.values), sum(len(value.recipe) for value in drops.through))
 
 
 def _key(drops: Drops) -> Key:

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from torchlms.core.curve import baseline_curve
-from torchlms.core.drops import Drops, return_ops
+from torchlms.core.drops import Drops
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.tape import Phase, Tape, Value
 from torchlms.eager.slot import UNUSED
@@ -227,11 +227,10 @@ class Program:
         for op, known in enumerate(self.tape.ops):
             made.setdefault(op, []).append(known.scratch_bytes)
         blocks: dict[int, list[int]] = {}
-        drops = Drops.of(self.tape, self.plan.moves).through()
-        returns = return_ops(drops)
-        for value in drops:
+        back = {move.value: move.reload_op for move in self.plan.moves if move.choice is Choice.RECOMPUTE}
+        for value in Drops.of(self.tape, self.plan.moves).through:
             for op in value.recipe:
-                blocks.setdefault(returns[value.id], []).extend(made.get(op, ()))
+                blocks.setdefault(back[value.id], []).extend(made.get(op, ()))
         for op, own in made.items():
             blocks.setdefault(op, []).extend(own)
         return blocks
