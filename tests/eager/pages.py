@@ -126,6 +126,10 @@ class Piece:
     def __init__(self, used: dict[int, int], start: int, unit_bytes: int = MIB) -> None:
         self.used, self.start, self.unit_bytes = used, start, unit_bytes
 
+    @property
+    def nbytes(self) -> int:
+        return self.used.get(self.start, 0) * self.unit_bytes
+
     def data_ptr(self) -> int:
         return self.start * self.unit_bytes
 

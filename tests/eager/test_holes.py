@@ -263,12 +263,31 @@ def test_what_stood_in_the_way_is_put_elsewhere_the_next_time(line: Line) -> Non
     assert (2, Deed.UNTUCK) in [(action.op, action.deed) for action in made.actions]
 
 
+def test_memory_that_runs_out_while_a_hole_is_opened_is_nobodys_business(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op that the hole is for has not even begun, and may well find room."""
+    kept = line.take(4)
+    opener = Holes(cuda_device(), Slots())
+
+    def none_left(opener: Holes, size_bytes: int) -> None:
+        raise torch.OutOfMemoryError("no hole")
+
+    monkeypatch.setattr(Holes, "_empty", none_left)
+    opener.open([10 * UNIT, 10 * UNIT])  # the second finds no hole, once the first has one
+    assert opener.ooms == 1
+    opener.tuck([UNIT])
+    assert opener.ooms == 2
+    assert opener.untuck() == 0
+    assert kept.start == 0
+
+
 def test_a_tucked_block_goes_to_the_far_end(line: Line) -> None:
     kept = line.take(4)
     opener = Holes(cuda_device(), Slots())
     opener.tuck([2 * UNIT])
     block = line.take(2)
     assert block.start == 18
-    opener.untuck()
+    assert opener.untuck() == 14 * UNIT
     assert max(size for _, size in line.holes()) == 14
     assert kept.start == 0

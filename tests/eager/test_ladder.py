@@ -279,6 +279,26 @@ def test_how_much_was_asked_for(text: str, size_bytes: int) -> None:
     assert asked_bytes(torch.OutOfMemoryError(text)) == size_bytes
 
 
+def test_what_keeps_memory_in_order_goes_before_any_value() -> None:
+    house = House(10 * MIB)
+    house.add("value", 4 * MIB)
+    house.add("in use", 4 * MIB, held=True)
+    house.ledger.live_bytes += 2 * MIB
+    fillers_bytes = [2 * MIB]
+
+    def give_back() -> int:
+        given = fillers_bytes.pop() if fillers_bytes else 0
+        house.ledger.live_bytes -= given
+        return given
+
+    house.ladder._give_back = give_back
+    assert house.ladder.allocate(2 * MIB).numel() == 2 * MIB
+    assert not house.log
+    assert house.ladder.reclaims == 0
+    assert house.ladder.allocate(6 * MIB).numel() == 6 * MIB
+    assert house.log == ["send value", "release value"]
+
+
 def test_the_words_of_a_starved_engine() -> None:
     assert starved_engine(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert starved_engine(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -377,6 +378,42 @@ def test_flat_counters_become_nested() -> None:
         "num_ooms": 1,
         "a": {"b": {"current": 2, "peak": 3}, "c": 4},
     }
+
+
+@pytest.fixture
+def deaf() -> Iterator[None]:
+    """As if nobody had listened yet."""
+    private._listens_to_ooms.cache_clear()
+    yield
+    private._listens_to_ooms.cache_clear()
+
+
+def test_failed_allocations_are_told_by_an_observer(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:
+    observers: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", observers.append, raising=False)
+    device, other = torch.device("cuda", 1), torch.device("cuda", 0)
+    before, others_before = private.allocator_ooms(device), private.allocator_ooms(other)
+    (observer,) = observers
+    observer(1, 1 << 30, 1 << 34, 1 << 20)
+    assert private.allocator_ooms(device) == before + 1
+    assert private.allocator_ooms(other) == others_before
+    assert len(observers) == 1
+
+
+def test_failed_allocations_are_counted_without_one(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:
+    monkeypatch.delattr(torch._C, "_cuda_attach_out_of_memory_observer", raising=False)
+    monkeypatch.setattr(private, "allocator_stats", lambda device: {"num_ooms": 3})
+    assert private.allocator_ooms(torch.device("cuda", 0)) == 3
+
+
+@pytest.mark.gpu
+def test_the_observer_hears_of_each() -> None:
+    device = torch.device("cuda", 0)
+    before = private.allocator_ooms(device)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1 << 50, dtype=torch.uint8, device=device)
+    assert private.allocator_ooms(device) == before + 2
 
 
 @pytest.mark.gpu

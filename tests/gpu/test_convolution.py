@@ -6,6 +6,7 @@ The reference runs in a process of its own, for cuDNN's choice is kept for the l
 from __future__ import annotations
 
 import statistics
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 import torchlms
 from tests.gpu.networks import CASES, GIB, make, train
+from torchlms.eager.backward_thread import run_as_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +55,16 @@ def test_convolutions_are_healthy_after_twenty_planned_steps() -> None:
     after_ms, after = health()
     assert after == before
     assert after_ms <= 1.15 * before_ms
+
+
+def test_another_thread_that_runs_backward_chooses_like_the_first() -> None:
+    """cuDNN's choice is kept by thread: where both have room they choose alike."""
+    x = torch.randn(98, 64, 96, 96, device="cuda")  # a shape that no other test uses
+    w = torch.randn(64, 64, 3, 3, device="cuda")
+    here = F.conv2d(x, w, padding=1)
+    there, thread = run_as_backward(x.device, lambda: (F.conv2d(x, w, padding=1), threading.get_ident()))
+    assert thread != threading.get_ident()
+    assert torch.equal(here, there)
 
 
 def test_a_starved_convolution_is_noticed() -> None:

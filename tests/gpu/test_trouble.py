@@ -15,6 +15,8 @@ from torch._ops import OpOverload
 
 import torchlms
 from tests.gpu.networks import CASES, GIB, MIB, Case, clean, make, plain, same, state, train
+from torchlms.eager import private
+from torchlms.eager.ladder import Ladder
 from torchlms.eager.verifier import Sums
 from torchlms.memory import arena
 from torchlms.memory.store import Store
@@ -242,3 +244,23 @@ def refuse_above(limit_bytes: int, what: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(arena, "_map", map_some)
     else:
         monkeypatch.setattr(arena.CudaRegistrar, "register", register_some)
+
+
+def test_a_convolution_refused_in_backward_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Ladder.reserve
+
+    def refused(ladder: Ladder, *blocks: Any) -> bool:
+        return not private.in_backward() and right(ladder, *blocks)
+
+    clean()
+    before_bytes = torch.cuda.memory_allocated()
+    model, optimizer = make(CASE)
+    with torchlms.LMS(model, optimizer, budget=CASE.budget_bytes):
+        train(model, optimizer, CASE, 4)
+        monkeypatch.setattr(Ladder, "reserve", refused)
+        with pytest.raises(torchlms.BudgetTooSmall, match="cuDNN would take another algorithm"):
+            train(model, optimizer, CASE, 1)
+        monkeypatch.undo()
+    del model, optimizer
+    clean()
+    assert torch.cuda.memory_allocated() <= before_bytes + 64 * MIB

@@ -89,6 +89,7 @@ class Engine(SlotOwner):
         self.guard.may_look_away = self._may_look_away
         self.sizes = ResultSizes()
         self.rooms = ConvolutionRoom(self.sizes)
+        self.holes = Holes(device, self)
         self.ladder = Ladder(
             device,
             store,
@@ -97,8 +98,8 @@ class Engine(SlotOwner):
             budget_bytes,
             collect=self.collector.look_everywhere,
             forget=self._forget_calls,
+            give_back=self.holes.untuck,
         )
-        self.holes = Holes(device, self)
         self.accounts = Accounts(device, self.ladder)
         self.prover = Prover(self)
         self.watcher = Watcher(self)
@@ -168,7 +169,7 @@ class Engine(SlotOwner):
         self.ladder.begin_step()
         if self.verifier is not None:
             self.verifier.begin_step(self.steps)
-        now.ooms_before = self._allocator_ooms() - self.ladder.ooms
+        now.ooms_before = self.hidden_ooms()
         if program is not None:
             now.follower = Follower(
                 program, now.by_ordinal, self.store, self.holes, now.provenance, self.prover.prove
@@ -239,7 +240,7 @@ class Engine(SlotOwner):
 
     def _warn_of_starved(self, past: MicroStep) -> None:
         """Failed allocations that raised nowhere: a library swallowed them and took another way."""
-        starved = max(0, self._allocator_ooms() - self.ladder.ooms - past.ooms_before)
+        starved = max(0, self.hidden_ooms() - past.ooms_before)
         if starved:
             self.rooms.starved += starved
             log.warning(
@@ -278,10 +279,13 @@ class Engine(SlotOwner):
         self.guard.timer = self.now.timer
         return follower.program.roomy_at_end
 
+    def hidden_ooms(self) -> int:
+        """Failed allocations of which nobody heard, for whoever asked took another way; only differences
+        count."""
+        return self._allocator_ooms() - self.ladder.ooms - self.holes.ooms
+
     def _allocator_ooms(self) -> int:
-        if not self.device.is_cuda:
-            return 0
-        return int(private.allocator_stats(self.device.torch_device)["num_ooms"])
+        return private.allocator_ooms(self.device.torch_device) if self.device.is_cuda else 0
 
     # -- SlotOwner ---------------------------------------------------------------------------
 

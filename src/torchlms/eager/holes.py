@@ -12,7 +12,6 @@ in use just then) is put elsewhere when it is made.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
@@ -50,6 +49,7 @@ class Holes:
         self._began = 0
         self._pinched: set[int] = set()
         self._filler: torch.Tensor | None = None
+        self.ooms = 0  # allocations that failed here, which does no harm
         self.opened = 0  # holes opened by moving values
         self.moved_bytes = 0
 
@@ -98,8 +98,7 @@ class Holes:
         room_bytes = device.cap_bytes - torch.cuda.memory_reserved(device.torch_device) - given_back_bytes
         spare_bytes = device.page_bytes + _SPARE_BYTES
         if room_bytes > 2 * spare_bytes:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._empty(room_bytes - spare_bytes)
+            self._try_empty(room_bytes - spare_bytes)
 
     def _elsewhere_bytes(self) -> int:
         """What other pools than that of large blocks on this stream have reserved."""
@@ -128,8 +127,8 @@ class Holes:
         if self._open_one(sizes_bytes[misfit], mapped):
             return True
         # There was a hole, but one of the blocks before it takes that: let them have it.
-        held = [self._empty(size_bytes) for size_bytes in sizes_bytes[:misfit]]
-        opened = self._open_one(sizes_bytes[misfit], self._mapped())
+        held = [self._try_empty(size_bytes) for size_bytes in sizes_bytes[:misfit]]
+        opened = None not in held and self._open_one(sizes_bytes[misfit], self._mapped())
         del held
         return opened
 
@@ -147,11 +146,13 @@ class Holes:
         )
         hole_bytes = max((size for run in self._mapped() for _, size, free in run if free), default=0)
         if wanted_bytes and hole_bytes - wanted_bytes >= _LEAST_BYTES:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._filler = self._empty(hole_bytes - wanted_bytes)
+            self._filler = self._try_empty(hole_bytes - wanted_bytes)
 
-    def untuck(self) -> None:
+    def untuck(self) -> int:
+        """Returns how many bytes that gives back."""
+        given_back_bytes = self._filler.nbytes if self._filler is not None else 0
         self._filler = None
+        return given_back_bytes
 
     def _open_one(self, size_bytes: int, mapped: Mapped) -> bool:
         """Whether a hole of ``size_bytes`` has been made by moving something of what is ``mapped``."""
@@ -182,14 +183,20 @@ class Holes:
 
     def _outside(self, window: Window, size_bytes: int, fillers: list[torch.Tensor]) -> torch.Tensor | None:
         for _ in range(_MOST_TRIES):
-            try:
-                target = self._empty(size_bytes)
-            except torch.OutOfMemoryError:
+            target = self._try_empty(size_bytes)
+            if target is None:
                 return None
             if not window.contains(target.data_ptr()):
                 return target
             fillers.append(target)
         return None
+
+    def _try_empty(self, size_bytes: int) -> torch.Tensor | None:
+        try:
+            return self._empty(size_bytes)
+        except torch.OutOfMemoryError:
+            self.ooms += 1
+            return None
 
     def _empty(self, size_bytes: int) -> torch.Tensor:
         return new_bytes(size_bytes, self._device.torch_device)

@@ -54,9 +54,11 @@ class Ladder:
         budget_bytes: int,
         collect: Callable[[], None] = lambda: None,
         forget: Callable[[bool], None] = lambda refusing: None,
+        give_back: Callable[[], int] = lambda: 0,
     ) -> None:
         """``collect`` has Python's collector look everywhere, which takes a good part of a second. ``forget``
-        lets go of what is held for recipes that nobody needs, or could do without before a refusal."""
+        lets go of what is held for recipes that nobody needs, or could do without before a refusal.
+        ``give_back`` lets go of what only keeps memory in order, and says how many bytes that was."""
         self.device = device
         self.store = store
         self.slots = slots
@@ -65,6 +67,7 @@ class Ladder:
         self.refusals = Refusals(device, sizes)
         self._collect = collect
         self._forget = forget
+        self._give_back = give_back
         self._steps = 0
         self._collect_from = 0  # the step
         self._fruitless = 0  # collections, the last ones
@@ -82,10 +85,14 @@ class Ladder:
     # -- making room -------------------------------------------------------------------------
 
     def reclaim(self, want_bytes: int, operands: Operands | None = None) -> int:
-        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed.
+        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed. What only
+        kept memory in order goes first, and where there is such nothing else goes until we are asked again.
 
         ``operands`` are the arguments of the op that room is made for, which stay in any case.
         """
+        given_back_bytes = self._give_back()
+        if given_back_bytes:
+            return given_back_bytes
         freed, left, full = self._send_away(want_bytes, operands)
         if not freed and self._steps >= self._collect_from:
             freed, left, full = self._send_what_garbage_held(want_bytes, operands, refusing=False)

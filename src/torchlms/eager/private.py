@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -72,6 +73,12 @@ def node_number(node: Any) -> int:
     return int(number()) if number is not None else -1
 
 
+def compiled_autograd() -> bool:
+    """Whether backward passes are compiled now, and not run by autograd's own threads."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "compiled_autograd_enabled", False))
+
+
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Call ``callback`` when the running backward pass ends; only from inside one.
 
@@ -127,6 +134,34 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
             place = place.setdefault(folder, {})
         place[leaf] = value
     return nested
+
+
+def allocator_ooms(device: torch.device) -> int:
+    """How many allocations have failed, in any thread, those that a library has hidden included. Only
+    differences count.
+
+    Assumes that the allocator calls an observer for each, which costs nothing otherwise; where torch takes
+    none the allocator's own counter is read. An observer stays for the life of the process.
+    """
+    if _listens_to_ooms():
+        return _OOMS[device.index or 0]
+    return int(allocator_stats(device)["num_ooms"])
+
+
+_OOMS: Counter[int] = Counter()  # by the device's index
+
+
+@functools.cache
+def _listens_to_ooms() -> bool:
+    attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is None:
+        return False
+    attach(_note_oom)
+    return True
+
+
+def _note_oom(device_index: int, *_: int) -> None:
+    _OOMS[device_index] += 1
 
 
 def allocator_remaps(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Proof: whether a recipe gives the bytes that it should, found out by running it."""
+"""Proof: whether a recipe gives the bytes that it should, found out by running it where it will run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchlms.eager.backward_thread import run_as_backward
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import whole
 from torchlms.errors import LMSError, ReplayFailed
@@ -41,12 +42,12 @@ class Prover:
             self.busy = False
 
     def _try(self, slot: Slot, recipe: Recipe) -> bool | None:
-        engine = self._engine
+        engine, device = self._engine, self._engine.device.torch_device
         gone = [
             (other, other.recipe) for other in engine.living() if other.where in (Where.DROPPED, Where.AWAY)
         ]
         try:
-            again = engine.replay(recipe).untyped_storage()
+            again = run_as_backward(device, lambda: engine.replay(recipe)).untyped_storage()
             return self._same_bytes(slot.take(), again)
         except ReplayFailed as error:
             log.debug("a recipe cannot be carried out: %s", error)

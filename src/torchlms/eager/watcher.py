@@ -16,7 +16,7 @@ from torchlms.eager.slot import Where
 from torchlms.eager.tensors import tensors_in
 from torchlms.eager.traits import careful_ops, makes_cpu_tensors, name_of, rewind_of, writes_list
 from torchlms.eager.writes import writes_anything
-from torchlms.errors import LMSError, StepTorn
+from torchlms.errors import LMSError, ReplayFailed, StepTorn
 from torchlms.memory.limits import format_bytes
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Watcher:
         self._holes = engine.holes
         self._accounts = engine.accounts
         self._careful = careful_ops(engine.rooms)
+        self._ooms_before = 0  # a convolution, of those that nobody hears of
         self._starved: set[tuple[Any, str]] = set()  # convolutions that were said to have no room
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,6 +87,8 @@ class Watcher:
             self._engine.lent.touch(args, kwargs)
         self._make_room(func, args, kwargs)
         result = self._attempt(func, args, kwargs)
+        if self._was_starved(func):
+            self._starve_again(func, sum(self._rooms.need(func, args, kwargs)[0]))
         self._engine.replays += 1
         self._settle_up(result, began_s)
         return result
@@ -184,6 +187,8 @@ class Watcher:
             now.timer.end(func)
         else:
             result = self._attempt(func, args, kwargs)
+        if self._was_starved(func):
+            self._starve(func, sum(self._rooms.need(func, args, kwargs)[0]), sure=measured)
         self._settle_up(result, began_s)
         if not self._is_cuda:
             self._sizes.prove(args, kwargs, result)
@@ -213,18 +218,42 @@ class Watcher:
         blocks, measured = self._rooms.need(func, args, kwargs)
         if not self._ladder.reserve(blocks, (args, kwargs)) and measured:
             self._starve(func, sum(blocks))
+        self._ooms_before = self._engine.hidden_ooms()
         return measured
 
-    def _starve(self, func: Any, need_bytes: int) -> None:
-        """There is less room than a convolution is known to take. Said once for each place in the model;
-        BudgetTooSmall where deterministic kernels were asked for, for this may be another one."""
+    def _was_starved(self, func: Any) -> bool:
+        """Whether an allocation has failed inside the convolution that ran just now, and nobody was told."""
+        starved = self._is_cuda and self._rooms.concerns(func) and self._hear_of_hidden() > 0
+        self._rooms.starved += starved
+        return starved
+
+    def _hear_of_hidden(self) -> int:
+        """How many allocations, of which nobody had heard, have failed since room was made."""
+        hidden = max(0, self._engine.hidden_ooms() - self._ooms_before)
+        self._ladder.ooms += hidden
+        return hidden
+
+    def _starve(self, func: Any, need_bytes: int, *, sure: bool = True) -> None:
+        """There is less room than a convolution takes. Said once for each place in the model; BudgetTooSmall
+        where it is ``sure`` to have run with more and deterministic kernels were asked for, for this may be
+        another one."""
         where = self._where()
-        if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        if sure and _deterministic():
             raise self._ladder.refusals.convolution(func, where, need_bytes, self._ladder.budget_bytes)
         if (func, where) not in self._starved:
             self._starved.add((func, where))
             text = "no room for what %s in %s needs, %s at once: it may be slower, and give other bits"
             log.warning(text, func, where or "the model", format_bytes(need_bytes))
+
+    def _starve_again(self, func: Any, need_bytes: int) -> None:
+        """A convolution of a recipe has found less room than it took in forward. ReplayFailed where
+        deterministic kernels were asked for."""
+        if _deterministic():
+            raise ReplayFailed(
+                f"{func} took {format_bytes(need_bytes)} at once in forward and found less, so that cuDNN "
+                "took another algorithm, which may give other bits"
+            )
+        self._starve(func, need_bytes)
 
     def _make_room_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now, reclaims_before = self._engine.now, self._ladder.reclaims
@@ -285,13 +314,14 @@ class Watcher:
                 now.recorder.begin_again()
             if now.timer is not None:
                 now.timer.begin()
+            if self._is_cuda and self._rooms.concerns(func):
+                self._hear_of_hidden()  # what failed before is made up for by running again
 
         # Outside the handler: the exception's frames hold the op's tensors.
         return self._ladder.retry(func, args, kwargs, self._where, want_bytes, begin_again)
 
     def _heard(self, error: BaseException) -> int:
         self._ladder.ooms += 1
-        self._holes.untuck()
         return asked_bytes(error)
 
     def _torn(self, func: Any, error: torch.OutOfMemoryError) -> Exception:
@@ -314,6 +344,10 @@ class Watcher:
         tape = now.follower.program.tape if now.follower is not None else now.routine.tape
         ops = tape.ops if tape is not None else ()
         return ops[min(now.clock, len(ops) - 1)].module if ops else ""
+
+
+def _deterministic() -> bool:
+    return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 def _make_readers_real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,125 @@
+"""A convolution that cuDNN had no room for: whoever runs it hears of it at once, though nothing raised."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.refusals import Refusals
+from torchlms.eager.sizes import ResultSizes
+from torchlms.eager.watcher import Watcher
+from torchlms.errors import BudgetTooSmall, ReplayFailed
+from torchlms.memory.device import CpuDevice
+from torchlms.memory.ledger import Ledger
+
+CONVOLUTION = torch.ops.aten.convolution.default
+
+
+def arguments() -> tuple[Any, ...]:
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    return (x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+
+class Stage:
+    """A watcher on what says that it is CUDA, where ``hidden`` allocations fail inside each op."""
+
+    def __init__(self, hidden: int) -> None:
+        sizes = ResultSizes()
+        self.hidden = hidden
+        self.asked = 0
+        self.ladder = SimpleNamespace(
+            ooms=0,
+            budget_bytes=1 << 20,
+            reserve=lambda blocks, operands: True,
+            refusals=Refusals(CpuDevice(Ledger()), sizes),
+        )
+        self.rooms = ConvolutionRoom(sizes)
+        self.now = SimpleNamespace(
+            clock=0, plainly=False, recorder=None, timer=None, learning=False, routine=None, strayed=False
+        )
+        engine = SimpleNamespace(
+            device=SimpleNamespace(is_cuda=True, torch_device=torch.device("cuda", 0)),
+            dead=False,
+            guard=SimpleNamespace(inside=False),
+            holes=None,
+            accounts=None,
+            sizes=sizes,
+            rooms=self.rooms,
+            ladder=self.ladder,
+            lent=SimpleNamespace(any=False),
+            replays=0,
+            now=self.now,
+            module_here=lambda: "layer1",
+            hidden_ooms=self._hidden_ooms,
+        )
+        self.watcher = Watcher(engine)  # type: ignore[arg-type]
+        self.rooms.learn(CONVOLUTION, arguments(), {}, 1 << 16)
+
+    def _hidden_ooms(self) -> int:
+        """Asked before an op and after it."""
+        self.asked += 1
+        return (self.asked - 1) * self.hidden - self.ladder.ooms
+
+    def run(self) -> torch.Tensor:
+        result: torch.Tensor = self.watcher._run(self.now, CONVOLUTION, arguments(), {})  # type: ignore[arg-type]
+        return result
+
+    def run_again(self) -> torch.Tensor:
+        result: torch.Tensor = self.watcher.run_again(CONVOLUTION, arguments(), {})
+        return result
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def test_it_is_said_once_for_each_place(caplog: pytest.LogCaptureFixture) -> None:
+    stage = Stage(hidden=2)
+    with caplog.at_level(logging.WARNING, "torchlms"):
+        stage.run()
+        stage.run()
+    assert [record.getMessage() for record in caplog.records if "layer1" in record.getMessage()]
+    assert len(caplog.records) == 1
+    assert stage.rooms.starved == 2
+    assert stage.ladder.ooms == 4  # so that nobody counts them once more
+
+
+def test_with_deterministic_kernels_it_is_refused(deterministic: None) -> None:
+    stage = Stage(hidden=1)
+    with pytest.raises(BudgetTooSmall, match="cuDNN would take another algorithm"):
+        stage.run()
+
+
+def test_what_is_made_again_has_the_bits_of_forward_or_is_not_made(deterministic: None) -> None:
+    stage = Stage(hidden=1)
+    with pytest.raises(ReplayFailed, match="may give other bits"):
+        stage.run_again()
+
+
+def test_where_any_kernel_will_do_it_is_only_said(caplog: pytest.LogCaptureFixture) -> None:
+    stage = Stage(hidden=1)
+    with caplog.at_level(logging.WARNING, "torchlms"):
+        stage.run_again()
+    assert len(caplog.records) == 1
+    assert stage.rooms.starved == 1
+
+
+def test_one_with_room_is_only_run(caplog: pytest.LogCaptureFixture, deterministic: None) -> None:
+    stage = Stage(hidden=0)
+    x, w, *_ = args = arguments()
+    made = stage.watcher.run_again(CONVOLUTION, args, {})
+    assert torch.equal(made, F.conv2d(x, w, padding=1))
+    assert stage.run().shape == (2, 4, 8, 8)
+    assert stage.rooms.starved == stage.ladder.ooms == 0
+    assert not caplog.records
