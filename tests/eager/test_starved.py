@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from torchlms.eager import convolution
 from torchlms.eager.convolution import ConvolutionRoom
 from torchlms.eager.refusals import Refusals
 from torchlms.eager.sizes import ResultSizes
@@ -123,3 +124,24 @@ def test_one_with_room_is_only_run(caplog: pytest.LogCaptureFixture, determinist
     assert stage.run().shape == (2, 4, 8, 8)
     assert stage.rooms.starved == stage.ladder.ooms == 0
     assert not caplog.records
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_the_room_for_two_gradients_holds_the_workspace_of_either(
+    inputs_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is made with a workspace of its own, the first of them before there is any of the second."""
+    x, w, *_ = arguments()
+    grad = torch.randn(2, 4, 8, 8)
+    backward = torch.ops.aten.convolution_backward.default
+    args = (grad, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    workspaces = (1 << 20, 1 << 16) if inputs_first else (1 << 16, 1 << 20)
+    inputs, weights = x.numel() * 4, w.numel() * 4
+    peak = max(inputs + workspaces[0], inputs + weights + workspaces[1])
+    monkeypatch.setattr(convolution, "_KNOWN_BLOCKS", {})
+    rooms = ConvolutionRoom(ResultSizes())
+    rooms.learn(backward, args, {}, peak - inputs - weights)
+    blocks, measured = rooms.need(backward, args, {})
+    assert measured
+    assert blocks[:2] == (inputs, weights)
+    assert max(workspaces) <= blocks[2] <= max(workspaces) + weights

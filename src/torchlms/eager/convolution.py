@@ -83,11 +83,14 @@ class ConvolutionRoom:
         return (*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES), False
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
-        """Remember what this call used beyond its results."""
+        """Remember what this call used beyond its results: that much, if all of them were there when it used
+        the most. The workspace for the first of them may have been there before the others, and in one piece
+        larger by those."""
         key = _key(func, args, self._flags)
         before = _KNOWN_BLOCKS.get(key)
-        scratch_bytes = max(scratch_bytes, before[-1] if before else 0)
-        _KNOWN_BLOCKS[key] = (*self._sizes.of(func, args, kwargs), scratch_bytes)
+        results = self._sizes.of(func, args, kwargs)
+        workspace_bytes = scratch_bytes + sum(results[1:]) if scratch_bytes else 0
+        _KNOWN_BLOCKS[key] = (*results, max(workspace_bytes, before[-1] if before else 0))
 
 
 def _key(func: Any, args: tuple[Any, ...], flags: tuple[bool, ...]) -> Key:
