@@ -71,7 +71,7 @@ class NotSupported(LMSError):
 
 class ReplayFailed(LMSError, RuntimeError):
     """What a dropped tensor is made from was written in a way that nothing reports, or an op failed that ran
-    again for it."""
+    again for it, or found less room than in forward where deterministic kernels were asked for."""
 
 
 class StepTorn(LMSError, RuntimeError):

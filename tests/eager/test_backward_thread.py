@@ -34,6 +34,11 @@ def test_on_a_cpu_it_runs_here_and_now() -> None:
     assert not run_as_backward(CPU, private.in_backward)
 
 
+def test_on_a_gpu_it_runs_as_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward_thread, "_as_backward", lambda device, deed: (device.type, deed()))
+    assert run_as_backward(torch.device("cuda", 0), lambda: 3) == ("cuda", 3)
+
+
 @pytest.mark.parametrize("error", [ReplayFailed, torch.OutOfMemoryError, KeyboardInterrupt])
 def test_what_it_raises_is_raised(error: type[BaseException]) -> None:
     def deed() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torchlms
-from torchlms.eager.ladder import Ladder, asked_bytes, starved_engine
+from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder, asked_bytes, starved_engine
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Where
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
@@ -299,6 +299,14 @@ def test_what_keeps_memory_in_order_goes_before_any_value() -> None:
     assert house.log == ["send value", "release value"]
 
 
+def test_everything_that_can_leave_is_more_than_what_keeps_memory_in_order() -> None:
+    house = House(10 * MIB)
+    house.add("value", 4 * MIB)
+    house.ladder._give_back = lambda: 2 * MIB
+    assert house.ladder.reclaim(EVERYTHING_BYTES) == 6 * MIB
+    assert house.log == ["send value", "release value"]
+
+
 def test_the_words_of_a_starved_engine() -> None:
     assert starved_engine(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert starved_engine(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
@@ -337,14 +345,16 @@ def test_a_convolution_without_room_is_an_error_where_determinism_was_asked_for(
     convolution = torch.ops.aten.convolution.default
     with torchlms.LMS(torch.nn.Linear(2, 2), budget="1GiB", disk_dir=tmp_path) as lms:
         assert lms._engine is not None
-        starve = lms._engine.watcher._starve
+        watcher = lms._engine.watcher
+        watcher._need_bytes = 3 << 30
+        starve = watcher._starve
         for _ in range(3):
-            starve(convolution, 3 << 30)
+            starve(convolution)
         said = [record.getMessage() for record in caplog.records if "no room" in record.getMessage()]
         assert len(said) == 1, "once, not at every step"
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
         with pytest.raises(torchlms.BudgetTooSmall, match="deterministic ones were asked for") as refused:
-            starve(convolution, 3 << 30)
+            starve(convolution)
     assert refused.value.smallest_bytes > 3 << 30
 
 

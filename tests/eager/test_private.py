@@ -398,6 +398,21 @@ def test_failed_allocations_are_told_by_an_observer(monkeypatch: pytest.MonkeyPa
     assert private.allocator_ooms(device) == before + 1
     assert private.allocator_ooms(other) == others_before
     assert len(observers) == 1
+    here = private.allocator_ooms(device, here=True)
+    thread = threading.Thread(target=observer, args=(1, 1 << 30, 1 << 34, 1 << 20))
+    thread.start()
+    thread.join()
+    assert private.allocator_ooms(device) == before + 2
+    assert private.allocator_ooms(device, here=True) == here
+
+
+def test_an_allocator_that_takes_no_observer_is_asked(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:
+    def refuse(_: Any) -> None:
+        raise RuntimeError("cudaMallocAsync does not yet support attachOutOfMemoryObserver")
+
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", refuse, raising=False)
+    monkeypatch.setattr(private, "allocator_stats", lambda device: {"num_ooms": 4})
+    assert private.allocator_ooms(torch.device("cuda", 0)) == 4
 
 
 def test_failed_allocations_are_counted_without_one(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import torchlms
 from torchlms.eager import convolution
 from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.engine import Engine
 from torchlms.eager.refusals import Refusals
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.watcher import Watcher
@@ -28,10 +30,16 @@ def arguments() -> tuple[Any, ...]:
     return (x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 
 
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_KNOWN_BLOCKS", {})
+    monkeypatch.setattr(convolution, "_CHOSEN_SHORT", set())
+
+
 class Stage:
     """A watcher on what says that it is CUDA, where ``hidden`` allocations fail inside each op."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, *, known: bool = True) -> None:
         sizes = ResultSizes()
         self.hidden = hidden
         self.asked = 0
@@ -56,14 +64,16 @@ class Stage:
             ladder=self.ladder,
             lent=SimpleNamespace(any=False),
             replays=0,
+            prover=SimpleNamespace(busy=False),
             now=self.now,
             module_here=lambda: "layer1",
             hidden_ooms=self._hidden_ooms,
         )
         self.watcher = Watcher(engine)  # type: ignore[arg-type]
-        self.rooms.learn(CONVOLUTION, arguments(), {}, 1 << 16)
+        if known:
+            self.rooms.learn(CONVOLUTION, arguments(), {}, 1 << 16)
 
-    def _hidden_ooms(self) -> int:
+    def _hidden_ooms(self, *, here: bool) -> int:
         """Asked before an op and after it."""
         self.asked += 1
         return (self.asked - 1) * self.hidden - self.ladder.ooms
@@ -108,6 +118,48 @@ def test_what_is_made_again_has_the_bits_of_forward_or_is_not_made(deterministic
         stage.run_again()
 
 
+def test_while_a_recipe_is_tried_its_bytes_decide(deterministic: None) -> None:
+    stage = Stage(hidden=1)
+    stage.watcher._engine.prover.busy = True
+    assert stage.run_again().shape == (2, 4, 8, 8)
+
+
+def test_one_that_chose_while_memory_was_short_may_find_it_short_again(
+    deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread that has not met it, where it chooses as it did the first time."""
+    stage = Stage(hidden=1, known=False)
+    right = Watcher._attempt
+    monkeypatch.setattr(Watcher, "_run_new_convolution", right)
+    stage.run()
+    stage.rooms.learn(CONVOLUTION, arguments(), {}, 1 << 16)
+    stage.run()
+    assert stage.rooms.starved == 2
+
+
+def test_what_runs_again_after_an_error_has_chosen_nothing_unless_it_chooses_twice() -> None:
+    stage = Stage(hidden=1)
+    stage.watcher._ooms_before = stage.watcher._engine.hidden_ooms(here=True)
+    stage.watcher._forgive(CONVOLUTION)
+    assert stage.ladder.ooms == 1
+    stage.watcher._forgive(torch.ops.aten.convolution_backward.default)
+    assert stage.ladder.ooms == 1
+
+
+def test_failures_that_did_no_harm_are_not_hidden() -> None:
+    engine = SimpleNamespace(
+        _allocator_ooms=lambda here: 7, ladder=SimpleNamespace(ooms=2), holes=SimpleNamespace(ooms=4)
+    )
+    assert Engine.hidden_ooms(engine) == 1  # type: ignore[arg-type]
+
+
+def test_what_keeps_memory_in_order_is_what_holes_hold() -> None:
+    with torchlms.LMS(device="cpu", budget="1 GiB") as lms:
+        engine = lms._engine
+        assert engine is not None
+        assert engine.ladder._give_back == engine.holes.untuck
+
+
 def test_where_any_kernel_will_do_it_is_only_said(caplog: pytest.LogCaptureFixture) -> None:
     stage = Stage(hidden=1)
     with caplog.at_level(logging.WARNING, "torchlms"):
@@ -128,7 +180,7 @@ def test_one_with_room_is_only_run(caplog: pytest.LogCaptureFixture, determinist
 
 @pytest.mark.parametrize("inputs_first", [False, True])
 def test_the_room_for_two_gradients_holds_the_workspace_of_either(
-    inputs_first: bool, monkeypatch: pytest.MonkeyPatch
+    inputs_first: bool,
 ) -> None:
     """Each is made with a workspace of its own, the first of them before there is any of the second."""
     x, w, *_ = arguments()
@@ -138,7 +190,6 @@ def test_the_room_for_two_gradients_holds_the_workspace_of_either(
     workspaces = (1 << 20, 1 << 16) if inputs_first else (1 << 16, 1 << 20)
     inputs, weights = x.numel() * 4, w.numel() * 4
     peak = max(inputs + workspaces[0], inputs + weights + workspaces[1])
-    monkeypatch.setattr(convolution, "_KNOWN_BLOCKS", {})
     rooms = ConvolutionRoom(ResultSizes())
     rooms.learn(backward, args, {}, peak - inputs - weights)
     blocks, measured = rooms.need(backward, args, {})

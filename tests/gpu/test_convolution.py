@@ -1,6 +1,6 @@
 """Convolutions keep their speed and bits through planned steps under a cap.
 
-The reference runs in a process of its own, for cuDNN's choice is kept for the life of a process.
+The reference runs in a process of its own, for cuDNN's choice is kept for the life of a thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchlms
 from tests.gpu.networks import CASES, GIB, make, train
 from torchlms.eager.backward_thread import run_as_backward
+from torchlms.eager.ladder import Ladder
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,24 @@ def test_another_thread_that_runs_backward_chooses_like_the_first() -> None:
     there, thread = run_as_backward(x.device, lambda: (F.conv2d(x, w, padding=1), threading.get_ident()))
     assert thread != threading.get_ident()
     assert torch.equal(here, there)
+
+
+def test_one_that_has_run_with_more_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if what was reserved lay in pieces when it was asked for: cuDNN raises nothing, and we do."""
+    shape = (95, 64, 96, 96)  # a shape no other test uses: it is spoiled afterwards
+    x = torch.randn(*shape, device="cuda")
+    w = torch.randn(64, 64, 3, 3, device="cuda", requires_grad=True)
+    torch.cuda.empty_cache()
+    with torchlms.LMS(device="cuda", budget=2 * GIB):
+        loss = F.conv2d(x, w, padding=1).sum()
+        del loss
+        monkeypatch.setattr(Ladder, "reserve", lambda *_: True)
+        torch.cuda.empty_cache()
+        room = x.numel() * 4 + (32 << 20)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+        with pytest.raises(torchlms.BudgetTooSmall, match="an allocation failed inside"):
+            F.conv2d(x, w, padding=1)
 
 
 def test_a_starved_convolution_is_noticed() -> None:

@@ -26,7 +26,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, beginning: torch.Tensor, deed: Callable[[], None]) -> torch.Tensor:
         ctx.deed = deed
-        return torch.zeros_like(beginning)
+        return torch.empty_like(beginning)
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:
@@ -37,12 +37,12 @@ class _Node(torch.autograd.Function):
 def run_as_backward(device: torch.device, deed: Callable[[], Result]) -> Result:
     """What ``deed`` returns or raises, done as a backward pass on ``device`` would do it: by its thread, on
     the current stream. Here and now where a backward pass runs already, or none can be run."""
-    if device.type == "cpu" or private.in_backward() or not _can_go_back():
+    if device.type == "cpu" or private.in_backward() or not _can_run_backward():
         return deed()
     return _as_backward(device, deed)
 
 
-def _can_go_back() -> bool:
+def _can_run_backward() -> bool:
     if torch.is_inference_mode_enabled() or private.compiled_autograd():
         return False
     return private.functorch_interpreter() is None
@@ -60,8 +60,9 @@ def _as_backward(device: torch.device, deed: Callable[[], Result]) -> Result:
             errors.append(error)
 
     with private.unwatched(), torch.enable_grad():
-        beginning = torch.zeros((), device=device, requires_grad=True)
-        torch.autograd.backward((_Node.apply(beginning, caught),))  # type: ignore[no-untyped-call]
+        beginning = torch.empty(0, device=device, requires_grad=True)  # takes no memory, and no kernel
+        end = _Node.apply(beginning, caught)  # type: ignore[no-untyped-call]
+        torch.autograd.backward((end,), (end.detach(),))
     if errors:
         try:
             raise errors.pop()

@@ -3,7 +3,7 @@
 [Note: Starved convolutions]
 When a convolution's workspace cannot be allocated no error comes. The caller of cuDNN swallows it,
 takes another algorithm (other bits, three to six times slower) and keeps that one for this shape
-for the life of the process. So room is made *before* the op, never after:
+for the life of the thread. So room is made *before* the op, never after:
 
 - A shape met for the first time is given ample room: its results and eight times the bytes of all
   its operands and results, which evicts whatever can go. Measured need is about once that for most
@@ -33,8 +33,11 @@ from torchlms.eager.traits import name_of
 _AMPLE_FACTOR = 8
 _AMPLE_FLOOR_BYTES = 1 << 30
 
-# Process-wide, as cuDNN's own cache is.
+# Process-wide: cuDNN's own choices are by thread, but where there is room all threads choose alike.
 _KNOWN_BLOCKS: dict[Key, tuple[int, ...]] = {}
+# Of these, those for which cuDNN had too little room when it chose: in a thread that has not met them yet it
+# may find too little again, and choose alike.
+_CHOSEN_SHORT: set[Key] = set()
 
 _NAMES = (
     "convolution",
@@ -91,6 +94,19 @@ class ConvolutionRoom:
         results = self._sizes.of(func, args, kwargs)
         workspace_bytes = scratch_bytes + sum(results[1:]) if scratch_bytes else 0
         _KNOWN_BLOCKS[key] = (*results, max(workspace_bytes, before[-1] if before else 0))
+
+    def note_short(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Such a call was starved when it was met for the first time."""
+        _CHOSEN_SHORT.add(_key(func, args, self._flags))
+
+    def chosen_short(self, func: Any, args: tuple[Any, ...]) -> bool:
+        return _key(func, args, self._flags) in _CHOSEN_SHORT
+
+    @staticmethod
+    def chooses_once(func: Any) -> bool:
+        """Whether a call of ``func`` that raised has left no choice behind: the backward pass makes one for
+        each of its gradients."""
+        return "backward" not in name_of(func)
 
 
 def _key(func: Any, args: tuple[Any, ...], flags: tuple[bool, ...]) -> Key:

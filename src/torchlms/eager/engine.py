@@ -279,13 +279,13 @@ class Engine(SlotOwner):
         self.guard.timer = self.now.timer
         return follower.program.roomy_at_end
 
-    def hidden_ooms(self) -> int:
-        """Failed allocations of which nobody heard, for whoever asked took another way; only differences
-        count."""
-        return self._allocator_ooms() - self.ladder.ooms - self.holes.ooms
+    def hidden_ooms(self, *, here: bool = False) -> int:
+        """Failed allocations of which nobody heard, for whoever asked took another way, in any thread or
+        ``here`` in this one; only differences count."""
+        return self._allocator_ooms(here=here) - self.ladder.ooms - self.holes.ooms
 
-    def _allocator_ooms(self) -> int:
-        return private.allocator_ooms(self.device.torch_device) if self.device.is_cuda else 0
+    def _allocator_ooms(self, *, here: bool = False) -> int:
+        return private.allocator_ooms(self.device.torch_device, here=here) if self.device.is_cuda else 0
 
     # -- SlotOwner ---------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ class Ladder:
         self.full_reclaims = 0  # those that had everything leave that could
         self.reclaimed_bytes = 0
         self.retries = 0  # ops that failed and were run again
-        self.ooms = 0  # failed allocations that somebody heard of
+        self.ooms = 0  # failed allocations that have been dealt with
 
     def begin_step(self) -> None:
         """Another micro-step begins."""
@@ -85,13 +85,14 @@ class Ladder:
     # -- making room -------------------------------------------------------------------------
 
     def reclaim(self, want_bytes: int, operands: Operands | None = None) -> int:
-        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed. What only
-        kept memory in order goes first, and where there is such nothing else goes until we are asked again.
+        """Free at least ``want_bytes`` on the device if it can be done; returns what was freed.
 
-        ``operands`` are the arguments of the op that room is made for, which stay in any case.
+        What only kept memory in order goes first. Where there is any that is all, and may be less: whoever
+        asked tries, and asks again. ``operands`` are the arguments of the op that room is made for, which
+        stay in any case.
         """
         given_back_bytes = self._give_back()
-        if given_back_bytes:
+        if given_back_bytes and want_bytes < EVERYTHING_BYTES:
             return given_back_bytes
         freed, left, full = self._send_away(want_bytes, operands)
         if not freed and self._steps >= self._collect_from:
@@ -106,7 +107,7 @@ class Ladder:
             self.single_reclaims += left == 1
             self.full_reclaims += freed < want_bytes
             self.reclaimed_bytes += freed
-        return freed
+        return freed + given_back_bytes
 
     def _send_away(
         self, want_bytes: int, operands: Operands | None

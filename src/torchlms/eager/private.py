@@ -12,6 +12,7 @@ import operator
 import os
 import re
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -136,19 +137,21 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def allocator_ooms(device: torch.device) -> int:
-    """How many allocations have failed, in any thread, those that a library has hidden included. Only
-    differences count.
+def allocator_ooms(device: torch.device, *, here: bool = False) -> int:
+    """How many allocations have failed, in any thread or ``here`` in this one, with those that a library has
+    hidden. Only differences count.
 
-    Assumes that the allocator calls an observer for each, which costs nothing otherwise; where torch takes
-    none the allocator's own counter is read. An observer stays for the life of the process.
+    Assumes that the allocator calls an observer for each, in its thread, which costs nothing otherwise; where
+    it takes none its own counter is read, which is of all threads. An observer stays for the life of the
+    process.
     """
-    if _listens_to_ooms():
-        return _OOMS[device.index or 0]
-    return int(allocator_stats(device)["num_ooms"])
+    if not _listens_to_ooms():
+        return int(allocator_stats(device)["num_ooms"])
+    return _OOMS[device.index or 0, threading.get_ident() if here else _ANY_THREAD]
 
 
-_OOMS: Counter[int] = Counter()  # by the device's index
+_OOMS: Counter[tuple[int, int]] = Counter()  # by the device's index and the thread
+_ANY_THREAD = -1
 
 
 @functools.cache
@@ -156,12 +159,16 @@ def _listens_to_ooms() -> bool:
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is None:
         return False
-    attach(_note_oom)
+    try:
+        attach(_note_oom)
+    except RuntimeError:  # an allocator that is not torch's own
+        return False
     return True
 
 
 def _note_oom(device_index: int, *_: int) -> None:
-    _OOMS[device_index] += 1
+    _OOMS[device_index, _ANY_THREAD] += 1
+    _OOMS[device_index, threading.get_ident()] += 1
 
 
 def allocator_remaps(device: torch.device) -> int:

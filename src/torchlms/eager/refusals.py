@@ -49,14 +49,18 @@ class Refusals:
         )
         return self._refusal(said, max(missing_bytes, results), budget_bytes)
 
-    def convolution(self, func: Any, module: str, need_bytes: int, budget_bytes: int) -> BudgetTooSmall:
-        """One that would have to do with less than it has been measured to take."""
-        inside = f" in {module}" if module else ""
+    def convolution(
+        self, func: Any, module: str, need_bytes: int, budget_bytes: int, *, inside: bool = False
+    ) -> BudgetTooSmall:
+        """One that would have to do with less than it has been measured to take, or has done so: then an
+        allocation failed ``inside``."""
+        place = f" in {module}" if module else ""
+        failed = "Room for that had been made, and an allocation failed inside all the same"
         said = (
-            f"{func}{inside} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
-            f"{self._in_use(budget_bytes)}. With less cuDNN would take another algorithm, which may give "
-            "other bits, and deterministic ones were asked for; in this process it keeps, for shapes that it "
-            "met while memory was short, what it took then: try again in a new one."
+            f"{func}{place} needs {format_bytes(need_bytes)} at once for its results and cuDNN's workspace. "
+            f"{failed if inside else self._in_use(budget_bytes)}. With less cuDNN would take another "
+            "algorithm, which may give other bits, and deterministic ones were asked for; in this process it "
+            "keeps, for shapes that it met while memory was short, what it took then: try again in a new one."
         )
         return self._refusal(said, need_bytes, budget_bytes)
 

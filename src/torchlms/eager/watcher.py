@@ -52,7 +52,10 @@ class Watcher:
         self._holes = engine.holes
         self._accounts = engine.accounts
         self._careful = careful_ops(engine.rooms)
-        self._ooms_before = 0  # a convolution, of those that nobody hears of
+        self._ooms_before = (
+            0  # that nobody had heard of, when room was made for the convolution that runs now
+        )
+        self._need_bytes = 0  # of that convolution
         self._starved: set[tuple[Any, str]] = set()  # convolutions that were said to have no room
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,7 +91,7 @@ class Watcher:
         self._make_room(func, args, kwargs)
         result = self._attempt(func, args, kwargs)
         if self._was_starved(func):
-            self._starve_again(func, sum(self._rooms.need(func, args, kwargs)[0]))
+            self._starve_again(func)
         self._engine.replays += 1
         self._settle_up(result, began_s)
         return result
@@ -188,7 +191,9 @@ class Watcher:
         else:
             result = self._attempt(func, args, kwargs)
         if self._was_starved(func):
-            self._starve(func, sum(self._rooms.need(func, args, kwargs)[0]), sure=measured)
+            if not measured:
+                self._rooms.note_short(func, args)
+            self._starve(func, inside=True, sure=measured and not self._rooms.chosen_short(func, args))
         self._settle_up(result, began_s)
         if not self._is_cuda:
             self._sizes.prove(args, kwargs, result)
@@ -216,44 +221,47 @@ class Watcher:
         if not self._rooms.concerns(func):
             return True
         blocks, measured = self._rooms.need(func, args, kwargs)
+        self._need_bytes = sum(blocks)
         if not self._ladder.reserve(blocks, (args, kwargs)) and measured:
-            self._starve(func, sum(blocks))
-        self._ooms_before = self._engine.hidden_ooms()
+            self._starve(func)
+        self._ooms_before = self._engine.hidden_ooms(here=True)
         return measured
 
     def _was_starved(self, func: Any) -> bool:
         """Whether an allocation has failed inside the convolution that ran just now, and nobody was told."""
-        starved = self._is_cuda and self._rooms.concerns(func) and self._hear_of_hidden() > 0
+        starved = self._is_cuda and self._rooms.concerns(func) and self._settle_hidden() > 0
         self._rooms.starved += starved
         return starved
 
-    def _hear_of_hidden(self) -> int:
+    def _settle_hidden(self) -> int:
         """How many allocations, of which nobody had heard, have failed since room was made."""
-        hidden = max(0, self._engine.hidden_ooms() - self._ooms_before)
+        hidden = max(0, self._engine.hidden_ooms(here=True) - self._ooms_before)
         self._ladder.ooms += hidden
         return hidden
 
-    def _starve(self, func: Any, need_bytes: int, *, sure: bool = True) -> None:
-        """There is less room than a convolution takes. Said once for each place in the model; BudgetTooSmall
-        where it is ``sure`` to have run with more and deterministic kernels were asked for, for this may be
-        another one."""
-        where = self._where()
+    def _starve(self, func: Any, *, inside: bool = False, sure: bool = True) -> None:
+        """There is less room than a convolution takes, before it runs or as was found ``inside``. Said once
+        for each place in the model; BudgetTooSmall where it is ``sure`` to have run with more and
+        deterministic kernels were asked for, for this may be another one."""
+        where, need_bytes, budget_bytes = self._where(), self._need_bytes, self._ladder.budget_bytes
         if sure and _deterministic():
-            raise self._ladder.refusals.convolution(func, where, need_bytes, self._ladder.budget_bytes)
+            raise self._ladder.refusals.convolution(func, where, need_bytes, budget_bytes, inside=inside)
         if (func, where) not in self._starved:
             self._starved.add((func, where))
             text = "no room for what %s in %s needs, %s at once: it may be slower, and give other bits"
             log.warning(text, func, where or "the model", format_bytes(need_bytes))
 
-    def _starve_again(self, func: Any, need_bytes: int) -> None:
+    def _starve_again(self, func: Any) -> None:
         """A convolution of a recipe has found less room than it took in forward. ReplayFailed where
-        deterministic kernels were asked for."""
+        deterministic kernels were asked for, and there is nothing left to compare its bytes with."""
+        if self._engine.prover.busy:
+            return
         if _deterministic():
             raise ReplayFailed(
-                f"{func} took {format_bytes(need_bytes)} at once in forward and found less, so that cuDNN "
-                "took another algorithm, which may give other bits"
+                f"{func} took {format_bytes(self._need_bytes)} at once in forward and found less, so that "
+                "cuDNN took another algorithm, which may give other bits"
             )
-        self._starve(func, need_bytes)
+        self._starve(func, inside=True)
 
     def _make_room_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now, reclaims_before = self._engine.now, self._ladder.reclaims
@@ -315,10 +323,15 @@ class Watcher:
             if now.timer is not None:
                 now.timer.begin()
             if self._is_cuda and self._rooms.concerns(func):
-                self._hear_of_hidden()  # what failed before is made up for by running again
+                self._forgive(func)
 
         # Outside the handler: the exception's frames hold the op's tensors.
         return self._ladder.retry(func, args, kwargs, self._where, want_bytes, begin_again)
+
+    def _forgive(self, func: Any) -> None:
+        """A convolution has raised and is going to run again: what failed in it has decided nothing."""
+        if self._rooms.chooses_once(func):
+            self._settle_hidden()
 
     def _heard(self, error: BaseException) -> int:
         self._ladder.ooms += 1
