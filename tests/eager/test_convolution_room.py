@@ -1,4 +1,4 @@
-"""What is reserved for a convolution's backward pass is enough for it, wherever the allocator finds the room."""
+"""What is reserved for a convolution's backward pass is enough, wherever the allocator finds the room."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def reserved(pages: Pages, living: list[Piece], blocks: list[int], draw: random.
 
 
 def found_room(seed: int) -> bool | None:
-    """Whether both gradients and their workspaces, one after the other, found the room that was reserved; None
-    if it never was."""
+    """Whether both gradients and their workspaces, one after the other, found the room that was reserved;
+    None if it never was."""
     draw = random.Random(seed)
     pages = Pages(draw.choice([1500, 3000]))
     living = crowded(pages, draw)
@@ -75,6 +75,6 @@ TIGHT = [190, 2193, 2480, 3539, 3610, 4237, 5274, 6901, 7058, 7250, 7947, 9508, 
 
 def test_both_gradients_find_the_room_that_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "_KNOWN_BLOCKS", {})
-    found = [found_room(seed) for seed in (*TIGHT, *range(100))]
-    assert found.count(True) > 50
+    found = [found_room(seed) for seed in (*TIGHT, *range(60))]
+    assert found.count(True) > 30
     assert False not in found
