@@ -208,8 +208,9 @@ def test_close_to_the_best_subset() -> None:
 
 
 def test_a_search_may_begin_with_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a part of the work, and gives no worse a plan than that one."""
-    tape, machine = blocks(14), gpu(link=5e9)
+    """It takes a part of the work, and gives no worse a plan than that one. (On a short tape the whole
+    search is soon over, too.)"""
+    tape, machine = blocks(64), gpu(link=5e9)
     budget = Budget(int(0.5 * baseline_curve(tape).max()), LOTS, 0)
     tried = []
     make = joint.plan_moves
