@@ -68,6 +68,13 @@ def test_another_thread_that_runs_backward_chooses_like_the_first() -> None:
     assert torch.equal(here, there)
 
 
+def leave_room_for(result: torch.Tensor) -> None:
+    """Cap the allocator so that a result as large as this one fits, and the workspace beside it does not."""
+    room = result.numel() * 4 + (32 << 20)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+
+
 def test_one_that_has_run_with_more_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if what was reserved lay in pieces when it was asked for: cuDNN raises nothing, and we do."""
     shape = (95, 64, 96, 96)  # a shape no other test uses: it is spoiled afterwards
@@ -79,9 +86,7 @@ def test_one_that_has_run_with_more_room_is_refused(monkeypatch: pytest.MonkeyPa
         del loss
         monkeypatch.setattr(Ladder, "reserve", lambda *_: True)
         torch.cuda.empty_cache()
-        room = x.numel() * 4 + (32 << 20)
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+        leave_room_for(x)
         with pytest.raises(torchlms.BudgetTooSmall, match="an allocation failed inside"):
             F.conv2d(x, w, padding=1)
 
@@ -95,9 +100,7 @@ def test_a_starved_convolution_is_noticed() -> None:
     lms = torchlms.LMS(device="cuda", budget=2 * GIB)
     with lms:
         assert lms._engine is not None
-        room = x.numel() * 4 + (32 << 20)  # the result fits, the workspace does not
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+        leave_room_for(x)
         F.conv2d(x, w, padding=1).sum().backward()
         lms._engine.end_microstep()
         assert lms.stats()["starved_convolutions"] > 0
