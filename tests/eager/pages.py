@@ -1,12 +1,15 @@
 """A model of the caching allocator under a cap, and of a program that runs on it, in MiB.
 
-Pages of 20 MiB are mapped and unmapped in one endless range of addresses. A block goes to the smallest
-mapped hole that takes it; else new pages are mapped at the lowest place with room; else, under the cap,
-every free page is unmapped first: that is a remap. Values come and go as the tape and the plan say.
+Pages are mapped and unmapped in one endless range of addresses. A block goes to the smallest mapped hole that
+takes it, but for the exception in torchlms/memory/compaction.py; else new pages are mapped at the lowest
+place with room; else, under the cap, every free page is unmapped first: that is a remap. The cap is compared
+with what is mapped and all of the block, wherever that will lie. Values come and go as the tape and the plan
+say.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,108 +18,138 @@ from torchlms.core.plan import Plan
 from torchlms.core.tape import Tape
 from torchlms.eager import holes as holes_module
 from torchlms.eager.holes import Holes
+from torchlms.eager.private import MappedBlock
 from torchlms.eager.program import Deed, Program
 from torchlms.memory.device import CudaDevice
 
 MIB = 1 << 20
 PAGE = 20
+ENDLESS = 1 << 40
+USED, FREE, UNMAPPED = "used", "free", "unmapped"
 
 
 class Pages:
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, *, page: int = PAGE) -> None:
         self.cap = cap
+        self.page = page
         self.used: dict[int, int] = {}
         self.mapped: set[int] = set()
         self.remaps = 0
         self.failures = 0
 
-    def free_runs(self, *, unmapped_too: bool = False, top: int = 1 << 20) -> list[tuple[int, int]]:
-        """(start, stop) of what is free, by address; with ``unmapped_too`` up to ``top``."""
-        found, at = [], 0
-        for start, size in [*sorted(self.used.items()), (top, 0)]:
-            if start > at:
-                found.append((at, start))
-            at = max(at, start + size)
-        return found if unmapped_too else [piece for run in found for piece in self._mapped(*run)]
-
-    def _mapped(self, start: int, stop: int) -> list[tuple[int, int]]:
-        pieces: list[tuple[int, int]] = []
-        for page in range(start // PAGE, min(-(-stop // PAGE), max(self.mapped, default=0) + 1)):
-            if page not in self.mapped:
-                continue
-            low, high = max(start, page * PAGE), min(stop, (page + 1) * PAGE)
-            if pieces and pieces[-1][1] == low:
-                pieces[-1] = (pieces[-1][0], high)
-            else:
-                pieces.append((low, high))
-        return pieces
-
-    def runs(self, device: torch.device | None = None) -> list[list[tuple[int, int, bool]]]:
+    def runs(self, device: torch.device | None = None) -> list[list[MappedBlock]]:
+        """What is mapped, as a snapshot of the allocator tells it."""
         del device
-        pieces = [(start, start + size, False) for start, size in self.used.items()]
-        pieces += [(start, stop, True) for start, stop in self.free_runs()]
-        found: list[list[tuple[int, int, bool]]] = []
-        end = -1
-        for start, stop, free in sorted(pieces):
-            if start != end:
+        found: list[list[MappedBlock]] = []
+        stretches = self._stretches()
+        for (start, size, kind), behind in zip(stretches, [*stretches[1:], None], strict=True):
+            if kind == UNMAPPED:
                 found.append([])
-            found[-1].append((start * MIB, (stop - start) * MIB, free))
-            end = stop
-        return found
+                continue
+            spare = behind[1] if behind is not None and behind[2] == UNMAPPED else 0
+            found = found or [[]]
+            found[-1].append(MappedBlock(start * MIB, size * MIB, kind == FREE, spare * MIB))
+        return [run for run in found if run]
 
     def take(self, size_bytes: int) -> Piece:
+        """Where the cap has no room somebody would be evicted; here it is broken, and that counts."""
+        piece = self.try_take(size_bytes)
+        if piece is not None:
+            return piece
+        self.failures += 1
+        start = self._expand(-(-size_bytes // MIB), cap=1 << 30)
+        assert start is not None
+        return self._place(start, -(-size_bytes // MIB))
+
+    def try_take(self, size_bytes: int) -> Piece | None:
+        """None where the cap has no room."""
         if size_bytes <= MIB:
             return Piece(self.used, -1)  # of the pool of small blocks
         size = -(-size_bytes // MIB)
-        fitting = [(stop - start, start) for start, stop in self.free_runs() if stop - start >= size]
-        if fitting:
-            return self._place(min(fitting)[1], size)
-        start = self._expand(size)
+        start = self._hole(size)
+        if start is None:
+            start = self._expand(size)
         if start is None:
             self.remaps += 1
-            self._unmap()
+            self.unmap()
             start = self._expand(size)
-        if start is None:  # somebody would be evicted now; here the cap is broken, and that counts
-            self.failures += 1
-            start = self._expand(size, cap=1 << 30)
-        assert start is not None
-        return self._place(start, size)
+        return self._place(start, size) if start is not None else None
 
     def _place(self, start: int, size: int) -> Piece:
         self.used[start] = size
         return Piece(self.used, start)
 
+    def _stretches(self) -> list[tuple[int, int, str]]:
+        """(start, size, kind) of all that is used, free or unmapped, by address; the last is endless."""
+        found: list[tuple[int, int, str]] = []
+        mapped = self._mapped_runs()
+        at, run = 0, 0
+        for start, size in [*sorted(self.used.items()), (ENDLESS, 0)]:
+            while at < start:
+                while mapped[run][1] <= at:
+                    run += 1
+                low, high = mapped[run]
+                stop, kind = (high, FREE) if low <= at else (low, UNMAPPED)
+                found.append((at, min(start, stop) - at, kind))
+                at = min(start, stop)
+            if size:
+                found.append((start, size, USED))
+                at = start + size
+        return found
+
+    def _mapped_runs(self) -> list[tuple[int, int]]:
+        """(start, stop) of mapped pages without a gap, by address, and one that lies beyond all others."""
+        pages = sorted(self.mapped)
+        starts = [page for page in pages if page - 1 not in self.mapped]
+        stops = [page + 1 for page in pages if page + 1 not in self.mapped]
+        found = [(low * self.page, high * self.page) for low, high in zip(starts, stops, strict=True)]
+        return [*found, (ENDLESS, ENDLESS + 1)]
+
+    def _hole(self, size: int) -> int | None:
+        """Where a mapped hole takes a block of ``size``, if any does."""
+        stretches = self._stretches()
+        holes = sorted(
+            (length, start, length + (after[1] if after[2] == UNMAPPED else 0))
+            for (start, length, kind), after in pairwise(stretches)
+            if kind == FREE and length >= size
+        )
+        for hole, larger in pairwise(holes):
+            if larger[2] >= hole[2]:
+                return hole[1]
+        return holes[-1][1] if holes else None
+
     def _expand(self, size: int, *, cap: int | None = None) -> int | None:
         """The lowest place with unmapped pages in it, and those mapped; None if the cap forbids it."""
-        for start, stop in self.free_runs(unmapped_too=True):
-            beginnings = [
-                page * PAGE
-                for page in range(start // PAGE + 1, stop // PAGE)
-                if page in self.mapped and page - 1 not in self.mapped
-            ]
-            for low in [start, *beginnings]:
-                wanted = range(low // PAGE, -(-(low + size) // PAGE))
-                pages = [page for page in wanted if page not in self.mapped]
-                if stop - low < size or not pages:
-                    continue
-                if (len(self.mapped) + len(pages)) * PAGE > (self.cap if cap is None else cap):
-                    return None
-                self.mapped.update(pages)
+        if len(self.mapped) * self.page + size > (self.cap if cap is None else cap):
+            return None
+        stretches = self._stretches()
+        for index, (_, _, kind) in enumerate(stretches):
+            if kind != UNMAPPED:
+                continue
+            first = index - 1 if index and stretches[index - 1][2] == FREE else index
+            room, last = 0, first
+            while last < len(stretches) and stretches[last][2] != USED:
+                room += stretches[last][1]
+                last += 1
+            if room >= size:
+                low = stretches[first][0]
+                self.mapped.update(range(low // self.page, -(-(low + size) // self.page)))
                 return low
         return None
 
-    def _unmap(self) -> None:
+    def unmap(self) -> None:
+        """Every page that is free."""
         busy = {
             page
             for start, size in self.used.items()
-            for page in range(start // PAGE, -(-(start + size) // PAGE))
+            for page in range(start // self.page, -(-(start + size) // self.page))
         }
         self.mapped &= busy
 
     def level(self) -> None:
-        self._unmap()
-        room = self.cap - len(self.mapped) * PAGE - 40
-        if room > 40:
+        self.unmap()
+        room = self.cap - len(self.mapped) * self.page - 2 * self.page
+        if room > 2 * self.page:
             self.take(room * MIB)
 
 

@@ -3,64 +3,81 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from pages import MIB, PAGE, Pages, Piece
+from pages import MIB, Pages, Piece
 
 from torchlms.eager import convolution
+from torchlms.eager import ladder as ladder_module
 from torchlms.eager.convolution import ConvolutionRoom
+from torchlms.eager.ladder import Ladder
 
 BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 def take(pages: Pages, size: int) -> Piece | None:
     """``size`` MiB, or None where the cap has no room for that."""
-    before = pages.failures
-    piece = pages.take(size * MIB)
-    return piece if pages.failures == before else None
+    return pages.try_take(size * MIB)
 
 
 def crowded(pages: Pages, draw: random.Random) -> list[Piece]:
-    """Values that came and went, until there is no room or enough of it was seen."""
+    """Values that came and went, until there is no room; with a remap now and then."""
     living: list[Piece] = []
-    for _ in range(draw.randint(5, 40)):
-        if living and draw.random() < 0.5:
+    while (piece := take(pages, draw.choice([216, 216, 108, 54, 32, 10, 433]))) is not None:
+        living.append(piece)
+        if draw.random() < 0.3:
             living.pop(draw.randrange(len(living)))
-        elif (piece := take(pages, draw.choice([216, 108, 54, 30, 217, 5, 433]))) is not None:
-            living.append(piece)
-        else:
-            break
+        if draw.random() < 0.1:
+            pages.unmap()
     return living
 
 
-def reserved(pages: Pages, living: list[Piece], blocks: list[int], draw: random.Random) -> bool:
-    """Whether all of ``blocks`` were there together, after as many values as that takes have left."""
-    while True:
-        held = [take(pages, block) for block in blocks]
-        if None not in held:
-            return len(pages.mapped) * PAGE <= pages.cap
-        del held
-        if not living:
-            return False
-        living.pop(draw.randrange(len(living)))
-        pages._unmap()
+def ladder_on(pages: Pages, living: list[Piece], draw: random.Random) -> Ladder:
+    """A ladder for which ``pages`` are all there is, and that has ``living`` to evict."""
+
+    def reclaim(want_bytes: int, operands: Any = None) -> int:
+        return living.pop(draw.randrange(len(living))).nbytes if living else 0
+
+    device, slots = SimpleNamespace(torch_device=torch.device("cuda", 0)), SimpleNamespace()
+    ladder = Ladder(device, None, slots, None, 0)  # type: ignore[arg-type]
+    ladder.reclaim = reclaim  # type: ignore[method-assign]
+    return ladder
 
 
-def found_room(seed: int) -> bool | None:
+@pytest.fixture
+def pages_under(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pages], None]:
+    """Has the ladder allocate on such pages."""
+
+    def under(pages: Pages) -> None:
+        def unwritten(size_bytes: int, device: torch.device) -> Piece:
+            piece = pages.try_take(size_bytes)
+            if piece is None:
+                raise torch.OutOfMemoryError("no room")
+            return piece
+
+        monkeypatch.setattr(ladder_module, "unwritten", unwritten)
+
+    return under
+
+
+def found_room(seed: int, pages_under: Callable[[Pages], None]) -> bool | None:
     """Whether both gradients and their workspaces, one after the other, found the room that was reserved;
     None if it never was."""
     draw = random.Random(seed)
-    pages = Pages(draw.choice([1500, 3000]))
+    pages = Pages(draw.randint(1500, 3100), page=draw.choice([20, 48]))
     living = crowded(pages, draw)
-    inputs, weights = draw.choice([216, 108]), draw.choice([2, 9])
+    inputs, weights = draw.choice([216, 108]), draw.choice([2, 9, 36])
     first, second = draw.choice([216, 300, 433]), draw.choice([60, 216])
     rooms = ConvolutionRoom(SimpleNamespace(of=lambda *_: (inputs, weights)))  # type: ignore[arg-type]
     scratch = max(inputs + first, inputs + weights + second) - inputs - weights
     rooms.learn(BACKWARD, (seed,), {}, scratch)
     blocks, _ = rooms.need(BACKWARD, (seed,), {})
-    if not reserved(pages, living, list(blocks), draw):
+    pages_under(pages)
+    if not ladder_on(pages, living, draw).reserve(tuple(block * MIB for block in blocks)):
         return None
     there = [take(pages, inputs), take(pages, first)]
     fits = None not in there
@@ -69,12 +86,46 @@ def found_room(seed: int) -> bool | None:
     return fits and None not in there
 
 
-# Those in which the workspace of the first gradient found no room while it was measured beside the second.
-TIGHT = [190, 2193, 2480, 3539, 3610, 4237, 5274, 6901, 7058, 7250, 7947, 9508, 10912, 11105, 11801]
+# Those in which the room was there when it was reserved and not when it was used, if asked for once only.
+TIGHT = [5795, 7723, 10032]
 
 
-def test_both_gradients_find_the_room_that_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_gradients_find_the_room_that_was_reserved(
+    pages_under: Callable[[Pages], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(convolution, "_KNOWN_BLOCKS", {})
-    found = [found_room(seed) for seed in (*TIGHT, *range(60))]
+    found = [found_room(seed, pages_under) for seed in (*TIGHT, *range(60))]
     assert found.count(True) > 30
     assert False not in found
+
+
+def test_the_first_workspace_may_be_as_large_as_it_and_the_second_gradient() -> None:
+    rooms = ConvolutionRoom(SimpleNamespace(of=lambda *_: (216, 9)))  # type: ignore[arg-type]
+    rooms.learn(BACKWARD, ("of this test",), {}, 424)
+    assert rooms.need(BACKWARD, ("of this test",), {}) == ((216, 9, 433), True)
+
+
+def shifting() -> tuple[Pages, list[Piece]]:
+    """As it was on an H100, where a convolution starved that had had its room a moment before: the hole in
+    the middle takes a result and all but a little of the workspace. To map that in one piece takes all pages
+    that are free, and makes a hole which the result then fits better."""
+    pages = Pages(3020, page=48)
+    pages.mapped.update(range(9, 71))
+    starts = {442: 32, 474: 32, 506: 10, 516: 216} | {1380 + 216 * number: 216 for number in range(9)}
+    pages.used.update(starts)
+    return pages, [Piece(pages.used, start) for start in starts]
+
+
+def test_room_that_shifts_when_it_is_used_is_no_room(pages_under: Callable[[Pages], None]) -> None:
+    blocks = (216 * MIB, 433 * MIB)
+    pages, living = shifting()
+    assert None not in [pages.try_take(block) for block in blocks]
+    assert None in [pages.try_take(block) for block in blocks]
+    pages, living = shifting()
+    pages_under(pages)
+    before = len(living)
+    assert ladder_on(pages, living, random.Random(0)).reserve(blocks)
+    assert len(living) < before
+    remaps = pages.remaps
+    assert None not in [pages.try_take(block) for block in blocks]
+    assert pages.remaps == remaps

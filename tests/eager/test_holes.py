@@ -12,6 +12,7 @@ from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager import holes as holes_module
 from torchlms.eager.holes import Holes
+from torchlms.eager.private import MappedBlock
 from torchlms.eager.program import Deed, Program
 from torchlms.memory.device import CudaDevice
 
@@ -43,11 +44,11 @@ class Line:
         self.used[start] = units
         return Piece(self.used, start, UNIT)
 
-    def runs(self, device: torch.device) -> list[list[tuple[int, int, bool]]]:
+    def runs(self, device: torch.device) -> list[list[MappedBlock]]:
         del device
         pieces = [(start, size, False) for start, size in self.used.items()]
         pieces += [(start, size, True) for start, size in self.holes()]
-        return [[(start * UNIT, size * UNIT, free) for start, size, free in sorted(pieces)]]
+        return [[MappedBlock(start * UNIT, size * UNIT, free) for start, size, free in sorted(pieces)]]
 
 
 class Resting:

@@ -10,8 +10,8 @@ for the life of the thread. So room is made *before* the op, never after:
   (layout changes of operands and results), and three times for 5x5 kernels that go through an FFT;
   with twice, these were starved. What it really used is recorded.
 - From then on the known need is reserved before each call: results and workspace are allocated in
-  the op's own order and freed at once, so that the allocator can place them again. If that fails
-  we evict and reserve again; the failure meets our own allocation, not cuDNN's. If there is nothing
+  the op's own order and freed at once, until they lie in the same places twice, so that the allocator
+  will place them there again (see [Note: Twice in the same place]). If that fails we evict and reserve again; the failure meets our own allocation, not cuDNN's. If there is nothing
   left to evict, that is an error where deterministic kernels were asked for, and else a warning.
 - Not held to this are convolutions that we do not see: inside compiled regions and in other threads.
   With ``torch.backends.cudnn.benchmark`` cuDNN tries what fits, so that its choice, and with it the

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
     from torchlms.memory.device import CpuDevice
 
-# Blocks (address, bytes, free), in runs without a gap.
-Mapped = list[list[tuple[int, int, bool]]]
+Mapped = list[list[private.MappedBlock]]
 
 _LEAST_BYTES = 20 << 20  # smaller allocations hardly ever fail for want of a hole
 _GRAIN_BYTES = 2 << 20  # what the allocator rounds to is less
@@ -103,7 +102,7 @@ class Holes:
     def _elsewhere_bytes(self) -> int:
         """What other pools than that of large blocks on this stream have reserved."""
         device = self._device.torch_device
-        ours = sum(size for run in self._mapped() for _, size, _ in run)
+        ours = sum(block.size_bytes for run in self._mapped() for block in run)
         return torch.cuda.memory_reserved(device) - ours
 
     # -- opening -----------------------------------------------------------------------------
@@ -144,7 +143,9 @@ class Holes:
         wanted_bytes = sum(
             -(-size // _GRAIN_BYTES) * _GRAIN_BYTES for size in sizes_bytes if size >= _LEAST_BYTES
         )
-        hole_bytes = max((size for run in self._mapped() for _, size, free in run if free), default=0)
+        hole_bytes = max(
+            (block.size_bytes for run in self._mapped() for block in run if block.free), default=0
+        )
         if wanted_bytes and hole_bytes - wanted_bytes >= _LEAST_BYTES:
             self._filler = self._try_empty(hole_bytes - wanted_bytes)
 
@@ -203,4 +204,7 @@ class Holes:
 
 
 def _blocks(mapped: Mapped, movable: Container[int] = ()) -> list[list[Block]]:
-    return [[Block(address, size, free, address in movable) for address, size, free in run] for run in mapped]
+    return [
+        [Block(at, size_bytes, free, at in movable, spare_bytes) for at, size_bytes, free, spare_bytes in run]
+        for run in mapped
+    ]

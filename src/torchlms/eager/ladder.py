@@ -28,6 +28,7 @@ _ASKED = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _SMALL_BYTES = 1 << 20
 _ROUND_BYTES = 64 << 20  # evicting less than this at a time is not worth an allocator round
+_MOST_PASSES = 4  # over blocks that find room each time, but not in the same places
 
 
 class Population(Protocol):
@@ -152,22 +153,40 @@ class Ladder:
         return freed > 0
 
     def reserve(self, blocks: tuple[int, ...], operands: Operands | None = None) -> bool:
-        """Make sure that ``blocks`` can be allocated together, by evicting. Gives way (False) once nothing
-        is left to evict: the op may still find another way."""
-        device = self.device.torch_device
-        while True:
+        """Make sure that ``blocks`` can be allocated together, and by the op that comes next, by evicting.
+        Gives way (False) once nothing is left to evict: the op may still find another way.
+
+        [Note: Twice in the same place]
+        Where room for one block had to be mapped there is another hole from then on, and whoever asks again
+        may get another place for the block before it, so that the next one has none. That there was room is
+        therefore shown only when the same blocks have found the same places twice in a row: the second time
+        they all lay in memory that was mapped already, so that nothing has changed for the third.
+        """
+        while (lacking_bytes := self._lacking_bytes(blocks)) is not None:
             try:
-                held = [unwritten(size, device) for size in blocks if size]
-                del held
-                return True
-            except torch.OutOfMemoryError as error:
-                self.ooms += 1
-                want_bytes = asked_bytes(error)
-            try:
-                if not self.reclaim(max(want_bytes, _ROUND_BYTES), operands):
+                if not self.reclaim(max(lacking_bytes, _ROUND_BYTES), operands):
                     return False
             except (HostBudgetTooSmall, SpillError):
                 return False
+        return True
+
+    def _lacking_bytes(self, blocks: tuple[int, ...]) -> int | None:
+        """What the block asked for that found no room, as far as the allocator says so; None if all of them
+        find theirs again and again."""
+        device = self.device.torch_device
+        places: list[int] = []
+        for _ in range(_MOST_PASSES):
+            before = places
+            try:
+                held = [unwritten(size, device) for size in blocks if size]
+            except torch.OutOfMemoryError as error:
+                self.ooms += 1
+                return asked_bytes(error)
+            places = [block.data_ptr() for block in held]
+            del held
+            if places == before or len(places) == 1:
+                break
+        return None
 
     def enter_in_ledger(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: Callable[[], str]

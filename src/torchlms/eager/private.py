@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -176,20 +176,46 @@ def allocator_remaps(device: torch.device) -> int:
     return int(allocator_stats(device)["num_alloc_retries"])
 
 
-def mapped_runs(device: torch.device) -> list[list[tuple[int, int, bool]]]:
-    """Blocks (address, bytes, free) of the current stream's large pool, in runs without a gap.
+class MappedBlock(NamedTuple):
+    """A block of mapped memory. ``spare_bytes`` of unmapped addresses behind it are its own to grow into."""
 
-    Assumes that a snapshot lists each run of mapped pages as a segment of its own. Takes a
-    millisecond or two.
+    address: int
+    size_bytes: int
+    free: bool
+    spare_bytes: int = 0
+
+
+def mapped_runs(device: torch.device) -> list[list[MappedBlock]]:
+    """The blocks of the current stream's large pool, by address, in runs without a gap.
+
+    Assumes that a snapshot lists each run of mapped pages as a segment of its own, and that expandable
+    segments have no end. Takes a millisecond or two.
     """
     stream = torch.cuda.current_stream(device).cuda_stream
-    return [
-        [(block["address"], block["size"], block["state"] == "inactive") for block in segment["blocks"]]
+    segments = [
+        segment
         for segment in torch.cuda.memory_snapshot()
         if segment["segment_type"] == "large"
         and segment["stream"] == stream
         and segment["device"] == (device.index or 0)
     ]
+    segments.sort(key=lambda segment: segment["address"])
+    runs, beyond = [], _ENDLESS
+    for segment in reversed(segments):
+        end = segment["address"] + segment["total_size"]
+        spare_bytes = beyond - end if segment.get("is_expandable", False) else 0
+        runs.append([_mapped_block(block, end, spare_bytes) for block in segment["blocks"]])
+        beyond = segment["address"]
+    return runs[::-1]
+
+
+def _mapped_block(block: dict[str, Any], end: int, spare_bytes: int) -> MappedBlock:
+    address, size_bytes = block["address"], block["size"]
+    is_last = address + size_bytes == end
+    return MappedBlock(address, size_bytes, block["state"] == "inactive", spare_bytes if is_last else 0)
+
+
+_ENDLESS = 1 << 62  # an address beyond all others
 
 
 def keep_busy(device: torch.device, seconds: float) -> None:
