@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import torchlms
 from torchlms.eager.ladder import EVERYTHING_BYTES, Ladder, asked_bytes, starved_engine
 from torchlms.eager.sizes import ResultSizes
 from torchlms.eager.slot import Where
@@ -337,25 +335,6 @@ def test_an_op_is_run_again_after_each_eviction() -> None:
     tries.clear()
     with pytest.raises(BudgetTooSmall):
         house.ladder.retry(aten.neg.default, (x,), {}, str, 1)
-
-
-def test_a_convolution_without_room_is_an_error_where_determinism_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    convolution = torch.ops.aten.convolution.default
-    with torchlms.LMS(torch.nn.Linear(2, 2), budget="1GiB", disk_dir=tmp_path) as lms:
-        assert lms._engine is not None
-        watcher = lms._engine.watcher
-        watcher._need_bytes = 3 << 30
-        starve = watcher._starve
-        for _ in range(3):
-            starve(convolution)
-        said = [record.getMessage() for record in caplog.records if "no room" in record.getMessage()]
-        assert len(said) == 1, "once, not at every step"
-        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-        with pytest.raises(torchlms.BudgetTooSmall, match="deterministic ones were asked for") as refused:
-            starve(convolution)
-    assert refused.value.smallest_bytes > 3 << 30
 
 
 def test_room_is_made_without_writing_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

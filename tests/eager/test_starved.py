@@ -106,6 +106,22 @@ def test_it_is_said_once_for_each_place(caplog: pytest.LogCaptureFixture) -> Non
     assert stage.ladder.ooms == 4  # so that nobody counts them once more
 
 
+def test_without_room_it_is_an_error_where_determinism_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(hidden=0)
+    stage.ladder.reserve = lambda blocks, operands: False
+    stage.rooms.learn(CONVOLUTION, arguments(), {}, 3 << 30)
+    for _ in range(3):
+        stage.run()
+    said = [record.getMessage() for record in caplog.records if "no room" in record.getMessage()]
+    assert len(said) == 1, "once, not at every step"
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with pytest.raises(BudgetTooSmall, match="deterministic ones were asked for") as refused:
+        stage.run()
+    assert refused.value.smallest_bytes > 3 << 30
+
+
 def test_with_deterministic_kernels_it_is_refused(deterministic: None) -> None:
     stage = Stage(hidden=1)
     with pytest.raises(BudgetTooSmall, match="cuDNN would take another algorithm"):
@@ -139,10 +155,11 @@ def test_one_that_chose_while_memory_was_short_may_find_it_short_again(
 
 def test_what_runs_again_after_an_error_has_chosen_nothing_unless_it_chooses_twice() -> None:
     stage = Stage(hidden=1)
-    stage.watcher._ooms_before = stage.watcher._engine.hidden_ooms(here=True)
-    stage.watcher._forgive(CONVOLUTION)
+    workspaces = stage.watcher._workspaces
+    workspaces.make_room(CONVOLUTION, arguments(), {})
+    workspaces.begin_again(CONVOLUTION)
     assert stage.ladder.ooms == 1
-    stage.watcher._forgive(torch.ops.aten.convolution_backward.default)
+    workspaces.begin_again(torch.ops.aten.convolution_backward.default)
     assert stage.ladder.ooms == 1
 
 

@@ -11,13 +11,14 @@ for the life of the thread. So room is made *before* the op, never after:
   with twice, these were starved. What it really used is recorded.
 - From then on the known need is reserved before each call: results and workspace are allocated in
   the op's own order and freed at once, until they lie in the same places twice, so that the allocator
-  will place them there again (see [Note: Twice in the same place]). If that fails we evict and reserve again; the failure meets our own allocation, not cuDNN's. If there is nothing
-  left to evict, that is an error where deterministic kernels were asked for, and else a warning.
+  will place them there again (see [Note: Twice in the same place]). If that fails we evict and reserve
+  again; the failure meets our own allocation, not cuDNN's. If there is nothing left to evict, that is an
+  error where deterministic kernels were asked for, and else a warning.
 - Not held to this are convolutions that we do not see: inside compiled regions and in other threads.
   With ``torch.backends.cudnn.benchmark`` cuDNN tries what fits, so that its choice, and with it the
   bits, may depend on the budget.
-- The allocator counts the failures it reports. A convolution during which that count grew without
-  an error was starved all the same, and ``starved`` says so.
+- The allocator tells of each allocation that fails. Those inside a convolution that raised nothing have
+  starved it (``eager/workspaces.py``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from torchlms.eager.ladder import asked_bytes, starved_engine
 from torchlms.eager.slot import Where
 from torchlms.eager.tensors import tensors_in
 from torchlms.eager.traits import careful_ops, makes_cpu_tensors, name_of, rewind_of, writes_list
+from torchlms.eager.workspaces import Workspaces
 from torchlms.eager.writes import writes_anything
-from torchlms.errors import LMSError, ReplayFailed, StepTorn
-from torchlms.memory.limits import format_bytes
+from torchlms.errors import LMSError, StepTorn
 
 if TYPE_CHECKING:
     from torchlms.eager.engine import Engine
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from torchlms.eager.provenance import Provenance
     from torchlms.eager.recorder import Recorder
 
-
-log = logging.getLogger("torchlms")
 
 # The allocator waits for the device when it remaps. To ask it after each op would take longer than most ops.
 _LEAST_REMAP_S = 2e-4
@@ -52,11 +49,9 @@ class Watcher:
         self._holes = engine.holes
         self._accounts = engine.accounts
         self._careful = careful_ops(engine.rooms)
-        self._ooms_before = (
-            0  # that nobody had heard of, when room was made for the convolution that runs now
+        self._workspaces = Workspaces(
+            engine.rooms, engine.ladder, lambda: engine.hidden_ooms(here=True), self._where
         )
-        self._need_bytes = 0  # of that convolution
-        self._starved: set[tuple[Any, str]] = set()  # convolutions that were said to have no room
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op: act on the plan, make room, survive running out."""
@@ -90,8 +85,8 @@ class Watcher:
             self._engine.lent.touch(args, kwargs)
         self._make_room(func, args, kwargs)
         result = self._attempt(func, args, kwargs)
-        if self._was_starved(func):
-            self._starve_again(func)
+        if self._wants_workspace(func):
+            self._workspaces.look_again(func, trying=self._engine.prover.busy)
         self._engine.replays += 1
         self._settle_up(result, began_s)
         return result
@@ -190,10 +185,8 @@ class Watcher:
             now.timer.end(func)
         else:
             result = self._attempt(func, args, kwargs)
-        if self._was_starved(func):
-            if not measured:
-                self._rooms.note_short(func, args)
-            self._starve(func, inside=True, sure=measured and not self._rooms.chosen_short(func, args))
+        if self._wants_workspace(func):
+            self._workspaces.look(func, args, measured=measured)
         self._settle_up(result, began_s)
         if not self._is_cuda:
             self._sizes.prove(args, kwargs, result)
@@ -220,48 +213,11 @@ class Watcher:
             return True
         if not self._rooms.concerns(func):
             return True
-        blocks, measured = self._rooms.need(func, args, kwargs)
-        self._need_bytes = sum(blocks)
-        if not self._ladder.reserve(blocks, (args, kwargs)) and measured:
-            self._starve(func)
-        self._ooms_before = self._engine.hidden_ooms(here=True)
-        return measured
+        return self._workspaces.make_room(func, args, kwargs)
 
-    def _was_starved(self, func: Any) -> bool:
-        """Whether an allocation has failed inside the convolution that ran just now, and nobody was told."""
-        starved = self._is_cuda and self._rooms.concerns(func) and self._settle_hidden() > 0
-        self._rooms.starved += starved
-        return starved
-
-    def _settle_hidden(self) -> int:
-        """How many allocations, of which nobody had heard, have failed since room was made."""
-        hidden = max(0, self._engine.hidden_ooms(here=True) - self._ooms_before)
-        self._ladder.ooms += hidden
-        return hidden
-
-    def _starve(self, func: Any, *, inside: bool = False, sure: bool = True) -> None:
-        """There is less room than a convolution takes, before it runs or as was found ``inside``. Said once
-        for each place in the model; BudgetTooSmall where it is ``sure`` to have run with more and
-        deterministic kernels were asked for, for this may be another one."""
-        where, need_bytes, budget_bytes = self._where(), self._need_bytes, self._ladder.budget_bytes
-        if sure and _deterministic():
-            raise self._ladder.refusals.convolution(func, where, need_bytes, budget_bytes, inside=inside)
-        if (func, where) not in self._starved:
-            self._starved.add((func, where))
-            text = "no room for what %s in %s needs, %s at once: it may be slower, and give other bits"
-            log.warning(text, func, where or "the model", format_bytes(need_bytes))
-
-    def _starve_again(self, func: Any) -> None:
-        """A convolution of a recipe has found less room than it took in forward. ReplayFailed where
-        deterministic kernels were asked for, and there is nothing left to compare its bytes with."""
-        if self._engine.prover.busy:
-            return
-        if _deterministic():
-            raise ReplayFailed(
-                f"{func} took {format_bytes(self._need_bytes)} at once in forward and found less, so that "
-                "cuDNN took another algorithm, which may give other bits"
-            )
-        self._starve(func, inside=True)
+    def _wants_workspace(self, func: Any) -> bool:
+        """Whether ``func`` is of those that take another way where memory is short, and say nothing."""
+        return self._is_cuda and self._rooms.concerns(func)
 
     def _make_room_in_ledger(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now, reclaims_before = self._engine.now, self._ladder.reclaims
@@ -284,7 +240,7 @@ class Watcher:
             recorder.abandon()
             raise
         recorder.after(func, result)
-        if self._is_cuda and self._rooms.concerns(func):
+        if self._wants_workspace(func):
             self._rooms.learn(func, args, kwargs, recorder.scratch_bytes)
         return result
 
@@ -322,16 +278,11 @@ class Watcher:
                 now.recorder.begin_again()
             if now.timer is not None:
                 now.timer.begin()
-            if self._is_cuda and self._rooms.concerns(func):
-                self._forgive(func)
+            if self._wants_workspace(func):
+                self._workspaces.begin_again(func)
 
         # Outside the handler: the exception's frames hold the op's tensors.
         return self._ladder.retry(func, args, kwargs, self._where, want_bytes, begin_again)
-
-    def _forgive(self, func: Any) -> None:
-        """A convolution has raised and is going to run again: what failed in it has decided nothing."""
-        if self._rooms.chooses_once(func):
-            self._settle_hidden()
 
     def _heard(self, error: BaseException) -> int:
         self._ladder.ooms += 1
@@ -357,10 +308,6 @@ class Watcher:
         tape = now.follower.program.tape if now.follower is not None else now.routine.tape
         ops = tape.ops if tape is not None else ()
         return ops[min(now.clock, len(ops) - 1)].module if ops else ""
-
-
-def _deterministic() -> bool:
-    return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 def _make_readers_real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
