@@ -33,7 +33,7 @@ from torch import nn
 
 import torchlms
 from torchlms.bench import provenance
-from torchlms.eager import private
+from torchlms.eager import backward_thread, private
 from torchlms.eager.install import WatchMode
 
 RESULT = Path(__file__).resolve().parent / "results" / "sanitizer.json"
@@ -183,10 +183,12 @@ def show_all_ops() -> None:
     """Have the sanitizer see our own copies, too.
 
     In hooks our ops pass all dispatch modes by, and the sanitizer is one: it would miss just those copies
-    that may race. Here they pass only our own mode by.
+    that may race. Here they pass only our own mode by, also where they run in the thread of backward.
     """
     ours = WatchMode.__torch_dispatch__
+    as_backward = backward_thread._as_backward
     private.unwatched = _Passing  # type: ignore[assignment]
+    backward_thread._as_backward = lambda device, deed: as_backward(device, lambda: _shown(deed))
 
     def dispatch(
         self: WatchMode,
@@ -200,6 +202,15 @@ def show_all_ops() -> None:
         return ours(self, func, types, args, kwargs)
 
     WatchMode.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
+
+
+def _shown(deed: Callable[[], Any]) -> Any:
+    """Carry ``deed`` out where a thread was handed what holds inside a dispatch mode: torch does not save the
+    state for a mode below a second time in there, and this thread has not saved any."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    saves = torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
+    with torch._C._ForceDispatchKeyGuard(include, exclude - saves):
+        return deed()
 
 
 class _Passing:

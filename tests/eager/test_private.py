@@ -6,9 +6,10 @@ it assumes, and what would still be safe without it.
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -381,11 +382,10 @@ def test_flat_counters_become_nested() -> None:
 
 
 @pytest.fixture
-def deaf() -> Iterator[None]:
-    """As if nobody had listened yet."""
-    private._listens_to_ooms.cache_clear()
-    yield
-    private._listens_to_ooms.cache_clear()
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had listened yet. Who does is not forgotten: with a second one all would count twice."""
+    fresh = functools.cache(private._attached_observer.__wrapped__)
+    monkeypatch.setattr(private, "_attached_observer", fresh)
 
 
 def test_failed_allocations_are_told_by_an_observer(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:
@@ -404,6 +404,24 @@ def test_failed_allocations_are_told_by_an_observer(monkeypatch: pytest.MonkeyPa
     thread.join()
     assert private.allocator_ooms(device) == before + 2
     assert private.allocator_ooms(device, here=True) == here
+
+
+def test_threads_that_ask_at_once_attach_one_observer(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:
+    observers: list[Any] = []
+
+    def attach(observer: Any) -> None:
+        time.sleep(0.02)
+        observers.append(observer)
+
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", attach, raising=False)
+    threads = [
+        threading.Thread(target=private.allocator_ooms, args=(torch.device("cuda", 0),)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(observers) == 1
 
 
 def test_an_allocator_that_takes_no_observer_is_asked(monkeypatch: pytest.MonkeyPatch, deaf: None) -> None:

@@ -152,10 +152,16 @@ def allocator_ooms(device: torch.device, *, here: bool = False) -> int:
 
 _OOMS: Counter[tuple[int, int]] = Counter()  # by the device's index and the thread
 _ANY_THREAD = -1
+_LISTENING = threading.Lock()
+
+
+def _listens_to_ooms() -> bool:
+    with _LISTENING:  # two threads would attach two observers, and each failure would count twice
+        return _attached_observer()
 
 
 @functools.cache
-def _listens_to_ooms() -> bool:
+def _attached_observer() -> bool:
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is None:
         return False
