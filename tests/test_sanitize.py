@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import sanitize  # noqa: E402
 from facts import found_before  # noqa: E402
 
-from torchlms.eager import private  # noqa: E402
+from torchlms.eager import backward_thread, private  # noqa: E402
 from torchlms.eager.install import WatchMode  # noqa: E402
 
 
@@ -40,6 +40,7 @@ class Looking(TorchDispatchMode):
 def shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the process that is watched; undone after the test."""
     monkeypatch.setattr(private, "unwatched", private.unwatched)
+    monkeypatch.setattr(backward_thread, "_as_backward", backward_thread._as_backward)
     monkeypatch.setattr(WatchMode, "__torch_dispatch__", WatchMode.__torch_dispatch__)
     sanitize.show_all_ops()
 
@@ -49,6 +50,13 @@ def test_another_mode_sees_what_passes_ours_by(shown: None) -> None:
         with private.unwatched():
             torch.zeros(3)
         assert looking.ops == ["aten.zeros.default"]
+
+
+def test_it_sees_what_is_done_as_backward_would(shown: None) -> None:
+    with Looking() as looking:
+        made = backward_thread._as_backward(torch.device("cpu"), lambda: torch.zeros(3))
+    assert made.tolist() == [0.0] * 3
+    assert "aten.zeros.default" in looking.ops
 
 
 @pytest.mark.parametrize("name", ["host", "ladder", "verify"])

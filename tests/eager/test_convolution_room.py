@@ -42,8 +42,8 @@ def ladder_on(pages: Pages, living: list[Piece], draw: random.Random) -> Ladder:
     def reclaim(want_bytes: int, operands: Any = None) -> int:
         return living.pop(draw.randrange(len(living))).nbytes if living else 0
 
-    device, slots = SimpleNamespace(torch_device=torch.device("cuda", 0)), SimpleNamespace()
-    ladder = Ladder(device, None, slots, None, 0)  # type: ignore[arg-type]
+    device = SimpleNamespace(torch_device=torch.device("cuda", 0), held_bytes=pages.unmap)
+    ladder = Ladder(device, None, SimpleNamespace(), None, 0)  # type: ignore[arg-type]
     ladder.reclaim = reclaim  # type: ignore[method-assign]
     return ladder
 
@@ -129,3 +129,55 @@ def test_room_that_shifts_when_it_is_used_is_no_room(pages_under: Callable[[Page
     remaps = pages.remaps
     assert None not in [pages.try_take(block) for block in blocks]
     assert pages.remaps == remaps
+
+
+def test_room_may_shift_more_than_once(pages_under: Callable[[Pages], None]) -> None:
+    """The blocks find places, then others, and then none: to have found room twice is not enough."""
+    blocks = (54 * MIB, 216 * MIB, 60 * MIB)
+
+    def shifting_twice() -> tuple[Pages, list[Piece]]:
+        pages = Pages(1899)
+        pages.mapped.update(set(range(97)) - {36, 37, 38, 47, 48, 49})
+        used = {0: 10, 10: 216, 258: 10, 268: 433, 780: 10, 790: 32, 822: 108, 1000: 10, 1016: 433, 1449: 216}
+        pages.used.update(used)
+        return pages, [Piece(pages.used, start) for start in used]
+
+    pages, living = shifting_twice()
+    found = [None not in [pages.try_take(block) for block in blocks] for _ in range(3)]
+    assert found == [True, True, False]
+    pages, living = shifting_twice()
+    pages_under(pages)
+    assert ladder_on(pages, living, random.Random(0)).reserve(blocks)
+    remaps = pages.remaps
+    assert None not in [pages.try_take(block) for block in blocks]
+    assert pages.remaps == remaps
+
+
+def test_before_it_gives_way_all_free_memory_is_put_in_order(pages_under: Callable[[Pages], None]) -> None:
+    draw = random.Random(463)
+    pages = Pages(draw.randint(1500, 3100), page=draw.choice([20, 48]))
+    living = crowded(pages, draw)
+    for _ in range(draw.randint(1, 4)):
+        living.pop(draw.randrange(len(living)))
+    blocks = (216 * MIB, 433 * MIB)
+    assert None in [pages.try_take(block) for block in blocks]
+    pages_under(pages)
+    assert ladder_on(pages, [], draw).reserve(blocks)
+
+
+def test_garbage_is_looked_for_before_a_refusal_alone(
+    pages_under: Callable[[Pages], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = Pages(500)
+    garbage = [pages.try_take(400 * MIB)]
+    pages_under(pages)
+    ladder = ladder_on(pages, [], random.Random(0))
+
+    def collect(*_: object, **__: object) -> tuple[int, int, None]:
+        found = len(garbage)
+        garbage.clear()
+        return found, 0, None
+
+    monkeypatch.setattr(ladder, "_send_what_garbage_held", collect)
+    assert not ladder.reserve((216 * MIB,))
+    assert ladder.reserve((216 * MIB,), refusing=True)

@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -437,6 +438,42 @@ def test_failed_allocations_are_counted_without_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.delattr(torch._C, "_cuda_attach_out_of_memory_observer", raising=False)
     monkeypatch.setattr(private, "allocator_stats", lambda device: {"num_ooms": 3})
     assert private.allocator_ooms(torch.device("cuda", 0)) == 3
+
+
+def segment(address: int, sizes: list[int], **facts: Any) -> dict[str, Any]:
+    """As a snapshot of the allocator tells of one; a negative size is a free block."""
+    blocks, at = [], address
+    for size in sizes:
+        blocks.append(
+            {"address": at, "size": abs(size), "state": "inactive" if size < 0 else "active_allocated"}
+        )
+        at += abs(size)
+    usual = {"segment_type": "large", "stream": 7, "device": 0, "is_expandable": True}
+    return {**usual, "address": address, "total_size": at - address, "blocks": blocks, **facts}
+
+
+def test_a_hole_may_grow_up_to_what_is_mapped_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        segment(500, [10, -40]),
+        segment(0, [-100, 50, -50]),
+        segment(900, [-20], is_expandable=False),
+        segment(300, [-10, 30]),
+        segment(700, [-5], stream=8),
+        segment(600, [-5], segment_type="small"),
+        segment(650, [-5], device=1),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: found)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    assert private.mapped_runs(torch.device("cuda", 0)) == [
+        [(0, 100, True, 0), (100, 50, False, 0), (150, 50, True, 100)],
+        [(300, 10, True, 0), (310, 30, False, 160)],
+        [(500, 10, False, 0), (510, 40, True, 350)],
+        [(900, 20, True, 0)],
+    ]
+    found.pop(2)
+    (*_, last), endless = private.mapped_runs(torch.device("cuda", 0))[-1], 1 << 50
+    assert last.free
+    assert last.spare_bytes > endless
 
 
 @pytest.mark.gpu

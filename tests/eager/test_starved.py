@@ -46,7 +46,7 @@ class Stage:
         self.ladder = SimpleNamespace(
             ooms=0,
             budget_bytes=1 << 20,
-            reserve=lambda blocks, operands: True,
+            reserve=lambda blocks, operands, refusing: True,
             refusals=Refusals(CpuDevice(Ledger()), sizes),
         )
         self.rooms = ConvolutionRoom(sizes)
@@ -110,7 +110,7 @@ def test_without_room_it_is_an_error_where_determinism_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = Stage(hidden=0)
-    stage.ladder.reserve = lambda blocks, operands: False
+    stage.ladder.reserve = lambda blocks, operands, refusing: False
     stage.rooms.learn(CONVOLUTION, arguments(), {}, 3 << 30)
     for _ in range(3):
         stage.run()
@@ -138,6 +138,7 @@ def test_while_a_recipe_is_tried_its_bytes_decide(deterministic: None) -> None:
     stage = Stage(hidden=1)
     stage.watcher._engine.prover.busy = True
     assert stage.run_again().shape == (2, 4, 8, 8)
+    assert stage.rooms.starved == stage.ladder.ooms == 1  # and counted it is
 
 
 def test_one_that_chose_while_memory_was_short_may_find_it_short_again(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchlms.memory.compaction import Block, Window, find_window
+from torchlms.memory.compaction import Block, Window, find_window, first_misfit
 
 
 def run_of(text: str, address: int = 0) -> list[Block]:
@@ -93,3 +93,26 @@ def test_the_largest_is_moved_first() -> None:
 
 def test_nothing_is_moved_that_finds_no_other_place() -> None:
     assert find_window([run_of(".4 m5 .4 x1 .3")], 8) is None
+
+
+def test_a_hole_that_could_grow_is_spared_and_the_next_block_finds_none() -> None:
+    """A block of 216 does not go to 230 with 380 unmapped behind it, but to 442 with nothing behind it."""
+    growing, fixed = Block(0, 230, True, spare_bytes=380), Block(1000, 442, True)
+    assert first_misfit([[growing], [fixed]], [216, 433]) == 1
+    assert first_misfit([[Block(0, 230, True)], [fixed]], [216, 433]) is None
+
+
+def test_a_hole_is_spared_only_for_one_that_reaches_less_far() -> None:
+    growing, larger = Block(0, 230, True, spare_bytes=100), Block(1000, 442, True)
+    assert first_misfit([[growing], [larger]], [216, 433]) is None
+
+
+def test_holes_are_spared_one_after_the_other_until_one_reaches_further_than_the_next() -> None:
+    holes = [Block(0, 10, True, spare_bytes=90), Block(200, 20, True, spare_bytes=60), Block(400, 30, True)]
+    assert first_misfit([holes], [10, 30]) == 1
+    assert first_misfit([[*holes[:2], Block(400, 30, True, spare_bytes=60)]], [10, 30]) is None
+
+
+def test_what_is_left_of_a_hole_could_still_grow() -> None:
+    growing, fixed = Block(0, 300, True, spare_bytes=300), Block(1000, 250, True)
+    assert first_misfit([[growing], [fixed]], [260, 30, 250]) == 2

@@ -152,7 +152,7 @@ def allocator_ooms(device: torch.device, *, here: bool = False) -> int:
 
 _OOMS: Counter[tuple[int, int]] = Counter()  # by the device's index and the thread
 _ANY_THREAD = -1
-_LISTENING = threading.Lock()
+_LISTENING = threading.RLock()  # a finalizer that closes an LMS may come in anywhere, and asks again
 
 
 def _listens_to_ooms() -> bool:

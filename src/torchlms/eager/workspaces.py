@@ -48,7 +48,8 @@ class Workspaces:
         """
         blocks, measured = self._rooms.need(func, args, kwargs)
         self._need_bytes = sum(blocks)
-        if not self._ladder.reserve(blocks, (args, kwargs)) and measured:
+        refusing = measured and _deterministic()
+        if not self._ladder.reserve(blocks, (args, kwargs), refusing=refusing) and measured:
             self._refuse(func)
         self._hidden_before = self._hidden_ooms()
         return measured
