@@ -11,6 +11,7 @@ from pages import MIB, Piece
 from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager import holes as holes_module
+from torchlms.eager.convolution import blocks_of
 from torchlms.eager.holes import Holes
 from torchlms.eager.private import MappedBlock
 from torchlms.eager.program import Deed, Program
@@ -185,6 +186,14 @@ def test_a_pinch_becomes_an_action_before_its_op(line: Line) -> None:
         (4, Deed.FETCH),
     ]
     assert made.blocks_bytes(3) == [77, 3]
+
+
+def test_a_hole_for_a_convolution_is_as_large_as_the_room_that_is_reserved_for_it() -> None:
+    name = "aten.convolution_backward.default"
+    ops = (Op("data", "", Phase.FORWARD, 1.0, (), ()), Op(name, "", Phase.BACKWARD, 1.0, (0,), (), 424))
+    gradients = [Value(number, Kind.GRADIENT, size, birth=1, death=1) for number, size in ((0, 216), (1, 9))]
+    made = Program(Tape(ops, tuple(gradients), 0, "cuda", "2.13"), program().plan)
+    assert made.blocks_bytes(1) == [216, 9, 433] == list(blocks_of((216, 9), 424))
 
 
 def test_learning_ends_when_steps_are_calm_and_comes_back_when_they_are_not(line: Line) -> None:

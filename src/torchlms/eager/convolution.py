@@ -23,6 +23,7 @@ for the life of the thread. So room is made *before* the op, never after:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ def convolution_ops() -> frozenset[Any]:
     )
 
 
+def is_convolution(name: str) -> bool:
+    """Whether an op of that name, as tapes give it, is one."""
+    return name.removeprefix("aten.").partition(".")[0] in _NAMES
+
+
+def blocks_of(results_bytes: Sequence[int], scratch_bytes: int) -> tuple[int, ...]:
+    """What a convolution allocates, in its order, if it used ``scratch_bytes`` beyond its results: that much,
+    if all of them were there when it used the most. The workspace for the first of them may have been there
+    before the others, and in one piece larger by those."""
+    workspace_bytes = scratch_bytes + sum(results_bytes[1:]) if scratch_bytes else 0
+    return (*results_bytes, workspace_bytes)
+
+
 class ConvolutionRoom:
     """Knows what each convolution needs, and reserves it."""
 
@@ -87,13 +101,10 @@ class ConvolutionRoom:
         return (*results, _AMPLE_FACTOR * (operands + sum(results)) + _AMPLE_FLOOR_BYTES), False
 
     def learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch_bytes: int) -> None:
-        """Remember what this call used beyond its results: that much, if all of them were there when it used
-        the most. The workspace for the first of them may have been there before the others, and in one piece
-        larger by those."""
+        """Remember what this call used beyond its results."""
         key = _key(func, args, self._flags)
         before = _KNOWN_BLOCKS.get(key)
-        results = self._sizes.of(func, args, kwargs)
-        workspace_bytes = scratch_bytes + sum(results[1:]) if scratch_bytes else 0
+        *results, workspace_bytes = blocks_of(self._sizes.of(func, args, kwargs), scratch_bytes)
         _KNOWN_BLOCKS[key] = (*results, max(workspace_bytes, before[-1] if before else 0))
 
     def note_short(self, func: Any, args: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -11,6 +11,7 @@ from torchlms.core.curve import baseline_curve
 from torchlms.core.drops import Drops
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.tape import Phase, Tape, Value
+from torchlms.eager.convolution import blocks_of, is_convolution
 from torchlms.eager.slot import UNUSED
 
 
@@ -225,7 +226,10 @@ class Program:
         for value in self.tape.values:
             made.setdefault(value.birth, []).append(value.size_bytes)
         for op, known in enumerate(self.tape.ops):
-            made.setdefault(op, []).append(known.scratch_bytes)
+            results = made.get(op, [])
+            # As it is reserved before a convolution, or the hole would be too small for that.
+            blocks_bytes = blocks_of if is_convolution(known.name) else _as_told
+            made[op] = list(blocks_bytes(results, known.scratch_bytes))
         blocks: dict[int, list[int]] = {}
         back = {move.value: move.reload_op for move in self.plan.moves if move.choice is Choice.RECOMPUTE}
         for value in Drops.of(self.tape, self.plan.moves).through:
@@ -262,6 +266,10 @@ def _actions(value: Value, decision: Decision) -> list[Action]:
         act(decision.release_op, Deed.RELEASE),
         act(decision.reload_op, Deed.FETCH),
     ]
+
+
+def _as_told(results_bytes: Sequence[int], scratch_bytes: int) -> tuple[int, ...]:
+    return (*results_bytes, scratch_bytes)
 
 
 def _peak_at_end(tape: Tape) -> int:
