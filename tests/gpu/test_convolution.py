@@ -84,7 +84,7 @@ def test_one_that_has_run_with_more_room_is_refused(monkeypatch: pytest.MonkeyPa
     with torchlms.LMS(device="cuda", budget=2 * GIB):
         loss = F.conv2d(x, w, padding=1).sum()
         del loss
-        monkeypatch.setattr(Ladder, "reserve", lambda *_: True)
+        monkeypatch.setattr(Ladder, "reserve", lambda *_, **__: True)
         torch.cuda.empty_cache()
         leave_room_for(x)
         with pytest.raises(torchlms.BudgetTooSmall, match="an allocation failed inside"):

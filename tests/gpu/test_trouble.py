@@ -249,8 +249,8 @@ def refuse_above(limit_bytes: int, what: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_convolution_refused_in_backward_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Ladder.reserve
 
-    def refused(ladder: Ladder, *blocks: Any) -> bool:
-        return not private.in_backward() and right(ladder, *blocks)
+    def refused(ladder: Ladder, *blocks: Any, **options: Any) -> bool:
+        return not private.in_backward() and right(ladder, *blocks, **options)
 
     clean()
     before_bytes = torch.cuda.memory_allocated()
