@@ -18,8 +18,8 @@ from torchlms.core.plan import Plan
 from torchlms.core.tape import Tape
 from torchlms.eager import holes as holes_module
 from torchlms.eager.holes import Holes
-from torchlms.eager.private import MappedBlock
 from torchlms.eager.program import Deed, Program
+from torchlms.memory.compaction import Block
 from torchlms.memory.device import CudaDevice
 
 MIB = 1 << 20
@@ -37,10 +37,10 @@ class Pages:
         self.remaps = 0
         self.failures = 0
 
-    def runs(self, device: torch.device | None = None) -> list[list[MappedBlock]]:
+    def runs(self, device: torch.device | None = None) -> list[list[Block]]:
         """What is mapped, as a snapshot of the allocator tells it."""
         del device
-        found: list[list[MappedBlock]] = []
+        found: list[list[Block]] = []
         stretches = self._stretches()
         for (start, size, kind), behind in zip(stretches, [*stretches[1:], None], strict=True):
             if kind == UNMAPPED:
@@ -48,7 +48,7 @@ class Pages:
                 continue
             spare = behind[1] if behind is not None and behind[2] == UNMAPPED else 0
             found = found or [[]]
-            found[-1].append(MappedBlock(start * MIB, size * MIB, kind == FREE, spare * MIB))
+            found[-1].append(Block(start * MIB, size * MIB, kind == FREE, spare_bytes=spare * MIB))
         return [run for run in found if run]
 
     def take(self, size_bytes: int) -> Piece:

@@ -13,8 +13,8 @@ from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
 from torchlms.eager import holes as holes_module
 from torchlms.eager.convolution import blocks_of
 from torchlms.eager.holes import Holes
-from torchlms.eager.private import MappedBlock
 from torchlms.eager.program import Deed, Program
+from torchlms.memory.compaction import Block
 from torchlms.memory.device import CudaDevice
 
 UNIT = 100 * MIB  # sizes below are in these
@@ -45,11 +45,11 @@ class Line:
         self.used[start] = units
         return Piece(self.used, start, UNIT)
 
-    def runs(self, device: torch.device) -> list[list[MappedBlock]]:
+    def runs(self, device: torch.device) -> list[list[Block]]:
         del device
         pieces = [(start, size, False) for start, size in self.used.items()]
         pieces += [(start, size, True) for start, size in self.holes()]
-        return [[MappedBlock(start * UNIT, size * UNIT, free) for start, size, free in sorted(pieces)]]
+        return [[Block(start * UNIT, size * UNIT, free) for start, size, free in sorted(pieces)]]
 
 
 class Resting:

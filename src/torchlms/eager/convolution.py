@@ -52,19 +52,8 @@ _NAMES = (
 )
 
 
-def convolution_ops() -> frozenset[Any]:
-    """Every overload whose kernel is chosen by how much memory is free."""
-    packets = [getattr(torch.ops.aten, name, None) for name in _NAMES]
-    return frozenset(
-        getattr(packet, overload)
-        for packet in packets
-        if packet is not None
-        for overload in packet.overloads()
-    )
-
-
 def is_convolution(name: str) -> bool:
-    """Whether an op of that name, as tapes give it, is one."""
+    """Whether the kernel of an op of that name, as tapes give it, is chosen by how much memory is free."""
     return name.removeprefix("aten.").partition(".")[0] in _NAMES
 
 
@@ -82,7 +71,7 @@ class ConvolutionRoom:
     def __init__(self, sizes: ResultSizes) -> None:
         self._sizes = sizes
         # Whether an op is a convolution.
-        self.concerns = PerOp(convolution_ops().__contains__)
+        self.concerns = PerOp(lambda func: is_convolution(name_of(func)))
         self._flags = _flags()
         self.starved = 0
 

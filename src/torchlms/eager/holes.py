@@ -13,6 +13,7 @@ in use just then) is put elsewhere when it is made.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torchlms.eager.slot import Slot
     from torchlms.memory.device import CpuDevice
 
-Mapped = list[list[private.MappedBlock]]
+Mapped = list[list[Block]]
 
 _LEAST_BYTES = 20 << 20  # smaller allocations hardly ever fail for want of a hole
 _GRAIN_BYTES = 2 << 20  # what the allocator rounds to is less
@@ -117,7 +118,7 @@ class Holes:
             return
         for _ in range(_MOST_ROUNDS):  # a hole made for one block may change where another goes
             mapped = self._mapped()
-            misfit = first_misfit(_blocks(mapped), large)
+            misfit = first_misfit(mapped, large)
             if misfit is None or not self._open_for(large, misfit, mapped):
                 return
 
@@ -162,7 +163,7 @@ class Holes:
             for slot in self._slots.living()
             if slot.bytes is not None and slot.at_rest()
         }
-        window = find_window(_blocks(mapped, movable), size_bytes)
+        window = find_window(_marked(mapped, movable), size_bytes)
         return window is not None and bool(window.moves) and self._clear(window, movable)
 
     def _mapped(self) -> Mapped:
@@ -203,8 +204,9 @@ class Holes:
         return new_bytes(size_bytes, self._device.torch_device)
 
 
-def _blocks(mapped: Mapped, movable: Container[int] = ()) -> list[list[Block]]:
+def _marked(mapped: Mapped, movable: Container[int]) -> Mapped:
+    """The same blocks, those that may be moved told as such."""
     return [
-        [Block(at, size_bytes, free, at in movable, spare_bytes) for at, size_bytes, free, spare_bytes in run]
+        [replace(block, movable=True) if block.address in movable else block for block in run]
         for run in mapped
     ]

@@ -17,11 +17,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from torchlms.core.headroom import SMALLEST_PAGE_BYTES
+from torchlms.memory.compaction import Block
 
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -182,16 +183,7 @@ def allocator_remaps(device: torch.device) -> int:
     return int(allocator_stats(device)["num_alloc_retries"])
 
 
-class MappedBlock(NamedTuple):
-    """A block of mapped memory. ``spare_bytes`` of unmapped addresses behind it are its own to grow into."""
-
-    address: int
-    size_bytes: int
-    free: bool
-    spare_bytes: int = 0
-
-
-def mapped_runs(device: torch.device) -> list[list[MappedBlock]]:
+def mapped_runs(device: torch.device) -> list[list[Block]]:
     """The blocks of the current stream's large pool, by address, in runs without a gap.
 
     Assumes that a snapshot lists each run of mapped pages as a segment of its own, and that expandable
@@ -215,10 +207,11 @@ def mapped_runs(device: torch.device) -> list[list[MappedBlock]]:
     return runs[::-1]
 
 
-def _mapped_block(block: dict[str, Any], end: int, spare_bytes: int) -> MappedBlock:
+def _mapped_block(block: dict[str, Any], end: int, spare_bytes: int) -> Block:
     address, size_bytes = block["address"], block["size"]
     is_last = address + size_bytes == end
-    return MappedBlock(address, size_bytes, block["state"] == "inactive", spare_bytes if is_last else 0)
+    free = block["state"] == "inactive"
+    return Block(address, size_bytes, free, spare_bytes=spare_bytes if is_last else 0)
 
 
 _ENDLESS = 1 << 62  # an address beyond all others
