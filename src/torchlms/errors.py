@@ -14,6 +14,8 @@ LMSError                  anything this package refuses or could not do
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BadOption",
     "BudgetTooSmall",
@@ -30,6 +32,10 @@ __all__ = [
 
 class LMSError(Exception):
     """Root of every error this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With its figures: pools and launchers send errors from one process to another."""
+        return _made_again, (type(self), *self.args), self.__dict__
 
 
 class BudgetTooSmall(LMSError):
@@ -91,3 +97,10 @@ class VerifyFailed(LMSError, RuntimeError):
 
 class SpillError(LMSError, OSError):
     """The spill file could not be made, written or read; ``errno`` is the system's reason."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple(OSError.__reduce__(self))  # which knows of the file's name
+
+
+def _made_again(kind: type[LMSError], *args: Any) -> LMSError:
+    return kind.__new__(kind, *args)

@@ -244,6 +244,31 @@ def test_learning_ends_where_nothing_helps(line: Line) -> None:
     assert not made.scattered
 
 
+def test_memory_is_put_in_order_before_the_first_two_lessons(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = program()
+    watcher = Holes(cuda_device(), Slots())
+    levelled: list[int] = []
+    steps: list[int] = []
+    monkeypatch.setattr(Holes, "_level", lambda self: levelled.append(len(steps)))
+
+    def step() -> None:
+        watcher.begin_step(made)
+        line.remaps += 1
+        watcher.note(len(steps) % 6)
+        watcher.end_step()
+        steps.append(line.remaps)
+
+    for _ in range(6):
+        step()
+    assert levelled == [0, 1]
+    made.learn_anew()
+    for _ in range(4):
+        step()
+    assert levelled == [0, 1, 6, 7]
+
+
 def test_nothing_is_watched_where_nothing_moves(line: Line) -> None:
     watcher = Holes(cuda_device(), Slots())
     watcher.begin_step(program(moves=False))

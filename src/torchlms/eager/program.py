@@ -173,7 +173,13 @@ class Program:
         (self.trust.refuted if ordinal in self.trust.missed else self.trust.missed).add(ordinal)
 
     def learn(self, pinched: set[int], *, disturbed: bool) -> None:
-        """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``."""
+        """Take note of a step in which the allocator remapped (``disturbed``) at the ops ``pinched``.
+
+        Memory is put in order once more after the first lesson, so that holes are opened in what lies as it
+        lay when their pinches were found. Not after later ones: a pinch at which no hole could be opened
+        would only come back, step by step, while what a remap has left behind mostly has room for it.
+        """
+        first = self.lessons == _LESSONS
         again = disturbed and self.calm and not self.lessons
         if again:
             self.lessons = _MORE_LESSONS  # something else has scattered the memory
@@ -182,7 +188,7 @@ class Program:
         tucked = {op for pinch in stuck for op in self._obstacles(pinch)} - self.tucked
         fruitful = again or (disturbed and (opened or tucked))
         self.lessons = max(0, self.lessons - (1 if fruitful else _DULL_LESSON))
-        self.scattered = disturbed and self.lessons > 0
+        self.scattered = disturbed and first
         self.calm = not disturbed
         self.pinches |= opened
         self.tucked |= tucked
