@@ -172,6 +172,7 @@ def _ladder(name: str, *, recompute: bool) -> Row:
         label=row.label.removesuffix(", moving alone") if recompute else row.label,
         kind=Kind.LADDER,
         options=replace(row.options, recompute=recompute),
+        steps=30,  # so many that plans have been raced, and the last ones say how fast it is from then on
         targets=(
             Target("finished", at_least=1),
             Target("same_bits", at_least=1),
