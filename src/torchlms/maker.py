@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchlms.core import joint, planner
-from torchlms.core.calibrate import scaled, stretched
+from torchlms.core.calibrate import stretched
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes, page_bytes
 from torchlms.errors import BudgetTooSmall, LMSError
 
@@ -62,7 +62,7 @@ class Maker:
 
         Raises BudgetTooSmall or HostBudgetTooSmall where there is no such plan.
         """
-        machine = scaled(self.machine, _ROUGH_COPIES) if rough and self.machine.link else self.machine
+        machine = self.machine.with_copies(_ROUGH_COPIES) if rough and self.machine.link else self.machine
         try:
             plan = self._make(tape, self.headroom_bytes, machine=machine, quick=rough)
         except BudgetTooSmall:
@@ -94,7 +94,7 @@ class Maker:
         ``drops``, one that only moves. It takes hardly more host memory than ``first``, with which was said
         how much will be pinned; but where other rates make drops dearer, more may move instead. None where
         there is no such plan."""
-        machine = scaled(self.machine, rates.copies)
+        machine = self.machine.with_copies(rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
         free = self.rules.recompute and drops and not more_headroom
         budget = self.budget if free else self._as_said(first)

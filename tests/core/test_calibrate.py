@@ -17,7 +17,6 @@ from torchlms.core.calibrate import (
     explanation,
     foretold,
     heat,
-    scaled,
     stretched,
 )
 from torchlms.core.curve import baseline_curve
@@ -38,7 +37,7 @@ def test_the_factor_is_found_again(factor: float, recompute: bool) -> None:
     moves = [move for move in plan.moves if move.choice is Choice.HOST]
     assert moves
     assert bool(drops.values) is recompute
-    measured = Simulator(with_drops(tape, drops), scaled(machine, factor)).run(moves).step_s
+    measured = Simulator(with_drops(tape, drops), machine.with_copies(factor)).run(moves).step_s
     found = explanation(tape, machine, plan, lap_s(tape, measured))
     assert found.copies == pytest.approx(factor, rel=0.01)
     assert found.ops == 1.0

@@ -14,11 +14,14 @@ from tapes import MIB, gpu
 from torchlms.core import joint, planner
 from torchlms.core.again import feasible, with_drops
 from torchlms.core.bound import lower_bound
+from torchlms.core.calibrate import Rates, foretold
 from torchlms.core.curve import baseline_curve, floor_curve
 from torchlms.core.drops import Drops, droppable, gain_bytes, replay_s, return_ops, short_chains
-from torchlms.core.plan import Budget, Choice, Decision
+from torchlms.core.machine import Machine
+from torchlms.core.plan import Budget, Choice, Decision, Plan
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Kind, Op, Phase, Stretch, Tape, Value
+from torchlms.core.units import seconds_text
 from torchlms.core.validate import Reason, validate
 from torchlms.errors import BudgetTooSmall
 
@@ -190,6 +193,38 @@ def test_never_predicted_slower_than_moving_alone(share: float, link: float) -> 
     if link == 5e9:  # where moving is dear, dropping pays
         assert any(decision.choice is Choice.RECOMPUTE for decision in both.moves)
         assert both.predicted.step_s < 0.9 * moves.predicted.step_s
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.7, 0.8])
+@pytest.mark.parametrize("link", [20e9, 35e9, 50e9])
+def test_copies_that_are_a_little_slower_do_not_make_the_step_longer(
+    share: float, link: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For hardly anything while they are as fast as measured; [Note: Slower copies]."""
+    tape, machine = blocks(16), gpu(link=link)
+    budget = Budget(int(share * baseline_curve(tape).max()), LOTS, 0)
+    wary = joint.plan(tape, machine, budget, RULES)
+    assert slowed_s(tape, machine, wary) <= 1.002 * wary.predicted.step_s
+    monkeypatch.setattr(joint, "COPIES", 1.0)
+    bold = joint.plan(tape, machine, budget, RULES)
+    assert wary.predicted.step_s <= 1.01 * bold.predicted.step_s
+    assert slowed_s(tape, machine, wary) < slowed_s(tape, machine, bold)
+
+
+def slowed_s(tape: Tape, machine: Machine, plan: Plan) -> float:
+    return foretold(tape, machine, plan, Rates(copies=0.85)).step_s
+
+
+def test_a_plan_tells_the_times_of_the_machine() -> None:
+    """And not those with slower copies, on which it counts."""
+    tape, machine = blocks(16), gpu(link=5e9)
+    budget = Budget(int(0.2 * baseline_curve(tape).max()), LOTS, 0)
+    made = joint.plan(tape, machine, budget, RULES)
+    assert made.predicted.stall_s > 0
+    assert made.predicted == foretold(tape, machine, made)
+    moved = next(decision for decision in made.moves if decision.choice is Choice.HOST)
+    copies_s = machine.copies_s(tape.values[moved.value].size_bytes)
+    assert f"copies {seconds_text(copies_s)}" in moved.reason
 
 
 def test_close_to_the_best_subset() -> None:

@@ -53,18 +53,6 @@ class Rates:
 AS_MEASURED = Rates()
 
 
-def scaled(machine: Machine, factor: float) -> Machine:
-    """``machine`` if every copy off the device and back went ``factor`` times as fast."""
-    return replace(
-        machine,
-        link=tuple(
-            replace(point, out_s=point.out_s / factor, in_s=point.in_s / factor) for point in machine.link
-        ),
-        disk_write_bytes_per_s=machine.disk_write_bytes_per_s * factor,
-        disk_read_bytes_per_s=machine.disk_read_bytes_per_s * factor,
-    )
-
-
 def stretched(tape: Tape, factor: float) -> Tape:
     """``tape`` if the ops of forward and backward took ``factor`` times as long."""
     if factor == 1.0:
@@ -81,7 +69,7 @@ def foretold(tape: Tape, machine: Machine, plan: Plan, rates: Rates = AS_MEASURE
     """What ``plan`` predicts, with the times that follow from ``rates``."""
     moves = [move for move in plan.moves if move.choice in (Choice.HOST, Choice.DISK)]
     changed = with_drops(stretched(tape, rates.ops), Drops.of(tape, plan.moves))
-    timeline = Simulator(changed, scaled(machine, rates.copies)).run(moves)
+    timeline = Simulator(changed, machine.with_copies(rates.copies)).run(moves)
     predicted = replace(
         plan.predicted,
         step_s=timeline.step_s + rates.remaps_s,

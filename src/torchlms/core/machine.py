@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchlms.core.record import load_record, save_record
@@ -71,6 +71,17 @@ class Machine:
         if not self.disk_write_bytes_per_s or not self.disk_read_bytes_per_s:
             return float("inf")
         return self.disk_write_s(size_bytes) + self.disk_read_s(size_bytes)
+
+    def with_copies(self, speed: float) -> Machine:
+        """The same machine, if every copy off the device and back went ``speed`` times as fast."""
+        return replace(
+            self,
+            link=tuple(
+                replace(point, out_s=point.out_s / speed, in_s=point.in_s / speed) for point in self.link
+            ),
+            disk_write_bytes_per_s=self.disk_write_bytes_per_s * speed,
+            disk_read_bytes_per_s=self.disk_read_bytes_per_s * speed,
+        )
 
     def save(self, path: str | Path) -> None:
         save_record(self, path)

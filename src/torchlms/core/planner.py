@@ -58,6 +58,7 @@ class _Task:
     fingerprint: str
     smallest_bytes: int
     effort: float
+    copies: float
 
 
 def plan(
@@ -69,27 +70,30 @@ def plan(
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
     effort: float = 1.0,
+    copies: float = 1.0,
     fingerprint: str = "",
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``, or less if
     the rules ask for more headroom.
 
     ``elbow`` is free memory that ops and copies are given beyond that where it can be had; ``effort`` is
-    how long to search, as a share of the usual; ``fingerprint`` that of the plan, if not the tape's. Moves
-    nothing when everything fits, unless a rule demands it. The step time is the best found, not a proven
+    how long to search, as a share of the usual; ``copies`` how fast copies are, in the prediction too, as a
+    share of what the machine says; ``fingerprint`` that of the plan, if not the tape's. Moves nothing when
+    everything fits, unless a rule demands it. The step time is the best found, not a proven
     optimum; ``lower_bound`` says how far off it can be. Stretches that wrap around the end of the tape stay
     on the device. Raises BudgetTooSmall or HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
     headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
     task = _task(
-        Simulator(tape, machine),
+        Simulator(tape, machine.with_copies(copies)),
         budget,
         rules,
         headroom_bytes=headroom_bytes,
         elbow=elbow,
         fingerprint=fingerprint or tape.fingerprint,
         effort=effort,
+        copies=copies,
     )
     least_bytes = max(rules.min_bytes, int(_SMALL * budget.device_bytes))
     if not any(rules.min_bytes <= move.size_bytes < least_bytes for move in task.candidates):
@@ -119,6 +123,7 @@ def _task(
     elbow: Elbow,
     fingerprint: str,
     effort: float,
+    copies: float,
 ) -> _Task:
     """Raises BudgetTooSmall where no plan could do."""
     tape = simulator.tape
@@ -137,7 +142,7 @@ def _task(
         waits_out=rules.waits_out,
     )
     smallest_bytes = int(floor.max(initial=0)) + headroom_bytes
-    return _Task(simulator, course, candidates, budget, rules, fingerprint, smallest_bytes, effort)
+    return _Task(simulator, course, candidates, budget, rules, fingerprint, smallest_bytes, effort, copies)
 
 
 def _plan(task: _Task, least_bytes: int) -> Plan:
@@ -152,7 +157,7 @@ def _plan(task: _Task, least_bytes: int) -> Plan:
         torch=tape.torch,
         device=tape.device,
         budget=task.budget,
-        decisions=tuple(_decision(slot, found.places) for slot in found.slots),
+        decisions=tuple(_decision(slot, found.places, task.copies) for slot in found.slots),
         predicted=prediction(
             found.timeline, arena_bytes=found.places.arena_bytes, spill_bytes=found.places.spill_bytes
         ),
@@ -230,12 +235,13 @@ def _disk_works(machine: Machine) -> bool:
     return machine.disk_write_bytes_per_s > 0 and machine.disk_read_bytes_per_s > 0
 
 
-def _decision(slot: Slot, places: Places) -> Decision:
+def _decision(slot: Slot, places: Places, copies: float) -> Decision:
+    """The slot as a record, its reason with the times that the machine says."""
     move = slot.move
     why = f"rule {move.forced}" if move.forced else f"idle {seconds_text(move.idle_s)}"
-    copies = f"copies {seconds_text(move.copies_s)}"
+    beside = f"copies {seconds_text(copies * move.copies_s)}"
     where = ", host memory full" if slot.on_disk and move.out_s else ""
-    return decision_of(slot, offset_bytes=places.offsets_bytes[move], reason=f"{why}, {copies}{where}")
+    return decision_of(slot, offset_bytes=places.offsets_bytes[move], reason=f"{why}, {beside}{where}")
 
 
 def _too_small(simulator: Simulator, floor: Bytes, budget: Budget, headroom_bytes: int) -> BudgetTooSmall:
