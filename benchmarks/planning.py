@@ -50,7 +50,7 @@ _RATES, _SIZES = "resnet50-b400", "joint-llama-24"  # results of an H200: its ra
 def main(arguments: list[str] | None = None) -> int:
     asked = _arguments(arguments)
     torch.set_num_threads(1)
-    machine: Machine = from_json(Machine, _result_of(_RATES)["machine"])
+    machine: Machine = from_json(Machine, result_of(_RATES)["machine"])
     tapes = [planned(layers, machine, asked.repeats) for layers in (asked.layers, 2 * asked.layers)]
     result = {
         "schema": "torchlms.planning/1",
@@ -84,13 +84,13 @@ def record(layers: int) -> Tape:
         return lms.tape
 
 
-def enlarged(tape: Tape) -> Tape:
-    """With the peak and the step time of a large network; what is larger or longer than another stays so.
+def enlarged(tape: Tape, plain: dict[str, Any]) -> Tape:
+    """With the peak and the step time of a large network, as ``plain``, the entry of a result, has them; what
+    is larger or longer than another stays so.
 
     As recorded, copies are short beside the step, and whatever leaves costs nothing: to let small values
     move (min_bytes=0) would give plans without a search, and prove nothing.
     """
-    plain = next(entry for entry in _result_of(_SIZES)["entries"] if entry["way"] == "none")
     grow = plain["peak_device_bytes"] / peak_bytes(tape)
     slow = plain["step_s"]["median"] / sum(op.time_s for op in tape.ops)
     return replace(
@@ -107,7 +107,7 @@ def enlarged(tape: Tape) -> Tape:
 
 def planned(layers: int, machine: Machine, repeats: int) -> dict[str, Any]:
     """A tape, and its plans for each budget."""
-    tape = enlarged(record(layers))
+    tape = enlarged(record(layers), plain_of(_SIZES))
     plans = []
     for share, kind in product(SHARES, MOST_S):
         device_bytes = int(share * peak_bytes(tape))
@@ -169,8 +169,14 @@ def _target(figure: str, target: str, value: float | None, met: bool) -> dict[st
     return {"figure": figure, "target": target, "value": value, "met": met}
 
 
-def _result_of(name: str) -> dict[str, Any]:
+def result_of(name: str) -> dict[str, Any]:
+    """The committed result of a row."""
     return dict(json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def plain_of(name: str) -> dict[str, Any]:
+    """Its plain entry."""
+    return dict(next(entry for entry in result_of(name)["entries"] if entry["way"] == "none"))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tapes import MIB, gpu
+from tapes import MIB, gpu, resnet
 
 from torchlms.core import joint, planner
 from torchlms.core.again import feasible, with_drops
@@ -209,6 +209,16 @@ def test_copies_that_are_a_little_slower_do_not_make_the_step_longer(
     bold = joint.plan(tape, machine, budget, RULES)
     assert wary.predicted.step_s <= 1.01 * bold.predicted.step_s
     assert slowed_s(tape, machine, wary) < slowed_s(tape, machine, bold)
+
+
+def test_where_every_byte_has_to_move_no_speed_is_given_up_for_slower_copies() -> None:
+    """Nothing can be dropped, and the step waits for copies in any case."""
+    tape, machine = resnet(), gpu(link=20e9)
+    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
+    budget = Budget(least + int(0.75 * (most - least)), LOTS, 0)
+    moves = planner.plan(tape, machine, budget, RULES)
+    assert moves.predicted.stall_s > 0
+    assert joint.plan(tape, machine, budget, RULES).predicted.step_s <= moves.predicted.step_s
 
 
 def slowed_s(tape: Tape, machine: Machine, plan: Plan) -> float:

@@ -10,12 +10,14 @@ differ from the best one by a group of values. Dropping nothing is one of the se
 A plan counts on copies that are slower than they were measured: they share the memory with the ops and the
 link with others, and a program that is late issues them late. Where the copies just fit beside the ops, a
 step is a hair shorter as long as all goes well, and by as much longer as they are late otherwise; to drop
-one value more, or to begin a copy earlier, costs next to nothing. What is predicted in the end, and the times
-in reasons, are those of the machine.
+one value more, or to begin a copy earlier, costs next to nothing. Where a step waits for copies all the same
+there is little to gain by that: of the plans for both speeds, the one that does best on average of them is
+taken. What is predicted in the end, and the times in reasons, are those of the machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import replace
@@ -40,6 +42,7 @@ from torchlms.core.planner import plan as plan_moves
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.trials import Trials, load
 from torchlms.core.units import seconds_text
+from torchlms.errors import HostBudgetTooSmall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -88,7 +91,7 @@ def plan(
     ranked = _ranked(tape, rules, pace)
     fingerprint = tape.fingerprint
 
-    def make(drops: Drops, effort: float) -> Plan:
+    def make(drops: Drops, effort: float, copies: float = COPIES) -> Plan:
         made = plan_moves(
             with_drops(tape, drops),
             machine,
@@ -97,7 +100,7 @@ def plan(
             headroom_bytes=headroom_bytes,
             elbow=elbow,
             effort=effort,
-            copies=COPIES,
+            copies=copies,
             fingerprint=fingerprint,
         )
         return replace(made, predicted=paced(made.predicted, tape, pace, load(made, drops)))
@@ -130,10 +133,19 @@ def plan(
             _make_in_passing(trials, ranked, int(PASSES_SHARE * most))
             _flip_groups(trials, ranked, min(MOST_FLIPS, left))
         trials.search_best()
-    made = _joined(tape, machine, *trials.winner())
+    drops, moves = trials.winner()
+    made = [_joined(tape, machine, drops, moves)]
+    if not (quick or trials.free_of_stalls):
+        with contextlib.suppress(HostBudgetTooSmall):
+            made.append(_joined(tape, machine, drops, make(drops, 1.0, copies=1.0)))
+
+    def at_s(plan: Plan, copies: float) -> float:
+        return foretold(tape, machine, plan, Rates(copies=copies, pace=pace)).step_s
+
+    best = min(made, key=lambda plan: at_s(plan, 1.0) + at_s(plan, COPIES))
     return replace(
-        made,
-        predicted=foretold(tape, machine, made, Rates(pace=pace)),
+        best,
+        predicted=foretold(tape, machine, best, Rates(pace=pace)),
         smallest_bytes=trials.smallest_bytes,
         plan_s=time.perf_counter() - started_s,
     )

@@ -1,0 +1,146 @@
+"""Slower copies: what it costs to count on them, and what is lost where they come and were not counted on.
+
+    python benchmarks/slower_copies.py            six tapes, each planned twice, within two minutes
+
+Records steps of each network on the CPU, at two small batches and with small images, which say what it would
+take at a large one; gives that tape the memory and the step time that plain took in a row of an H200; and
+plans it for that row's budget: once for copies that are as fast as measured, and once as LMS does (see
+[Note: Slower copies] in core/joint.py). The simulator then plays both plans with copies at several speeds.
+Op times are a CPU's, multiplied: it is about plans against plans and not about a device. Writes what it saw
+to benchmarks/results/slower-copies.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from facts import device_facts
+from planning import enlarged, plain_of, result_of
+from result_file import FOLDER, save
+
+import torchlms
+from torchlms.bench import provenance
+from torchlms.bench.networks import get_network
+from torchlms.bench.options import BenchOptions
+from torchlms.bench.workload import make_workload
+from torchlms.core import joint
+from torchlms.core.calibrate import Rates, foretold
+from torchlms.core.headroom import ELBOW, headroom_bytes
+from torchlms.core.machine import Machine
+from torchlms.core.plan import Budget, Choice, Plan
+from torchlms.core.record import from_json
+from torchlms.core.rules import Rules
+from torchlms.core.tape import Tape
+from torchlms.fit.scale import extrapolate
+from torchlms.memory.limits import parse_bytes
+
+SPEEDS = (1.0, 0.9, 0.8, 0.7)  # of copies, as shares of what was measured
+_STEPS = 4  # one is recorded and two are timed, and then the tape has their times
+_IMAGE = 64  # pixels a side, and as many images more as there are pixels fewer
+_RESNET = BenchOptions("resnet50", image_size=_IMAGE, optimizer="sgd")
+_GOOGLENET = BenchOptions("googlenet", image_size=_IMAGE, optimizer="sgd")
+_LLAMA = BenchOptions("llama", hidden=64, layers=24, heads=2, sequence=64, vocab=50, optimizer="adamw")
+# What is recorded, and at which batch a step of the row's is about as large.
+CASES = {
+    "ladder-joint-resnet50-b230": (_RESNET, 230 * (224 // _IMAGE) ** 2),
+    "joint-resnet50-b400": (_RESNET, 400 * (224 // _IMAGE) ** 2),
+    "joint-resnet50-b800": (_RESNET, 800 * (224 // _IMAGE) ** 2),
+    "joint-googlenet-8192": (_GOOGLENET, (8192 // _IMAGE) ** 2),
+    "joint-llama-24": (_LLAMA, 16),
+    "joint-llama-40": (_LLAMA, 16),
+}
+_BATCHES = (2, 4)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    asked = _arguments(arguments)
+    torch.set_num_threads(1)
+    cases = []
+    for row, (options, batch_size) in CASES.items():
+        cases.append(compared(row, options, batch_size))
+        print(cases[-1], flush=True)
+    result = {
+        "schema": "torchlms.slower-copies/1",
+        "command": "python benchmarks/slower_copies.py",
+        **device_facts(torch.device("cpu")),
+        "counted_on": joint.COPIES,
+        "cases": cases,
+        "of_bold": {str(speed): geometric_mean(cases, speed) for speed in SPEEDS},
+        "date": provenance.now(),
+        "code": provenance.code_hash(),
+    }
+    save(result, asked.json)
+    print(result["of_bold"])
+    return 0
+
+
+def compared(row: str, options: BenchOptions, batch_size: int) -> dict[str, Any]:
+    """The steps of both plans at each speed of copies."""
+    measured = result_of(row)
+    machine: Machine = from_json(Machine, measured["machine"])
+    ours = next(entry for entry in measured["entries"] if entry["way"] == "lms")
+    small, large = (recorded(options, batch) for batch in _BATCHES)
+    tape = enlarged(extrapolate(small, large, *_BATCHES, batch_size), plain_of(row))
+    budget = Budget(ours["budget_bytes"], machine.host_available_bytes, machine.disk_free_bytes)
+    return {
+        "row": row,
+        "budget_bytes": budget.device_bytes,
+        "bold": _told(tape, machine, planned(tape, machine, budget, copies=1.0)),
+        "wary": _told(tape, machine, planned(tape, machine, budget, copies=joint.COPIES)),
+    }
+
+
+def recorded(options: BenchOptions, batch_size: int) -> Tape:
+    """The tape of a step in which everything fits."""
+    network = get_network(options.model)
+    workload = make_workload(network, replace(options, batch_size=batch_size, device="cpu").resolve(network))
+    with torchlms.LMS(workload.model, workload.optimizer, budget=parse_bytes("4GiB")) as lms:
+        for _ in range(_STEPS):
+            workload.step()
+        assert lms.tape is not None
+        return lms.tape
+
+
+def planned(tape: Tape, machine: Machine, budget: Budget, *, copies: float) -> Plan:
+    """As LMS plans on a device, but for copies at this share of their speed."""
+    usual, joint.COPIES = joint.COPIES, copies
+    spare_bytes = headroom_bytes(machine, budget.device_bytes)
+    try:
+        return joint.plan(tape, machine, budget, Rules(), headroom_bytes=spare_bytes, elbow=ELBOW)
+    finally:
+        joint.COPIES = usual
+
+
+def _told(tape: Tape, machine: Machine, plan: Plan) -> dict[str, Any]:
+    dropped = [move for move in plan.moves if move.choice is Choice.RECOMPUTE]
+    return {
+        "values_moved": len(plan.moves) - len(dropped),
+        "values_dropped": len(dropped),
+        "bytes_out": plan.predicted.bytes_out,
+        "step_s": {str(speed): foretold(tape, machine, plan, Rates(copies=speed)).step_s for speed in SPEEDS},
+    }
+
+
+def geometric_mean(cases: list[dict[str, Any]], speed: float) -> float:
+    """Of the wary plans' steps over the bold ones', with copies at ``speed``."""
+    return statistics.geometric_mean(
+        case["wary"]["step_s"][str(speed)] / case["bold"]["step_s"][str(speed)] for case in cases
+    )
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--json", type=Path, default=FOLDER / "slower-copies.json", help="where the result goes"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
