@@ -42,6 +42,7 @@ from torchlms.errors import BudgetTooSmall
 
 SHARES = (0.75, 0.5, 0.25)  # of the tape's peak
 MOST_S = {"moving": 2.0, "joint": 5.0}
+_LLAMA = BenchOptions("llama", 8, hidden=32, heads=2, sequence=64, vocab=50, optimizer="adamw")
 _LAYERS = 44  # so many ops without the optimizer's, which leave nothing to decide
 _STEPS = 4  # one is recorded and two are timed, and then the tape has their times
 _RATES, _SIZES = "resnet50-b400", "joint-llama-24"  # results of an H200: its rates; how large is large
@@ -67,16 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(target["met"] for target in result["targets"]) else 1
 
 
-def record(layers: int) -> Tape:
-    """The tape of a step in which everything fits."""
-    network = get_network("llama")
-    sizes = BenchOptions("llama", 8, hidden=32, layers=layers, heads=2, sequence=64, vocab=50)
-    workload = make_workload(network, replace(sizes, device="cpu", optimizer="adamw").resolve(network))
+def recorded(options: BenchOptions) -> Tape:
+    """The tape of a step on the CPU in which everything fits."""
+    network = get_network(options.model)
+    workload = make_workload(network, replace(options, device="cpu").resolve(network))
     for group in workload.optimizer.param_groups:
         group["foreach"] = True  # as on a device; else ops of AdamW, ten for each weight, would fill the tape
     with (
         tempfile.TemporaryDirectory(prefix="torchlms-planning-") as folder,
-        torchlms.LMS(workload.model, workload.optimizer, budget="2GiB", disk_dir=folder) as lms,
+        torchlms.LMS(workload.model, workload.optimizer, budget="4GiB", disk_dir=folder) as lms,
     ):
         for _ in range(_STEPS):
             workload.step()
@@ -107,7 +107,8 @@ def enlarged(tape: Tape, plain: dict[str, Any]) -> Tape:
 
 def planned(layers: int, machine: Machine, repeats: int) -> dict[str, Any]:
     """A tape, and its plans for each budget."""
-    tape = enlarged(record(layers), plain_of(_SIZES))
+    options = replace(_LLAMA, layers=layers)
+    tape = enlarged(recorded(options), entry_of(_SIZES, "none"))
     plans = []
     for share, kind in product(SHARES, MOST_S):
         device_bytes = int(share * peak_bytes(tape))
@@ -174,9 +175,9 @@ def result_of(name: str) -> dict[str, Any]:
     return dict(json.loads((FOLDER / f"{name}.json").read_text()))
 
 
-def plain_of(name: str) -> dict[str, Any]:
-    """Its plain entry."""
-    return dict(next(entry for entry in result_of(name)["entries"] if entry["way"] == "none"))
+def entry_of(name: str, way: str) -> dict[str, Any]:
+    """One of its entries."""
+    return dict(next(entry for entry in result_of(name)["entries"] if entry["way"] == way))
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

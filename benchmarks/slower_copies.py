@@ -16,19 +16,17 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from facts import device_facts
-from planning import enlarged, plain_of, result_of
+from planning import enlarged, entry_of, recorded, result_of
 from result_file import FOLDER, save
 
-import torchlms
 from torchlms.bench import provenance
-from torchlms.bench.networks import get_network
 from torchlms.bench.options import BenchOptions
-from torchlms.bench.workload import make_workload
 from torchlms.core import joint
 from torchlms.core.calibrate import Rates, foretold
 from torchlms.core.headroom import ELBOW, headroom_bytes
@@ -38,20 +36,18 @@ from torchlms.core.record import from_json
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
 from torchlms.fit.scale import extrapolate
-from torchlms.memory.limits import parse_bytes
 
 SPEEDS = (1.0, 0.9, 0.8, 0.7)  # of copies, as shares of what was measured
-_STEPS = 4  # one is recorded and two are timed, and then the tape has their times
 _IMAGE = 64  # pixels a side, and as many images more as there are pixels fewer
 _RESNET = BenchOptions("resnet50", image_size=_IMAGE, optimizer="sgd")
 _GOOGLENET = BenchOptions("googlenet", image_size=_IMAGE, optimizer="sgd")
 _LLAMA = BenchOptions("llama", hidden=64, layers=24, heads=2, sequence=64, vocab=50, optimizer="adamw")
 # What is recorded, and at which batch a step of the row's is about as large.
 CASES = {
-    "ladder-joint-resnet50-b230": (_RESNET, 230 * (224 // _IMAGE) ** 2),
-    "joint-resnet50-b400": (_RESNET, 400 * (224 // _IMAGE) ** 2),
-    "joint-resnet50-b800": (_RESNET, 800 * (224 // _IMAGE) ** 2),
-    "joint-googlenet-8192": (_GOOGLENET, (8192 // _IMAGE) ** 2),
+    "ladder-joint-resnet50-b230": (_RESNET, 230 * 224**2 // _IMAGE**2),
+    "joint-resnet50-b400": (_RESNET, 400 * 224**2 // _IMAGE**2),
+    "joint-resnet50-b800": (_RESNET, 800 * 224**2 // _IMAGE**2),
+    "joint-googlenet-8192": (_GOOGLENET, 8192**2 // _IMAGE**2),
     "joint-llama-24": (_LLAMA, 16),
     "joint-llama-40": (_LLAMA, 16),
 }
@@ -82,12 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compared(row: str, options: BenchOptions, batch_size: int) -> dict[str, Any]:
     """The steps of both plans at each speed of copies."""
-    measured = result_of(row)
-    machine: Machine = from_json(Machine, measured["machine"])
-    ours = next(entry for entry in measured["entries"] if entry["way"] == "lms")
-    small, large = (recorded(options, batch) for batch in _BATCHES)
-    tape = enlarged(extrapolate(small, large, *_BATCHES, batch_size), plain_of(row))
-    budget = Budget(ours["budget_bytes"], machine.host_available_bytes, machine.disk_free_bytes)
+    machine: Machine = from_json(Machine, result_of(row)["machine"])
+    small, large = (_recorded(replace(options, batch_size=batch)) for batch in _BATCHES)
+    tape = enlarged(extrapolate(small, large, *_BATCHES, batch_size), entry_of(row, "none"))
+    budget_bytes = entry_of(row, "lms")["budget_bytes"]
+    budget = Budget(budget_bytes, machine.host_available_bytes, machine.disk_free_bytes)
     return {
         "row": row,
         "budget_bytes": budget.device_bytes,
@@ -96,15 +91,9 @@ def compared(row: str, options: BenchOptions, batch_size: int) -> dict[str, Any]
     }
 
 
-def recorded(options: BenchOptions, batch_size: int) -> Tape:
-    """The tape of a step in which everything fits."""
-    network = get_network(options.model)
-    workload = make_workload(network, replace(options, batch_size=batch_size, device="cpu").resolve(network))
-    with torchlms.LMS(workload.model, workload.optimizer, budget=parse_bytes("4GiB")) as lms:
-        for _ in range(_STEPS):
-            workload.step()
-        assert lms.tape is not None
-        return lms.tape
+@cache  # several rows are of one network
+def _recorded(options: BenchOptions) -> Tape:
+    return recorded(options)
 
 
 def planned(tape: Tape, machine: Machine, budget: Budget, *, copies: float) -> Plan:
