@@ -5,7 +5,7 @@
 Records steps of each network on the CPU, at two small batches and with small images, which say what it would
 take at a large one; gives that tape the memory and the step time that plain took in a row of an H200; and
 plans it for that row's budget: once for copies that are as fast as measured, and once as LMS does (see
-[Note: Slower copies] in core/joint.py). The simulator then plays both plans with copies at several speeds.
+[Note: Slower copies] in core/planned.py). The simulator then plays both plans with copies at several speeds.
 Op times are a CPU's, multiplied: it is about plans against plans and not about a device. Writes what it saw
 to benchmarks/results/slower-copies.json.
 """
@@ -32,6 +32,7 @@ from torchlms.core.calibrate import Rates, foretold
 from torchlms.core.headroom import ELBOW, headroom_bytes
 from torchlms.core.machine import Machine
 from torchlms.core.plan import Budget, Choice, Plan
+from torchlms.core.planned import SLOWER
 from torchlms.core.record import from_json
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "schema": "torchlms.slower-copies/1",
         "command": "python benchmarks/slower_copies.py",
         **device_facts(torch.device("cpu")),
-        "counted_on": joint.COPIES,
+        "counted_on": SLOWER,
         "cases": cases,
         "of_bold": {str(speed): geometric_mean(cases, speed) for speed in SPEEDS},
         "date": provenance.now(),
@@ -87,7 +88,7 @@ def compared(row: str, options: BenchOptions, batch_size: int) -> dict[str, Any]
         "row": row,
         "budget_bytes": budget.device_bytes,
         "bold": _told(tape, machine, planned(tape, machine, budget, copies=1.0)),
-        "wary": _told(tape, machine, planned(tape, machine, budget, copies=joint.COPIES)),
+        "wary": _told(tape, machine, planned(tape, machine, budget, copies=SLOWER)),
     }
 
 
@@ -98,12 +99,8 @@ def _recorded(options: BenchOptions) -> Tape:
 
 def planned(tape: Tape, machine: Machine, budget: Budget, *, copies: float) -> Plan:
     """As LMS plans on a device, but for copies at this share of their speed."""
-    usual, joint.COPIES = joint.COPIES, copies
     spare_bytes = headroom_bytes(machine, budget.device_bytes)
-    try:
-        return joint.plan(tape, machine, budget, Rules(), headroom_bytes=spare_bytes, elbow=ELBOW)
-    finally:
-        joint.COPIES = usual
+    return joint.plan(tape, machine, budget, Rules(), headroom_bytes=spare_bytes, elbow=ELBOW, copies=copies)
 
 
 def _told(tape: Tape, machine: Machine, plan: Plan) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from tapes import GIB, MIB, Network, chain, cpu, gpu
 
+from torchlms.core import joint
 from torchlms.core.calibrate import AS_MEASURED, Rates, foretold
-from torchlms.core.headroom import headroom_bytes, lean_bytes
+from torchlms.core.headroom import ELBOW, headroom_bytes, lean_bytes
 from torchlms.core.machine import Machine
 from torchlms.core.pace import Pace, lap_s
-from torchlms.core.plan import Budget, Choice
+from torchlms.core.plan import Budget, Choice, Plan
+from torchlms.core.planned import SLOWER
 from torchlms.core.rules import Rules
 from torchlms.core.tape import Tape, Value
 from torchlms.director import Director
@@ -211,6 +213,24 @@ def test_at_other_rates_as_much_leaves_by_moving_alone(rates: Rates) -> None:
     other = made.other(tape, rates, first=first)
     assert other is not None
     assert other.predicted.arena_bytes <= 1.05 * first.predicted.arena_bytes
+
+
+@pytest.mark.parametrize("copies", [0.9, 0.7])
+def test_a_plan_for_copies_that_were_found_slow_counts_on_no_slower_ones(copies: float) -> None:
+    """Than those a fifth slower than measured, on which every plan counts."""
+    tape, machine = _made_again(chain(80, time_s=1e-3)), gpu(link=100e9)
+    made = maker(machine, Budget(2 * GIB, 64 * GIB, 0), recompute=True)
+    first = made.first(tape, rough=False)
+    other = made.other(tape, Rates(copies=copies), first=first)
+
+    def planned(share: float) -> Plan:
+        room: dict[str, Any] = {"headroom_bytes": made.headroom_bytes, "elbow": ELBOW}
+        return joint.plan(tape, machine.with_copies(copies), made.budget, made.rules, copies=share, **room)
+
+    expected = planned(min(1.0, SLOWER / copies))
+    assert other is not None
+    assert (other.decisions, other.predicted) == (expected.decisions, expected.predicted)
+    assert other.decisions != planned(SLOWER).decisions
 
 
 def test_where_drops_prove_dear_more_may_move_instead() -> None:

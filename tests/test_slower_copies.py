@@ -11,6 +11,7 @@ import pytest
 
 from torchlms.bench import provenance
 from torchlms.core import joint
+from torchlms.core.planned import SLOWER
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -28,7 +29,7 @@ def test_one_case_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = json.loads(path.read_text())
     assert result["schema"] == "torchlms.slower-copies/1"
     assert result["code"] == provenance.code_hash()
-    assert result["counted_on"] == joint.COPIES, "as it was before"
+    assert result["counted_on"] == SLOWER
     (case,) = result["cases"]
     for kind in ("bold", "wary"):
         steps_s = [case[kind]["step_s"][str(speed)] for speed in slower_copies.SPEEDS]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torchlms.core import joint, planner
 from torchlms.core.calibrate import stretched
 from torchlms.core.headroom import ELBOW, NO_ELBOW, headroom_bytes, lean_bytes, page_bytes
+from torchlms.core.planned import slower
 from torchlms.errors import BudgetTooSmall, LMSError
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class Maker:
 
         Raises BudgetTooSmall or HostBudgetTooSmall where there is no such plan.
         """
-        machine = self.machine.with_copies(_ROUGH_COPIES) if rough and self.machine.link else self.machine
+        copies = _ROUGH_COPIES if rough and self.machine.link else 1.0
         try:
-            plan = self._make(tape, self.headroom_bytes, machine=machine, quick=rough)
+            plan = self._make(tape, self.headroom_bytes, copies=copies, quick=rough)
         except BudgetTooSmall:
-            return self._make(tape, 0, machine=machine, quick=rough)
+            return self._make(tape, 0, copies=copies, quick=rough)
         return plan if rough or self.rules.recompute else self._lean_or(plan, tape)
 
     def again(self, tape: Tape) -> Plan | None:
@@ -94,7 +95,6 @@ class Maker:
         ``drops``, one that only moves. It takes hardly more host memory than ``first``, with which was said
         how much will be pinned; but where other rates make drops dearer, more may move instead. None where
         there is no such plan."""
-        machine = self.machine.with_copies(rates.copies)
         spare_bytes = self.headroom_bytes + int(more_headroom * self.budget.device_bytes)
         free = self.rules.recompute and drops and not more_headroom
         budget = self.budget if free else self._as_said(first)
@@ -102,7 +102,7 @@ class Maker:
             made = self._make(
                 stretched(tape, rates.ops),
                 spare_bytes,
-                machine=machine,
+                copies=rates.copies,
                 budget=budget,
                 drops=drops,
                 like=like,
@@ -140,17 +140,28 @@ class Maker:
         tape: Tape,
         spare_bytes: int,
         *,
-        machine: Machine | None = None,
+        copies: float = 1.0,
         budget: Budget | None = None,
         drops: bool = True,
         quick: bool = False,
         like: Plan | None = None,
         pace: Pace | None = None,
     ) -> Plan:
-        machine = machine if machine is not None else self.machine
+        """``copies``: how many times as fast as measured they are taken to be."""
+        machine = self.machine.with_copies(copies)
         budget = budget if budget is not None else self.budget
         elbow = ELBOW if machine.link else NO_ELBOW
         room: dict[str, Any] = {"headroom_bytes": spare_bytes, "elbow": elbow}
-        if self.rules.recompute and drops:
-            return joint.plan(tape, machine, budget, self.rules, quick=quick, like=like, pace=pace, **room)
-        return planner.plan(tape, machine, budget, self.rules, **room)
+        if not (self.rules.recompute and drops):
+            return planner.plan(tape, machine, budget, self.rules, **room)
+        return joint.plan(
+            tape,
+            machine,
+            budget,
+            self.rules,
+            quick=quick,
+            like=like,
+            pace=pace,
+            copies=slower(copies),
+            **room,
+        )

@@ -88,7 +88,7 @@ class Race:
 
     def knows(self, plan: Plan) -> bool:
         """Whether a plan that does the same has run already."""
-        return any(plan.decisions == contender.plan.decisions for contender in self.contenders)
+        return any(_done(plan) == _done(contender.plan) for contender in self.contenders)
 
     def grow(self, program: Program, more_bytes: int) -> None:
         """Have ``program``, which runs, and those that ran before it take in that a step begins with more."""
@@ -114,3 +114,11 @@ class Race:
         done = [entry for entry in self.contenders if entry.done]
         times = ", ".join(f"{entry.name} {entry.median_s * 1e3:.1f} ms" for entry in done)
         return f"raced {len(done)} plans, forward and backward: {times}; {self.winner().name} stays"
+
+
+def _done(plan: Plan) -> list[tuple[int, int, str, int, int, bool]]:
+    """What ``plan`` does: in no order, wherever it puts the bytes, and for whatever reason."""
+    return sorted(
+        (move.value, move.stretch, move.choice.value, move.release_op, move.reload_op, move.passing)
+        for move in plan.moves
+    )

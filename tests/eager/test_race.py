@@ -28,7 +28,7 @@ from torchlms.core.calibrate import foretold
 from torchlms.core.drops import Drops
 from torchlms.core.machine import Machine
 from torchlms.core.pace import lap_s
-from torchlms.core.plan import Choice, Plan
+from torchlms.core.plan import Budget, Choice, Decision, Plan, Prediction
 from torchlms.core.tape import Tape
 from torchlms.eager import provenance
 from torchlms.eager.engine import Engine
@@ -47,6 +47,26 @@ STEPS = 6 + 5 * (WARM_LAPS + TIMED_LAPS)
 
 def contender(name: str, *laps_s: float) -> Contender:
     return Contender(None, name, laps_s=[9.0] * WARM_LAPS + list(laps_s))  # type: ignore[arg-type]
+
+
+def test_a_plan_is_known_by_what_it_does() -> None:
+    """Whatever its order, its reasons, and where in host memory it puts the bytes."""
+    moves = [
+        Decision(value, 0, choice, 4, 9, offset_bytes=0)
+        for value, choice in ((1, Choice.HOST), (2, Choice.RECOMPUTE), (3, Choice.HOST))
+    ]
+    kept = Decision(7, 0, Choice.KEEP)
+    predicted = Prediction(0, 0, 1.0, 1.0, 0.0)
+
+    def made(*decisions: Decision) -> Plan:
+        return Plan("", "", "", Budget(1, 1, 1), decisions, predicted)
+
+    race = Race([Contender(made(*moves), "first")])
+    elsewhere = [replace(move, offset_bytes=512, reason="another") for move in reversed(moves)]
+    assert race.knows(made(*elsewhere, kept))
+    for change in ({"choice": Choice.DISK}, {"release_op": 5}, {"reload_op": 8}, {"passing": True}):
+        assert not race.knows(made(replace(moves[0], **change), *moves[1:]))
+    assert not race.knows(made(*moves[1:]))
 
 
 def test_the_first_stays_unless_another_is_clearly_faster() -> None:

@@ -33,8 +33,9 @@ def lower_bound(tape: Tape, machine: Machine, budget: Budget, *, recompute: bool
     began its idle stretch before moment s were copied out after s; all but what is needed only after
     moment s are copied back before s, and not before the op has ended. Copies are taken at the best
     rate the link (without a link, the disk) shows at any size. Bytes dropped instead cost what the
-    cheapest recipes of values that are idle then take. Not counted: contention, the order of copies, the
-    host budget, what must be present to make values again.
+    cheapest recipes of values that are idle then take, after the op, where copies back may go on beside
+    them. Not counted: contention, the order of copies, the host budget, what must be present to make values
+    again.
     """
     moments_s = np.concatenate(([0.0], np.cumsum([op.time_s for op in tape.ops])))
     excess = baseline_curve(tape) - budget.device_bytes
@@ -57,15 +58,15 @@ def lower_bound(tape: Tape, machine: Machine, budget: Budget, *, recompute: bool
         here = (starts <= op) & (stops > op)
         since_s, until_s = moments_s[op] - moments_s[starts[here]], moments_s[stops[here]] - moments_s[op + 1]
 
-        def stall_s(
+        def stalls_s(
             moved_bytes: int, here: Any = here, since_s: Seconds = since_s, until_s: Seconds = until_s
-        ) -> float:
-            """What moving so many bytes past the op costs at the least."""
+        ) -> tuple[float, float]:
+            """What moving so many bytes past the op costs at the least, before it and after it."""
             out_s = _wait_s(starts[here], sizes[here], moved_bytes, out_rate, since_s)
-            return out_s + _wait_s(-stops[here], sizes[here], moved_bytes, in_rate, until_s)
+            return out_s, _wait_s(-stops[here], sizes[here], moved_bytes, in_rate, until_s)
 
         costs = _drop_costs(tape, int(op)) if recompute else []
-        bound_s = max(bound_s, compute_s + _least_s(stall_s, costs, int(excess[op])))
+        bound_s = max(bound_s, compute_s + _least_s(stalls_s, costs, int(excess[op])))
     return bound_s
 
 
@@ -79,18 +80,25 @@ def _drop_costs(tape: Tape, op: int) -> list[tuple[float, int]]:
     return sorted(found)
 
 
-def _least_s(stall_s: Callable[[int], float], costs: list[tuple[float, int]], excess_bytes: int) -> float:
+def _least_s(
+    stalls_s: Callable[[int], tuple[float, float]], costs: list[tuple[float, int]], excess_bytes: int
+) -> float:
     """The least over all ways to split the excess between drops and moves.
 
     Drops get dearer with every byte and moves cheaper with every byte less, so that on each of some
     intervals the one's least and the other's least are a bound.
     """
+
+    def split_s(least_bytes: int, most_bytes: int) -> float:
+        """With between so many bytes dropped."""
+        out_s, in_s = stalls_s(excess_bytes - most_bytes)
+        return out_s + max(_dropping_s(costs, least_bytes), in_s)
+
     most = min(excess_bytes, sum(size for _, size in costs))
     if not most:
-        return stall_s(excess_bytes)
+        return sum(stalls_s(excess_bytes))
     edges = [most * part // SPLITS for part in range(SPLITS + 1)]
-    pairs = zip(edges, [*edges[1:], most], strict=True)
-    return min(_dropping_s(costs, low) + stall_s(excess_bytes - high) for low, high in pairs)
+    return min(split_s(low, high) for low, high in zip(edges, [*edges[1:], most], strict=True))
 
 
 def _dropping_s(costs: list[tuple[float, int]], dropped_bytes: int) -> float:

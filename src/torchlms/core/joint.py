@@ -5,26 +5,16 @@ the planner of moves plans the tape as it would be with them, and the simulator'
 decides, together with what the plan asks of the program. First come the cheapest so many; then what the best
 plan moves is dropped, one value after the other; then some of that is made in passing; then come sets that
 differ from the best one by a group of values. Dropping nothing is one of the sets.
-
-[Note: Slower copies]
-A plan counts on copies that are slower than they were measured: they share the memory with the ops and the
-link with others, and a program that is late issues them late. Where the copies just fit beside the ops, a
-step is a hair shorter as long as all goes well, and by as much longer as they are late otherwise; to drop
-one value more, or to begin a copy earlier, costs next to nothing. Where a step waits for copies all the same
-there is little to gain by that: of the plans for both speeds, the one that does best on average of them is
-taken. What is predicted in the end, and the times in reasons, are those of the machine.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchlms.core.again import feasible, with_drops
-from torchlms.core.calibrate import Rates, foretold
 from torchlms.core.drops import (
     Drops,
     droppable,
@@ -36,13 +26,13 @@ from torchlms.core.drops import (
     short_chains,
 )
 from torchlms.core.headroom import NO_ELBOW, Elbow
-from torchlms.core.pace import NOTICED, paced
+from torchlms.core.pace import NOTICED
 from torchlms.core.plan import Choice, Decision, Plan
-from torchlms.core.planner import plan as plan_moves
+from torchlms.core.planned import SLOWER
+from torchlms.core.planner import plan_for
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.trials import Trials, load
 from torchlms.core.units import seconds_text
-from torchlms.errors import HostBudgetTooSmall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,6 +40,7 @@ if TYPE_CHECKING:
     from torchlms.core.machine import Machine
     from torchlms.core.pace import Pace
     from torchlms.core.plan import Budget
+    from torchlms.core.planned import Planned
     from torchlms.core.tape import Tape, Value
 
 CHAINS = (0.3, 0.15, 0.6)  # of the budget: the most that values made one from the other take together
@@ -63,7 +54,6 @@ MOST_FLIPS = 64
 PASSES_SHARE = 0.2  # of the sets, and beside them, to find out what is better made in passing
 SHARE_LIKE = 0.35  # of the sets, where another plan gives a beginning
 THINNER = (0.75, 0.5, 0.25)  # of the values dropped, the smallest are left out
-COPIES = 0.8  # as fast as copies are counted on to be, of the speed measured
 
 
 def plan(
@@ -77,11 +67,12 @@ def plan(
     quick: bool = False,
     like: Plan | None = None,
     pace: Pace | None = None,
+    copies: float = SLOWER,
 ) -> Plan:
-    """The plan with the shortest step if copies are as slow as is counted on, and the least for the program
-    to do beside it, over all that were tried; ``quick`` tries fewer, and so does a search that begins with
-    what another plan of this tape (``like``) drops. ``pace`` is that of the program, where it is known and
-    matters.
+    """The plan with the shortest step, and the least for the program to do beside it, over all that were
+    tried; ``quick`` tries fewer, and so does a search that begins with what another plan of this tape
+    (``like``) drops. ``pace`` is that of the program, where it is known and matters. Shortest is what is so
+    on average of the machine's copies and of such that are ``copies`` times as fast ([Note: Slower copies]).
 
     Raises as the planner of moves does, when not even with drops there is a plan.
     """
@@ -91,8 +82,8 @@ def plan(
     ranked = _ranked(tape, rules, pace)
     fingerprint = tape.fingerprint
 
-    def make(drops: Drops, effort: float, copies: float = COPIES) -> Plan:
-        made = plan_moves(
+    def make(drops: Drops, effort: float) -> Planned:
+        made = plan_for(
             with_drops(tape, drops),
             machine,
             budget,
@@ -103,7 +94,7 @@ def plan(
             copies=copies,
             fingerprint=fingerprint,
         )
-        return replace(made, predicted=paced(made.predicted, tape, pace, load(made, drops)))
+        return made.paced(tape, pace, load(made.plan, drops))
 
     trials = Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through))
     trials.of((), effort=1.0)
@@ -133,19 +124,8 @@ def plan(
             _make_in_passing(trials, ranked, int(PASSES_SHARE * most))
             _flip_groups(trials, ranked, min(MOST_FLIPS, left))
         trials.search_best()
-    drops, moves = trials.winner()
-    made = [_joined(tape, machine, drops, moves)]
-    if not (quick or trials.free_of_stalls):
-        with contextlib.suppress(HostBudgetTooSmall):
-            made.append(_joined(tape, machine, drops, make(drops, 1.0, copies=1.0)))
-
-    def at_s(plan: Plan, copies: float) -> float:
-        return foretold(tape, machine, plan, Rates(copies=copies, pace=pace)).step_s
-
-    best = min(made, key=lambda plan: at_s(plan, 1.0) + at_s(plan, COPIES))
     return replace(
-        best,
-        predicted=foretold(tape, machine, best, Rates(pace=pace)),
+        _joined(tape, machine, *trials.winner()),
         smallest_bytes=trials.smallest_bytes,
         plan_s=time.perf_counter() - started_s,
     )

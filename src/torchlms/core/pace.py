@@ -71,9 +71,12 @@ def lap_s(tape: Tape, step_s: float) -> float:
     return step_s - sum(op.time_s for op in tape.ops if op.phase is Phase.BETWEEN)
 
 
+def waits_s(step_s: float, tape: Tape, pace: Pace | None, load: Load) -> float:
+    """What the device waits in a step, beside all else, for a program of that pace."""
+    return max(0.0, pace.lap_s(load) - lap_s(tape, step_s)) if pace is not None else 0.0
+
+
 def paced(predicted: Prediction, tape: Tape, pace: Pace | None, load: Load) -> Prediction:
-    """``predicted``, if the device also has to wait for a program of that pace."""
-    waits_s = pace.lap_s(load) - lap_s(tape, predicted.step_s) if pace is not None else 0.0
-    if waits_s <= 0:
-        return predicted
-    return replace(predicted, step_s=predicted.step_s + waits_s, stall_s=predicted.stall_s + waits_s)
+    """``predicted``, with that."""
+    more_s = waits_s(predicted.step_s, tape, pace, load)
+    return replace(predicted, step_s=predicted.step_s + more_s, stall_s=predicted.stall_s + more_s)

@@ -25,6 +25,7 @@ from torchlms.core.held import with_held
 from torchlms.core.moves import Move, Slot
 from torchlms.core.pace import NOTICED, Load
 from torchlms.core.plan import Budget, Decision, Plan
+from torchlms.core.planned import Planned
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course
 from torchlms.core.search import decision_of, search
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from torchlms.core.machine import Machine
     from torchlms.core.tape import Tape, Value
 
-__all__ = ["lower_bound", "plan"]
+__all__ = ["lower_bound", "plan", "plan_for"]
 
 _SMALL = 1 / 2048  # of the budget: moving such a value takes the program as long as moving a large one
 _STALLS = 1e-3  # of the compute time, for which it may be worth its while
@@ -58,7 +59,7 @@ class _Task:
     fingerprint: str
     smallest_bytes: int
     effort: float
-    copies: float
+    copies: float  # as fast as they are planned for, as a share of what the machine says
 
 
 def plan(
@@ -70,20 +71,37 @@ def plan(
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
     effort: float = 1.0,
-    copies: float = 1.0,
-    fingerprint: str = "",
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``, or less if
     the rules ask for more headroom.
 
     ``elbow`` is free memory that ops and copies are given beyond that where it can be had; ``effort`` is
-    how long to search, as a share of the usual; ``copies`` how fast copies are, in the prediction too, as a
-    share of what the machine says; ``fingerprint`` that of the plan, if not the tape's. Moves nothing when
-    everything fits, unless a rule demands it. The step time is the best found, not a proven
-    optimum; ``lower_bound`` says how far off it can be. Stretches that wrap around the end of the tape stay
-    on the device. Raises BudgetTooSmall or HostBudgetTooSmall when there is no such plan.
+    how long to search, as a share of the usual. Moves nothing when everything fits, unless a rule demands
+    it. The step time is the best found, not a proven optimum; ``lower_bound`` says how far off it can be.
+    Stretches that wrap around the end of the tape stay on the device. Raises BudgetTooSmall or
+    HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
+    planned = plan_for(
+        tape, machine, budget, rules, headroom_bytes=headroom_bytes, elbow=elbow, effort=effort
+    )
+    return replace(planned.plan, plan_s=time.perf_counter() - started_s)
+
+
+def plan_for(
+    tape: Tape,
+    machine: Machine,
+    budget: Budget,
+    rules: Rules,
+    *,
+    headroom_bytes: int,
+    elbow: Elbow,
+    effort: float,
+    copies: float = 1.0,
+    fingerprint: str = "",
+) -> Planned:
+    """As ``plan``, for ``copies`` as fast as that, as a share of what the machine says ([Note: Slower
+    copies]); ``fingerprint`` is that of the plan, if not the tape's."""
     headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
     task = _task(
         Simulator(tape, machine.with_copies(copies)),
@@ -104,14 +122,14 @@ def plan(
         except HostBudgetTooSmall:
             best = _plan(task, rules.min_bytes)  # fewer bytes may do where smaller values leave
         else:
-            if effort >= 1 and best.predicted.stall_s > _STALLS * best.predicted.compute_s:
+            if effort >= 1 and best.stall_s > _STALLS * best.plan.predicted.compute_s:
                 best = min(best, _plan(task, rules.min_bytes), key=_cost_s)
-    return replace(best, plan_s=time.perf_counter() - started_s)
+    return best
 
 
-def _cost_s(plan: Plan) -> float:
+def _cost_s(planned: Planned) -> float:
     """The predicted step, and some of what its moves ask of the program."""
-    return plan.predicted.step_s + NOTICED.lap_s(Load(len(plan.moves)))
+    return planned.step_s + NOTICED.lap_s(Load(len(planned.plan.moves)))
 
 
 def _task(
@@ -145,14 +163,15 @@ def _task(
     return _Task(simulator, course, candidates, budget, rules, fingerprint, smallest_bytes, effort, copies)
 
 
-def _plan(task: _Task, least_bytes: int) -> Plan:
+def _plan(task: _Task, least_bytes: int) -> Planned:
     """The plan that moves values of at least ``least_bytes``, and smaller ones only where it must."""
     simulator, course, tape = task.simulator, task.course, task.simulator.tape
     worthy = _worth_moving(
         course.baseline, task.candidates, (least_bytes, task.rules.min_bytes), course.limit_bytes
     )
-    found = search(simulator, course, worthy, _room(simulator.machine, task.budget), effort=task.effort)
-    return Plan(
+    room = _room(simulator.machine, task.budget)
+    found = search(simulator, course, worthy, room, effort=task.effort, faster=1 / task.copies)
+    plan = Plan(
         fingerprint=task.fingerprint,
         torch=tape.torch,
         device=tape.device,
@@ -164,6 +183,7 @@ def _plan(task: _Task, least_bytes: int) -> Plan:
         smallest_bytes=task.smallest_bytes,
         model=tape.model,
     )
+    return Planned(plan, found.timeline.compute_s + found.slower_stall_s)
 
 
 def _candidates(simulator: Simulator, rules: Rules) -> list[Move]:

@@ -47,11 +47,13 @@ SPARE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best schedule of a search, where its values go, and the step that comes of it."""
+    """The best schedule of a search, where its values go, and the step that comes of it: as the machine has
+    it, and what it waits with the slower copies that were planned for."""
 
     slots: tuple[Slot, ...]
     places: Places
     timeline: Timeline
+    slower_stall_s: float
 
 
 # What a trial follows from: the moves and which of them are on disk, the lead, and what is due.
@@ -66,16 +68,24 @@ class _Trial:
     slots: tuple[Slot, ...]
     lead: Lead
     due: Mapping[Move, int]
+    stall_s: float
     score_s: float
     idle: bool  # nothing worth mentioning is left to gain
 
 
 def search(
-    simulator: Simulator, course: Course, candidates: Sequence[Move], room: Room, *, effort: float = 1.0
+    simulator: Simulator,
+    course: Course,
+    candidates: Sequence[Move],
+    room: Room,
+    *,
+    effort: float = 1.0,
+    faster: float = 1.0,
 ) -> Found:
     """The best set of moves found within ``effort`` times the usual. The candidates together must cover
-    the excess."""
-    return _Search(simulator, course, candidates, room, effort).run()
+    the excess. Copies are planned for as the candidates have them; the machine's are ``faster`` times as
+    fast."""
+    return _Search(simulator, course, candidates, room, effort, faster).run()
 
 
 class _Search:
@@ -86,8 +96,11 @@ class _Search:
         candidates: Sequence[Move],
         room: Room,
         effort: float,
+        faster: float,
     ) -> None:
+        self._whole = effort >= 1
         self._effort = effort * EFFORT
+        self._faster = faster
         self._simulator = simulator
         self._course = course
         self._candidates = candidates
@@ -247,6 +260,7 @@ class _Search:
             slots,
             lead,
             due,
+            stall_s,
             score_s=compute_s + stall_s + COPY_WEIGHT * copies_s,
             idle=stall_s <= ENOUGH * compute_s,
         )
@@ -258,16 +272,18 @@ class _Search:
             raise self._refusal
         moves = [slot.move for slot in self._best.slots]
         places = place_all(moves, self._room)
-        slots = self._best.slots
+        slots, slower_stall_s = self._best.slots, self._best.stall_s
         if places.on_disk != {slot.move for slot in slots if slot.on_disk}:
             slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead, self._best.due))
-        slots, timeline = self._unhurried(slots)
-        return Found(slots, places, timeline)
+            slower_stall_s = self._simulator.stall_of(slots)
+        timeline = self._simulator.play(slots, faster=self._faster)
+        found = Found(slots, places, timeline, slower_stall_s)
+        return self._unhurried(found) if self._whole else found
 
-    def _unhurried(self, slots: tuple[Slot, ...]) -> tuple[tuple[Slot, ...], Timeline]:
+    def _unhurried(self, found: Found) -> Found:
         """The same with no copy back issued long before its queue gets to it: the step takes as long, and
-        the memory is not held meanwhile. And that step."""
-        timeline = self._simulator.play(slots)
+        the memory is not held meanwhile."""
+        timeline = found.timeline
         begins_s = {
             (transfer.value, transfer.stretch): transfer.start_s
             for transfer in timeline.transfers
@@ -275,15 +291,18 @@ class _Search:
         }
         starts_s = timeline.start_s.tolist()
         later = []
-        for slot in slots:
+        for slot in found.slots:
             move = slot.move
             op = bisect_right(starts_s, begins_s[move.value, move.stretch] - QUEUED_S) - 1
             reload_op = max(slot.reload_op, min(op, move.stop - self._course.ahead_ops))
             later.append(Slot(move, slot.on_disk, slot.release_op, reload_op))
-        later_timeline = self._simulator.play(later)
-        if later_timeline.stall_s <= timeline.stall_s + ENOUGH * timeline.compute_s:
-            return tuple(later), later_timeline
-        return slots, timeline
+        played = self._simulator.play(later, faster=self._faster)
+        slower_stall_s = played.stall_s if self._faster == 1 else self._simulator.stall_of(later)
+        enough_s = ENOUGH * timeline.compute_s
+        as_good = played.stall_s <= timeline.stall_s + enough_s
+        if as_good and slower_stall_s <= found.slower_stall_s + enough_s:
+            return Found(tuple(later), found.places, played, slower_stall_s)
+        return found
 
 
 def decision_of(slot: Slot, *, offset_bytes: int = 0, reason: str = "") -> Decision:

@@ -137,15 +137,16 @@ class Simulator:
         slots, around = self._slots_of(decisions)
         return self.stall_of(slots, around=around)
 
-    def play(self, slots: Sequence[Slot], *, around: bool = False) -> Timeline:
-        """``run`` for slots, as a search has them at hand; whether any goes around the end of the tape."""
+    def play(self, slots: Sequence[Slot], *, around: bool = False, faster: float = 1.0) -> Timeline:
+        """``run`` for slots, as a search has them at hand; whether any goes around the end of the tape, and
+        how many times as fast copies are as the slots say."""
         sizes = [slot.move.size_bytes for slot in slots]
         away = ring_occupancy(
             len(self.tape.ops), [slot.release_op for slot in slots], [slot.reload_op for slot in slots], sizes
         )
         curve = self.baseline - away
         peak_op = int(curve.argmax()) if len(curve) else -1
-        walk = Walk(self.machine, self._moments_s, slots)
+        walk = Walk(self.machine, self._moments_s, slots, faster=faster)
         stalls_s, begin_s = walk.settle(around=around)
         stall_s, compute_s = float(stalls_s.sum()), float(self.moments_s[-1])
         start_s = (self.moments_s + np.cumsum(stalls_s))[:-1]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torchlms.core.plan import Plan
+    from torchlms.core.planned import Planned
     from torchlms.core.tape import Value
 
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
@@ -25,10 +26,10 @@ class Trials:
     """``make`` plans the moves for a set of drops, with that share of the usual effort; ``least_s`` is what a
     step takes with a set, if it never waits: a set for which that is too much is not planned for."""
 
-    def __init__(self, make: Callable[[Drops, float], Plan], least_s: Callable[[Drops], float]) -> None:
+    def __init__(self, make: Callable[[Drops, float], Planned], least_s: Callable[[Drops], float]) -> None:
         self._make = make
         self._least_s = least_s
-        self._made: dict[Key, Plan | None] = {}
+        self._made: dict[Key, Planned | None] = {}
         self._searched: set[Key] = set()  # with the whole effort
         self._refusal: BudgetTooSmall | HostBudgetTooSmall | None = None
         self._best = Drops()
@@ -84,24 +85,25 @@ class Trials:
         return self._cost_s(made, self._best) if made is not None else math.inf
 
     @staticmethod
-    def _cost_s(made: Plan, drops: Drops) -> float:
-        """The predicted step, and some of what the values that leave ask of the program."""
-        return made.predicted.step_s + NOTICED.lap_s(load(made, drops))
+    def _cost_s(made: Planned, drops: Drops) -> float:
+        """The step, on average of both speeds of copies, and some of what the values that leave ask of the
+        program."""
+        return made.step_s + NOTICED.lap_s(load(made.plan, drops))
 
     @property
     def free_of_stalls(self) -> bool:
         made = self._made.get(_key(self._best))
-        return made is not None and made.predicted.step_s <= WITHOUT_STALL * made.predicted.compute_s
+        return made is not None and made.step_s <= WITHOUT_STALL * made.plan.predicted.compute_s
 
     @property
     def moved(self) -> list[int]:
         """The values that the best plan moves."""
         made = self._made.get(_key(self._best))
-        return [move.value for move in made.moves] if made is not None else []
+        return [move.value for move in made.plan.moves] if made is not None else []
 
     @property
     def smallest_bytes(self) -> int:
-        return min(made.smallest_bytes for made in self._made.values() if made is not None)
+        return min(made.plan.smallest_bytes for made in self._made.values() if made is not None)
 
     def winner(self) -> tuple[Drops, Plan]:
         """The best set and its plan; what the first set was refused with, if none had one."""
@@ -109,7 +111,7 @@ class Trials:
         if made is None:
             assert self._refusal is not None
             raise self._refusal
-        return self._best, made
+        return self._best, made.plan
 
 
 def load(moves: Plan, drops: Drops) -> Load:

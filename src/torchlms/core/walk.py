@@ -60,8 +60,12 @@ _Event = tuple[int, int, int, int, int]
 class Walk:
     """One run over the laps. What each moment does, and in which order, is told in ``simulate``."""
 
-    def __init__(self, machine: Machine, moments_s: Sequence[float], slots: Sequence[Slot]) -> None:
+    def __init__(
+        self, machine: Machine, moments_s: Sequence[float], slots: Sequence[Slot], *, faster: float = 1.0
+    ) -> None:
+        """``faster``: how many times as fast all copies are as the slots say."""
         self._moments_s = moments_s
+        self._share = 1 / faster
         self._slots = slots
         self._link = Link(machine.out_share, machine.in_share)
         self._has_link = bool(machine.link)
@@ -126,11 +130,11 @@ class Walk:
         out.issued_s[place] = clock_s
         if not self._has_link:
             out.start_s[place], out.end_s[place] = self._writes.pass_through(
-                ready_s=clock_s, work_s=slot.move.write_s
+                ready_s=clock_s, work_s=self._share * slot.move.write_s
             )
             return
         number = out.number[place] = next(self._numbers)
-        self._link.queue(OUT, number, ready_s=clock_s, work_s=slot.move.out_s)
+        self._link.queue(OUT, number, ready_s=clock_s, work_s=self._share * slot.move.out_s)
         if slot.on_disk:
             self._unwritten.append(place)
 
@@ -155,7 +159,7 @@ class Walk:
     def _write(self, place: int) -> None:
         self._leave_link(place)
         _, self._out.end_s[place] = self._writes.pass_through(
-            ready_s=self._out.end_s[place], work_s=self._slots[place].move.write_s
+            ready_s=self._out.end_s[place], work_s=self._share * self._slots[place].move.write_s
         )
 
     def _issue_in(self, place: int, clock_s: float) -> None:
@@ -164,11 +168,13 @@ class Walk:
         ready_s = max(clock_s, self._out_end_s(place))
         back.start_s[place] = -1.0
         if slot.on_disk:
-            back.start_s[place], ready_s = self._reads.pass_through(ready_s=ready_s, work_s=slot.move.read_s)
+            back.start_s[place], ready_s = self._reads.pass_through(
+                ready_s=ready_s, work_s=self._share * slot.move.read_s
+            )
         back.end_s[place] = ready_s
         if self._has_link:
             number = back.number[place] = next(self._numbers)
-            self._link.queue(IN, number, ready_s=ready_s, work_s=slot.move.in_s)
+            self._link.queue(IN, number, ready_s=ready_s, work_s=self._share * slot.move.in_s)
 
     def _in_end_s(self, place: int) -> float:
         back = self._in

@@ -1,0 +1,59 @@
+"""Planned: a plan of moves, and what its step would take with slower copies.
+
+[Note: Slower copies]
+Copies are often slower than they were measured: they share the memory with the ops and the link with others,
+and a program that is late issues them late. Where they just fit beside the ops, a step is a hair shorter as
+long as all goes well, and by as much longer as they are late otherwise; to drop one value more costs next to
+nothing. So a plan is made for slower copies, and judged by what its step takes at both speeds, on average:
+where it waits for copies at either, there is little to gain by giving up the faster one. What is predicted,
+and the times in reasons, are those of the machine.
+
+That is for plans that may drop values. One that only moves them has nothing else to put in the place of a
+copy that may be late.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torchlms.core.pace import paced, waits_s
+
+if TYPE_CHECKING:
+    from torchlms.core.pace import Load, Pace
+    from torchlms.core.plan import Plan
+    from torchlms.core.tape import Tape
+
+SLOWER = 0.8  # as fast as copies are counted on to be, as a share of what was measured
+
+
+def slower(taken: float) -> float:
+    """As fast as copies are counted on to be, where they are ``taken`` to be so many times as fast as they
+    were measured: a share of that. What is taken to be slow is not counted on to be slower still."""
+    return min(1.0, SLOWER / min(taken, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """``plan`` predicts its step for copies as the machine says; ``slower_step_s`` is that step with the
+    slower copies that were counted on. Without such, both are the same."""
+
+    plan: Plan
+    slower_step_s: float
+
+    @property
+    def step_s(self) -> float:
+        """On average of both speeds: what plans are compared by."""
+        return (self.plan.predicted.step_s + self.slower_step_s) / 2
+
+    @property
+    def stall_s(self) -> float:
+        """Of that."""
+        return self.step_s - self.plan.predicted.compute_s
+
+    def paced(self, tape: Tape, pace: Pace | None, load: Load) -> Planned:
+        """The same, if the device also has to wait for a program of that pace."""
+        return Planned(
+            replace(self.plan, predicted=paced(self.plan.predicted, tape, pace, load)),
+            self.slower_step_s + waits_s(self.slower_step_s, tape, pace, load),
+        )
