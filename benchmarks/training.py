@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     Emit = Callable[[dict[str, Any]], None]
 
 _MOST_EXTRA_WARMUP = 80  # steps, while LMS still plans anew, learns where memory is tight, or races plans
+_IN_A_ROW = 4  # steps of the warm-up between two looks at what LMS does
 _CALM_STEPS = 6  # steps without a new plan before timing begins: the allocator has to settle, too
 _AGAIN_WARMUP, _AGAIN_STEPS = 3, 7
 _WAITED_STEPS = 5
@@ -275,17 +276,18 @@ def lms_around(trainer: Trainer) -> Iterator[Any]:
 
 
 def warm_up(trainer: Trainer, lms: Any, least: int) -> None:
-    """At least so many steps, and more while LMS still plans anew or learns."""
+    """At least so many steps, and more while LMS still plans anew or learns. Most run ahead of the device, as
+    those that are timed do: LMS settles for how the loop runs."""
     calm, before = 0, (0, 0)
     while len(trainer.seconds) < least or (
         calm < _CALM_STEPS and len(trainer.seconds) < least + _MOST_EXTRA_WARMUP
     ):
-        trainer.step()
+        trainer.step(_IN_A_ROW)
         stats = lms.stats()
         trainer.ledger_bytes = max(trainer.ledger_bytes, stats.get("peak_device_bytes", 0))
         now = (stats.get("replans", 0), stats.get("record_steps", 0))
         busy = now != before or stats.get("lessons") or stats.get("racing")
-        calm = 0 if busy else calm + 1
+        calm = 0 if busy else calm + _IN_A_ROW
         before = now
 
 

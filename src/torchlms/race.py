@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ from torchlms.core.calibrate import AS_MEASURED, Rates
 if TYPE_CHECKING:
     from torchlms.core.plan import Plan
     from torchlms.eager.program import Program
+    from torchlms.eager.timer import Lap
 
 WARM_LAPS = 2  # under a plan before it is timed
 TIMED_LAPS = 4
 CLOSE = 1.1  # a plan predicted to be slower by more than that is not tried
 FASTER = 0.99  # of the time of the plan before: less is noise
+BEHIND = 2  # laps that the device may be behind the program before it is waited for
 
 
 @dataclass(slots=True)
@@ -31,6 +34,24 @@ class Contender:
     remapped_laps: int = 0  # in which the allocator remapped memory
     values_s: list[float] = field(default_factory=list)  # by the program in each lap on values that leave
     again_s: list[float] = field(default_factory=list)  # and on making some of them again
+    ahead: deque[tuple[Lap, bool]] = field(default_factory=deque)  # laps that the device is not yet past
+
+    def ran(self, lap: Lap, *, remapped: bool) -> None:
+        """The program is past a lap. Its time is taken once the device is, too: a program that does not wait
+        for its device must not wait for that either, or it would not be timed as it runs."""
+        self.ahead.append((lap, remapped))
+        while self.ahead and (len(self.ahead) > BEHIND or self.ahead[0][0].passed):
+            self._take(*self.ahead.popleft())
+
+    def _take(self, lap: Lap, remapped: bool) -> None:
+        measured_s = lap.seconds
+        if measured_s is None:
+            return
+        self.laps_s.append(measured_s)
+        self.starved_laps += lap.starved
+        self.values_s.append(lap.values_s)
+        self.again_s.append(lap.again_s)
+        self.remapped_laps += remapped
 
     @property
     def median_s(self) -> float:
@@ -60,7 +81,7 @@ class Contender:
 
     def forget_laps(self) -> None:
         """Be timed anew."""
-        for noted in (self.laps_s, self.values_s, self.again_s):
+        for noted in (self.laps_s, self.values_s, self.again_s, self.ahead):
             noted.clear()
         self.starved_laps = self.remapped_laps = 0
 

@@ -61,16 +61,11 @@ class Referee:
         if race is None or program.plan is not race.running.plan:
             # The first plan, or one that was made anew meanwhile, without recipes that proved wrong.
             race = routine.notes = Race([Contender(program.plan, "the plan made")])
-        measured_s = lap.seconds
         learning = engine.device.is_cuda and program.lessons and not program.calm
-        if measured_s is None or learning or self._feel_heat(routine, program, race):
+        if learning or self._feel_heat(routine, program, race):
             return
         race.running.program = program
-        race.running.laps_s.append(measured_s)
-        race.running.starved_laps += lap.starved
-        race.running.values_s.append(lap.values_s)
-        race.running.again_s.append(lap.again_s)
-        race.running.remapped_laps += bool(program.pinches) and not program.calm
+        race.running.ran(lap, remapped=bool(program.pinches) and not program.calm)
         if race.running.done and not self._ask_heat(routine, race):
             self._next_contender(engine, routine, race)
 

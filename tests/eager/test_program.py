@@ -194,10 +194,14 @@ class Queue:
     torch_device = torch.device("cuda", 0)
 
     def __init__(self, *, caught_up: bool) -> None:
-        self._caught_up = caught_up
+        self.caught_up = caught_up
+        self.waited = 0
 
     def mark(self) -> Any:
-        return SimpleNamespace(passed=lambda: self._caught_up)
+        return SimpleNamespace(passed=lambda: self.caught_up, since_s=lambda earlier: 1.0)
+
+    def synchronize(self) -> None:
+        self.waited += 1
 
 
 @pytest.mark.parametrize(("caught_up", "times"), [(True, 5), (False, 1)])
@@ -221,6 +225,24 @@ def test_a_lap_knows_whether_the_device_waited_for_the_program(caught_up: bool) 
     for _ in range(100):
         lap.note_use()
     assert lap.starved is caught_up
+
+
+@pytest.mark.real_times
+def test_a_lap_that_the_device_is_not_past_is_waited_for() -> None:
+    queue = Queue(caught_up=False)
+    lap = Lap(queue)  # type: ignore[arg-type]
+    assert lap.passed, "it has no end that anybody could wait for"
+    assert lap.seconds is None
+    lap.end()
+    assert not lap.passed
+    assert lap.seconds is not None
+    assert queue.waited == 1
+    queue.caught_up = True
+    late = Lap(queue)  # type: ignore[arg-type]
+    late.end()
+    assert late.passed
+    assert late.seconds is not None
+    assert queue.waited == 1
 
 
 def test_a_cpu_is_never_said_to_wait_for_its_program() -> None:

@@ -37,7 +37,7 @@ from torchlms.eager.replayable import may_replay
 from torchlms.eager.routine import TIMINGS, Routine
 from torchlms.eager.timer import Lap, OpTimer
 from torchlms.memory.disk import SpillFile
-from torchlms.race import TIMED_LAPS, WARM_LAPS, Contender, Race
+from torchlms.race import BEHIND, TIMED_LAPS, WARM_LAPS, Contender, Race
 from torchlms.referee import Referee, race_of
 
 NETWORK = NETWORKS["mlp"]
@@ -81,6 +81,48 @@ def test_the_first_stays_unless_another_is_clearly_faster() -> None:
     assert fast.done
     assert "first 1000.0 ms" in Race([first, fast]).result()
     assert Race([first, fast]).result().endswith("fast stays")
+
+
+class SlowLap:
+    """One that the device is past when it is told so, or waited for."""
+
+    starved, values_s, again_s = False, 0.0, 0.0
+
+    def __init__(self, seconds: float | None, *, passed: bool = False) -> None:
+        self._seconds = seconds
+        self.passed = passed
+        self.waited_for = False
+
+    @property
+    def seconds(self) -> float | None:
+        self.waited_for |= not self.passed
+        return self._seconds
+
+
+def test_a_program_that_runs_ahead_is_not_made_to_wait_to_be_timed() -> None:
+    runner = contender("runner")
+    runner.laps_s.clear()
+    laps = [SlowLap(float(number)) for number in range(BEHIND + 2)]
+    for lap in laps[:BEHIND]:
+        runner.ran(lap, remapped=True)  # type: ignore[arg-type]
+    assert runner.laps_s == []
+    laps[0].passed = True
+    runner.ran(laps[BEHIND], remapped=False)  # type: ignore[arg-type]
+    assert runner.laps_s == [0.0]
+    assert not any(lap.waited_for for lap in laps)
+    runner.ran(laps[BEHIND + 1], remapped=False)  # type: ignore[arg-type]
+    assert runner.laps_s == [0.0, 1.0], "the device is far behind, and is waited for"
+    assert [lap.waited_for for lap in laps] == [False, True, False, False]
+    assert runner.remapped_laps == 2
+    runner.ran(SlowLap(None, passed=True), remapped=False)  # type: ignore[arg-type]
+    for lap in laps:
+        lap.passed = True
+    runner.ran(SlowLap(None, passed=True), remapped=False)  # type: ignore[arg-type]
+    assert runner.laps_s == [0.0, 1.0, 2.0, 3.0], "one without an end has no time"
+    runner.ran(SlowLap(7.0), remapped=False)  # type: ignore[arg-type]
+    runner.forget_laps()
+    runner.ran(SlowLap(8.0, passed=True), remapped=False)  # type: ignore[arg-type]
+    assert runner.laps_s == [8.0], "and not what ran before"
 
 
 OP_S = 1e-5

@@ -59,11 +59,17 @@ class Lap:
         return self._idle > _STARVED * self._looks
 
     @property
+    def passed(self) -> bool:
+        """Whether the device is past it, so that nobody has to wait to know how long it took."""
+        return self._end is None or self._end.passed()
+
+    @property
     def seconds(self) -> float | None:
-        """None if backward never ended; waits for the device."""
+        """None if backward never ended; waits for the device where that is not past it."""
         if self._end is None:
             return None
-        self._device.synchronize()
+        if not self._end.passed():
+            self._device.synchronize()
         return self._end.since_s(self._begin)
 
 
