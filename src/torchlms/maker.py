@@ -151,17 +151,7 @@ class Maker:
         machine = self.machine.with_copies(copies)
         budget = budget if budget is not None else self.budget
         elbow = ELBOW if machine.link else NO_ELBOW
-        room: dict[str, Any] = {"headroom_bytes": spare_bytes, "elbow": elbow}
-        if not (self.rules.recompute and drops):
-            return planner.plan(tape, machine, budget, self.rules, **room)
-        return joint.plan(
-            tape,
-            machine,
-            budget,
-            self.rules,
-            quick=quick,
-            like=like,
-            pace=pace,
-            copies=slower(copies),
-            **room,
-        )
+        room: dict[str, Any] = {"headroom_bytes": spare_bytes, "elbow": elbow, "copies": slower(copies)}
+        if self.rules.recompute and drops:
+            return joint.plan(tape, machine, budget, self.rules, quick=quick, like=like, pace=pace, **room)
+        return planner.plan(tape, machine, budget, self.rules, **room)

@@ -258,7 +258,7 @@ def test_both_speeds_are_those_of_the_simulator(effort: float, tier: str) -> Non
     assert made.slower_step_s > made.plan.predicted.step_s > made.plan.predicted.compute_s
     assert made.step_s == pytest.approx((made.slower_step_s + made.plan.predicted.step_s) / 2)
     assert {move.choice for move in made.plan.moves} >= ({Choice.DISK} if tier != "host" else {Choice.HOST})
-    alone = plan_for(tape, machine, budget, RULES, **rules)
+    alone = plan_for(tape, machine, budget, RULES, copies=1.0, **rules)
     assert alone.slower_step_s == alone.plan.predicted.step_s
 
 

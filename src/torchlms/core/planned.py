@@ -3,13 +3,11 @@
 [Note: Slower copies]
 Copies are often slower than they were measured: they share the memory with the ops and the link with others,
 and a program that is late issues them late. Where they just fit beside the ops, a step is a hair shorter as
-long as all goes well, and by as much longer as they are late otherwise; to drop one value more costs next to
-nothing. So a plan is made for slower copies, and judged by what its step takes at both speeds, on average:
-where it waits for copies at either, there is little to gain by giving up the faster one. What is predicted,
-and the times in reasons, are those of the machine.
-
-That is for plans that may drop values. One that only moves them has nothing else to put in the place of a
-copy that may be late.
+long as all goes well, and by as much longer as they are late otherwise; to move values that idle longer, or
+to drop one more, costs next to nothing. So a plan is made for slower copies, and where there is a choice of
+several, judged by what its step takes at both speeds, on average: where it waits for copies at either, there
+is little to gain by giving up the faster one. What is predicted, and the times in reasons, are those of the
+machine.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torchlms.core.held import with_held
 from torchlms.core.moves import Move, Slot
 from torchlms.core.pace import NOTICED, Load
 from torchlms.core.plan import Budget, Decision, Plan
-from torchlms.core.planned import Planned
+from torchlms.core.planned import SLOWER, Planned
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course
 from torchlms.core.search import decision_of, search
@@ -71,19 +71,21 @@ def plan(
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
     effort: float = 1.0,
+    copies: float = SLOWER,
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``, or less if
     the rules ask for more headroom.
 
     ``elbow`` is free memory that ops and copies are given beyond that where it can be had; ``effort`` is
-    how long to search, as a share of the usual. Moves nothing when everything fits, unless a rule demands
+    how long to search, as a share of the usual; ``copies`` how fast they are counted on to be, as a share of
+    what the machine says ([Note: Slower copies]). Moves nothing when everything fits, unless a rule demands
     it. The step time is the best found, not a proven optimum; ``lower_bound`` says how far off it can be.
     Stretches that wrap around the end of the tape stay on the device. Raises BudgetTooSmall or
     HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
     planned = plan_for(
-        tape, machine, budget, rules, headroom_bytes=headroom_bytes, elbow=elbow, effort=effort
+        tape, machine, budget, rules, headroom_bytes=headroom_bytes, elbow=elbow, effort=effort, copies=copies
     )
     return replace(planned.plan, plan_s=time.perf_counter() - started_s)
 
@@ -97,11 +99,10 @@ def plan_for(
     headroom_bytes: int,
     elbow: Elbow,
     effort: float,
-    copies: float = 1.0,
+    copies: float,
     fingerprint: str = "",
 ) -> Planned:
-    """As ``plan``, for ``copies`` as fast as that, as a share of what the machine says ([Note: Slower
-    copies]); ``fingerprint`` is that of the plan, if not the tape's."""
+    """As ``plan``; ``fingerprint`` is that of the plan, if not the tape's."""
     headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
     task = _task(
         Simulator(tape, machine.with_copies(copies)),
