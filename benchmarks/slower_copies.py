@@ -1,13 +1,13 @@
 """Slower copies: what it costs to count on them, and what is lost where they come and were not counted on.
 
-    python benchmarks/slower_copies.py            six tapes, each planned twice, within two minutes
+    python benchmarks/slower_copies.py            six tapes, each planned four times, within three minutes
 
 Records steps of each network on the CPU, at two small batches and with small images, which say what it would
 take at a large one; gives that tape the memory and the step time that plain took in a row of an H200; and
-plans it for that row's budget: once for copies that are as fast as measured, and once as LMS does (see
-[Note: Slower copies] in core/planned.py). The simulator then plays both plans with copies at several speeds.
-Op times are a CPU's, multiplied: it is about plans against plans and not about a device. Writes what it saw
-to benchmarks/results/slower-copies.json.
+plans it for that row's budget, by moving alone and with recompute: once for copies that are as fast as
+measured, and once as LMS does (see [Note: Slower copies] in core/planned.py). The simulator then plays both
+plans with copies at several speeds. Op times are a CPU's, multiplied: it is about plans against plans and not
+about a device. Writes what it saw to benchmarks/results/slower-copies.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from result_file import FOLDER, save
 
 from torchlms.bench import provenance
 from torchlms.bench.options import BenchOptions
-from torchlms.core import joint
+from torchlms.core import joint, planner
 from torchlms.core.calibrate import Rates, foretold
 from torchlms.core.headroom import ELBOW, headroom_bytes
 from torchlms.core.machine import Machine
@@ -39,6 +40,7 @@ from torchlms.core.tape import Tape
 from torchlms.fit.scale import extrapolate
 
 SPEEDS = (1.0, 0.9, 0.8, 0.7)  # of copies, as shares of what was measured
+WAYS = {True: "with recompute", False: "moving alone"}
 _IMAGE = 64  # pixels a side, and as many images more as there are pixels fewer
 _RESNET = BenchOptions("resnet50", image_size=_IMAGE, optimizer="sgd")
 _GOOGLENET = BenchOptions("googlenet", image_size=_IMAGE, optimizer="sgd")
@@ -59,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _arguments(arguments)
     torch.set_num_threads(1)
     cases = []
-    for row, (options, batch_size) in CASES.items():
-        cases.append(compared(row, options, batch_size))
+    for (row, (options, batch_size)), recompute in product(CASES.items(), (True, False)):
+        cases.append(compared(row, options, batch_size, recompute=recompute))
         print(cases[-1], flush=True)
     result = {
         "schema": "torchlms.slower-copies/1",
@@ -68,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         **device_facts(torch.device("cpu")),
         "counted_on": SLOWER,
         "cases": cases,
-        "of_bold": {str(speed): geometric_mean(cases, speed) for speed in SPEEDS},
+        "of_bold": {
+            way: {str(speed): geometric_mean(cases, way, speed) for speed in SPEEDS} for way in WAYS.values()
+        },
         "date": provenance.now(),
         "code": provenance.code_hash(),
     }
@@ -77,18 +81,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def compared(row: str, options: BenchOptions, batch_size: int) -> dict[str, Any]:
+def compared(row: str, options: BenchOptions, batch_size: int, *, recompute: bool) -> dict[str, Any]:
     """The steps of both plans at each speed of copies."""
     machine: Machine = from_json(Machine, result_of(row)["machine"])
     small, large = (_recorded(replace(options, batch_size=batch)) for batch in _BATCHES)
     tape = enlarged(extrapolate(small, large, *_BATCHES, batch_size), entry_of(row, "none"))
     budget_bytes = entry_of(row, "lms")["budget_bytes"]
     budget = Budget(budget_bytes, machine.host_available_bytes, machine.disk_free_bytes)
+
+    def told(copies: float) -> dict[str, Any]:
+        return _told(tape, machine, planned(tape, machine, budget, copies=copies, recompute=recompute))
+
     return {
         "row": row,
+        "way": WAYS[recompute],
         "budget_bytes": budget.device_bytes,
-        "bold": _told(tape, machine, planned(tape, machine, budget, copies=1.0)),
-        "wary": _told(tape, machine, planned(tape, machine, budget, copies=SLOWER)),
+        "bold": told(1.0),
+        "wary": told(SLOWER),
     }
 
 
@@ -97,10 +106,12 @@ def _recorded(options: BenchOptions) -> Tape:
     return recorded(options)
 
 
-def planned(tape: Tape, machine: Machine, budget: Budget, *, copies: float) -> Plan:
+def planned(tape: Tape, machine: Machine, budget: Budget, *, copies: float, recompute: bool) -> Plan:
     """As LMS plans on a device, but for copies at this share of their speed."""
-    spare_bytes = headroom_bytes(machine, budget.device_bytes)
-    return joint.plan(tape, machine, budget, Rules(), headroom_bytes=spare_bytes, elbow=ELBOW, copies=copies)
+    spare_bytes = headroom_bytes(machine, budget.device_bytes, drops=recompute)
+    make = joint.plan if recompute else planner.plan
+    rules = Rules(recompute=recompute)
+    return make(tape, machine, budget, rules, headroom_bytes=spare_bytes, elbow=ELBOW, copies=copies)
 
 
 def _told(tape: Tape, machine: Machine, plan: Plan) -> dict[str, Any]:
@@ -113,10 +124,12 @@ def _told(tape: Tape, machine: Machine, plan: Plan) -> dict[str, Any]:
     }
 
 
-def geometric_mean(cases: list[dict[str, Any]], speed: float) -> float:
+def geometric_mean(cases: list[dict[str, Any]], way: str, speed: float) -> float:
     """Of the wary plans' steps over the bold ones', with copies at ``speed``."""
     return statistics.geometric_mean(
-        case["wary"]["step_s"][str(speed)] / case["bold"]["step_s"][str(speed)] for case in cases
+        case["wary"]["step_s"][str(speed)] / case["bold"]["step_s"][str(speed)]
+        for case in cases
+        if case["way"] == way
     )
 
 

@@ -30,10 +30,12 @@ def test_one_case_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result["schema"] == "torchlms.slower-copies/1"
     assert result["code"] == provenance.code_hash()
     assert result["counted_on"] == SLOWER
-    (case,) = result["cases"]
-    for kind in ("bold", "wary"):
-        steps_s = [case[kind]["step_s"][str(speed)] for speed in slower_copies.SPEEDS]
-        assert steps_s == sorted(steps_s), "the slower the copies, the longer the step"
-    slowest = str(slower_copies.SPEEDS[-1])
-    expected = case["wary"]["step_s"][slowest] / case["bold"]["step_s"][slowest]
-    assert result["of_bold"][slowest] == pytest.approx(expected)
+    assert [case["way"] for case in result["cases"]] == list(slower_copies.WAYS.values())
+    for case in result["cases"]:
+        for kind in ("bold", "wary"):
+            steps_s = [case[kind]["step_s"][str(speed)] for speed in slower_copies.SPEEDS]
+            assert steps_s == sorted(steps_s), "the slower the copies, the longer the step"
+        slowest = str(slower_copies.SPEEDS[-1])
+        expected = case["wary"]["step_s"][slowest] / case["bold"]["step_s"][slowest]
+        assert result["of_bold"][case["way"]][slowest] == pytest.approx(expected)
+        assert case["way"] == "with recompute" or not case["wary"]["values_dropped"]
