@@ -39,6 +39,7 @@ def planned(name: str) -> tuple[Tape, Plan]:
         Budget(budget_bytes, LOTS, 0),
         headroom_bytes=int(0.02 * budget_bytes),
         elbow=Elbow(flying=0.2),
+        copies=1.0,
     )
     assert made.moves
     return tape, made
