@@ -318,7 +318,7 @@ def _best(lms: Any) -> dict[str, float]:
         return {}
     recompute = any(move.choice is Choice.RECOMPUTE for move in plan.moves)
     make = joint.plan if recompute else planner.plan
-    best = make(tape, lms.machine, plan.budget, Rules(recompute=recompute), headroom_bytes=0)
+    best = make(tape, lms.machine, plan.budget, Rules(recompute=recompute), headroom_bytes=0, copies=1.0)
     return {
         "best_s": best.predicted.step_s,
         "lower_bound_s": planner.lower_bound(tape, lms.machine, plan.budget, recompute=recompute),

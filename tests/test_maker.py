@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tapes import GIB, MIB, Network, chain, cpu, gpu
 
-from torchlms.core import joint
+from torchlms.core import joint, planner
 from torchlms.core.calibrate import AS_MEASURED, Rates, foretold
 from torchlms.core.headroom import ELBOW, headroom_bytes, lean_bytes
 from torchlms.core.machine import Machine
@@ -231,6 +231,20 @@ def test_a_plan_for_copies_that_were_found_slow_counts_on_no_slower_ones(copies:
     assert other is not None
     assert (other.decisions, other.predicted) == (expected.decisions, expected.predicted)
     assert other.decisions != planned(SLOWER).decisions
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_plans_are_made_for_slower_copies(recompute: bool) -> None:
+    tape, machine = _made_again(chain(80, time_s=1e-3)), gpu(link=60e9)
+    made = maker(machine, Budget(3 * GIB, 64 * GIB, 0), recompute=recompute)
+    first = made.first(tape, rough=False)
+    room: dict[str, Any] = {"headroom_bytes": made.headroom_bytes, "elbow": ELBOW}
+    make = joint.plan if recompute else planner.plan
+    plans = {
+        copies: make(tape, machine, made.budget, made.rules, copies=copies, **room)
+        for copies in (SLOWER, 1.0)
+    }
+    assert first.decisions == plans[SLOWER].decisions != plans[1.0].decisions
 
 
 def test_where_drops_prove_dear_more_may_move_instead() -> None:

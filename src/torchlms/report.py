@@ -155,9 +155,10 @@ def _traffic(stats: dict[str, Any], since: str = "") -> str:
 
 def _limit(stats: dict[str, Any], bound_s: float | None) -> list[str]:
     measured_s = stats.get("measured_step_s", 0.0)
-    if not bound_s or not stats["predicted"]["step_s"] or 0 < measured_s < bound_s:
+    predicted_s = stats["predicted"]["step_s"]
+    if not bound_s or not predicted_s or predicted_s < bound_s or 0 < measured_s < bound_s:
         return []  # nothing is known, or the machine is faster than it was when its rates were measured
-    share = bound_s / stats["predicted"]["step_s"]
+    share = bound_s / predicted_s
     return [
         f"no plan can bring this step below {bound_s * 1e3:.1f} ms within the budget; the prediction is at "
         f"{share:.2f} of that limit's speed"

@@ -20,7 +20,7 @@ from torchlms.core.curve import baseline_curve, floor_curve
 from torchlms.core.drops import Drops, droppable, gain_bytes, replay_s, return_ops, short_chains
 from torchlms.core.headroom import NO_ELBOW
 from torchlms.core.machine import Machine
-from torchlms.core.pace import Pace
+from torchlms.core.pace import Load, Pace
 from torchlms.core.plan import Budget, Choice, Decision, Plan
 from torchlms.core.planned import SLOWER, slower
 from torchlms.core.planner import plan_for
@@ -289,6 +289,32 @@ def test_what_is_predicted_is_what_the_simulator_foretells(quick: bool, pace: Pa
     assert pace is None or made.predicted.step_s > 2.0
 
 
+def test_what_would_wait_for_slower_copies_is_not_done_with_when_fast_ones_hide() -> None:
+    tape, machine = blocks(16), gpu(link=36e9)
+    budget = between(tape, 0.3)
+    moves = planner.plan(tape, machine, budget, RULES)
+    assert moves.predicted.stall_s <= 1e-3 * moves.predicted.compute_s
+    assert slowed_s(tape, machine, moves) > 1.02 * moves.predicted.step_s
+    both = joint.plan(tape, machine, budget, RULES)
+    assert any(decision.choice is Choice.RECOMPUTE for decision in both.moves)
+    assert slowed_s(tape, machine, both) <= 1.002 * both.predicted.step_s <= 1.02 * moves.predicted.step_s
+
+
+def test_a_program_has_its_pace_whatever_the_speed_of_copies() -> None:
+    tape, machine = blocks(8), gpu(link=10e9)
+    rules: dict[str, Any] = {"headroom_bytes": 0, "elbow": NO_ELBOW, "effort": 1.0}
+    made = plan_for(tape, machine, between(tape, 0.3), RULES, copies=SLOWER, **rules)
+    assert made.plan.predicted.step_s < made.slower_step_s
+    load = Load(len(made.plan.moves))
+    assert made.paced(tape, None, load) == made
+    slow = made.paced(tape, Pace(10.0, 1e-3), load)
+    assert slow.slower_step_s == slow.plan.predicted.step_s == pytest.approx(10 + 1e-3 * load.leaving)
+    between_s = (made.plan.predicted.step_s + made.slower_step_s) / 2
+    middling = made.paced(tape, Pace(between_s, 0.0), load)
+    assert middling.plan.predicted.step_s == pytest.approx(between_s)
+    assert middling.slower_step_s == made.slower_step_s
+
+
 @pytest.mark.parametrize(
     ("taken", "share"), [(2.0, SLOWER), (1.0, SLOWER), (0.9, SLOWER / 0.9), (SLOWER, 1.0), (0.25, 1.0)]
 )
@@ -345,10 +371,8 @@ def test_a_search_may_begin_with_another_plan(monkeypatch: pytest.MonkeyPatch) -
     tape, machine = blocks(64), gpu(link=5e9)
     budget = Budget(int(0.5 * baseline_curve(tape).max()), LOTS, 0)
     tried = []
-    make = joint.plan_moves
-    monkeypatch.setattr(
-        joint, "plan_moves", lambda *args, **options: tried.append(1) or make(*args, **options)
-    )
+    make = joint.plan_for
+    monkeypatch.setattr(joint, "plan_for", lambda *args, **options: tried.append(1) or make(*args, **options))
     first = joint.plan(tape, machine, budget, RULES)
     whole = len(tried)
     tried.clear()
@@ -430,6 +454,16 @@ def test_no_plan_beats_the_bound(share: float, link: float, linked: bool) -> Non
     assert bound_s <= best * (1 + 1e-9)
     if share < 0.5 and link < 3e9:
         assert bound_s > 1.05 * sum(op.time_s for op in tape.ops), "it says something"
+
+
+@pytest.mark.parametrize("cheap_s", [1e-2, 2e-2])
+def test_copies_back_go_on_beside_what_is_made_again(cheap_s: float) -> None:
+    """The bound must not count both: dear drops leave the link time for what moves."""
+    tape, machine = blocks(8, cheap_s=cheap_s), gpu(link=3e9)
+    budget = between(tape, 0.15)
+    made = joint.plan(tape, machine, budget, RULES, quick=True)
+    bound_s = lower_bound(tape, machine, budget, recompute=True)
+    assert 0.9 * made.predicted.step_s < bound_s <= made.predicted.step_s
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])

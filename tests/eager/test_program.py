@@ -198,10 +198,12 @@ class Queue:
         self.waited = 0
 
     def mark(self) -> Any:
-        return SimpleNamespace(passed=lambda: self.caught_up, since_s=lambda earlier: 1.0)
+        return SimpleNamespace(
+            passed=lambda: self.caught_up, since_s=lambda earlier: 1.0, wait=self._wait_for_mark
+        )
 
-    def synchronize(self) -> None:
-        self.waited += 1
+    def _wait_for_mark(self) -> None:
+        self.waited += not self.caught_up
 
 
 @pytest.mark.parametrize(("caught_up", "times"), [(True, 5), (False, 1)])

@@ -24,7 +24,7 @@ from sessions import (
 from small_networks import NETWORKS
 
 from torchlms.core.again import with_drops
-from torchlms.core.calibrate import foretold
+from torchlms.core.calibrate import Rates, foretold
 from torchlms.core.drops import Drops
 from torchlms.core.machine import Machine
 from torchlms.core.pace import lap_s
@@ -36,6 +36,7 @@ from torchlms.eager.program import Program
 from torchlms.eager.replayable import may_replay
 from torchlms.eager.routine import TIMINGS, Routine
 from torchlms.eager.timer import Lap, OpTimer
+from torchlms.maker import Maker
 from torchlms.memory.disk import SpillFile
 from torchlms.race import BEHIND, TIMED_LAPS, WARM_LAPS, Contender, Race
 from torchlms.referee import Referee, race_of
@@ -188,7 +189,8 @@ def raced(spill_dir: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Tape,
 def test_a_disk_that_is_faster_than_was_thought(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: Machine
 ) -> None:
-    """Thought to be a thousand times too slow: plans are made for a faster one, and tried.
+    """Thought to be a thousand times too slow: the next plan is for a faster one. It is the same, for every
+    byte has to move, and is not tried again; but what it predicts is put right.
 
     Where only little can be made again, so that something has to move.
     """
@@ -199,9 +201,21 @@ def test_a_disk_that_is_faster_than_was_thought(
 
     monkeypatch.setattr(provenance, "may_replay", little)
     monkeypatch.setattr(provenance, "_manners", provenance._manners.__wrapped__)  # what others have asked for
-    _, _, said = raced(spill_dir, caplog)
-    assert len(said) == 1
-    assert "copies taken to be 2.00 times as fast" in said[0]
+    rates: list[Rates] = []
+    other = Maker.other
+
+    def noted(self: Maker, tape: Tape, found: Rates, **options: Any) -> Plan | None:
+        rates.append(found)
+        return other(self, tape, found, **options)
+
+    monkeypatch.setattr(Maker, "other", noted)
+    plan, _, said = raced(spill_dir, caplog)
+    assert said == []
+    assert rates[0].copies == pytest.approx(2.0, rel=1e-3)
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum("as was predicted: copies taken to be 2.00 times as fast" in text for text in texts) == 1
+    first_ms = next(float(text.split(", step ")[1].split()[0]) for text in texts if ", step " in text)
+    assert plan.predicted.step_s < 0.75 * first_ms / 1e3
 
 
 def test_moves_alone_are_calibrated_as_well(
@@ -210,8 +224,11 @@ def test_moves_alone_are_calibrated_as_well(
     """What the first plan predicts for a disk that is thought to be slow is not what the log ends with."""
     know_times(monkeypatch, machine)
     caplog.set_level(logging.INFO, logger="torchlms")
+    budget_bytes = int(
+        0.6 * plain_peak(NETWORK)
+    )  # first: it draws random numbers, if nobody asked for it yet
     session = new_session(NETWORK)
-    with open_lms(session, int(0.6 * plain_peak(NETWORK)), spill_dir, rules=SMALL) as lms:
+    with open_lms(session, budget_bytes, spill_dir, rules=SMALL) as lms:
         for step in range(STEPS):
             plain_step(session, step)
         texts = [record.getMessage() for record in caplog.records]
@@ -235,6 +252,7 @@ def test_laps_are_timed_no_longer_than_somebody_asks(spill_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real_times
 def test_moving_alone_wins_where_making_again_is_slow(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,6 +275,7 @@ def test_moving_alone_wins_where_making_again_is_slow(
 
 
 @pytest.mark.slow
+@pytest.mark.real_times
 def test_making_again_wins_where_the_disk_is_slow(
     spill_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -77,6 +77,6 @@ def waits_s(step_s: float, tape: Tape, pace: Pace | None, load: Load) -> float:
 
 
 def paced(predicted: Prediction, tape: Tape, pace: Pace | None, load: Load) -> Prediction:
-    """``predicted``, with that."""
+    """``predicted``, if the device also waits for a program of that pace."""
     more_s = waits_s(predicted.step_s, tape, pace, load)
     return replace(predicted, step_s=predicted.step_s + more_s, stall_s=predicted.stall_s + more_s)

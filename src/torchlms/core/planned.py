@@ -5,9 +5,9 @@ Copies are often slower than they were measured: they share the memory with the 
 and a program that is late issues them late. Where they just fit beside the ops, a step is a hair shorter as
 long as all goes well, and by as much longer as they are late otherwise; to move values that idle longer, or
 to drop one more, costs next to nothing. So a plan is made for slower copies, and where there is a choice of
-several, judged by what its step takes at both speeds, on average: where it waits for copies at either, there
-is little to gain by giving up the faster one. What is predicted, and the times in reasons, are those of the
-machine.
+several, judged by what its step takes at both speeds, on average. Where it waits for copies all the same
+there is little to gain by giving up the faster ones: then one that is made for these is among the several.
+What is predicted, and the times in reasons, are those of the machine.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ if TYPE_CHECKING:
 SLOWER = 0.8  # as fast as copies are counted on to be, as a share of what was measured
 
 
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """How many times as fast copies are as those that a plan is made for: the machine's, and the slower ones
+    that it is judged by as well."""
+
+    machine: float = 1.0
+    slower: float = 1.0
+
+
 def slower(taken: float) -> float:
     """As fast as copies are counted on to be, where they are ``taken`` to be so many times as fast as they
-    were measured: a share of that. What is taken to be slow is not counted on to be slower still."""
+    were measured: a share of that. Nothing is counted on to be slower than ``SLOWER`` of what was measured
+    unless it is taken to be."""
     return min(1.0, SLOWER / min(taken, 1.0))
 
 
@@ -46,7 +56,7 @@ class Planned:
 
     @property
     def stall_s(self) -> float:
-        """Of that."""
+        """What the device waits for copies in ``step_s``."""
         return self.step_s - self.plan.predicted.compute_s
 
     def paced(self, tape: Tape, pace: Pace | None, load: Load) -> Planned:

@@ -11,6 +11,7 @@ The search is deterministic: its effort is counted in work, not in seconds.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from torchlms.core.held import with_held
 from torchlms.core.moves import Move, Slot
 from torchlms.core.pace import NOTICED, Load
 from torchlms.core.plan import Budget, Decision, Plan
-from torchlms.core.planned import SLOWER, Planned
+from torchlms.core.planned import SLOWER, Planned, Speeds
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course
 from torchlms.core.search import decision_of, search
@@ -59,7 +60,7 @@ class _Task:
     fingerprint: str
     smallest_bytes: int
     effort: float
-    copies: float  # as fast as they are planned for, as a share of what the machine says
+    speeds: Speeds
 
 
 def plan(
@@ -103,17 +104,29 @@ def plan_for(
     fingerprint: str = "",
 ) -> Planned:
     """As ``plan``; ``fingerprint`` is that of the plan, if not the tape's."""
-    headroom_bytes = max(headroom_bytes, rules.headroom_bytes or 0)
-    task = _task(
-        Simulator(tape, machine.with_copies(copies)),
-        budget,
-        rules,
-        headroom_bytes=headroom_bytes,
-        elbow=elbow,
-        fingerprint=fingerprint or tape.fingerprint,
-        effort=effort,
-        copies=copies,
-    )
+
+    def best_for(planned_for: float) -> Planned:
+        task = _task(
+            Simulator(tape, machine.with_copies(planned_for)),
+            budget,
+            rules,
+            headroom_bytes=max(headroom_bytes, rules.headroom_bytes or 0),
+            elbow=elbow,
+            fingerprint=fingerprint or tape.fingerprint,
+            effort=effort,
+            speeds=Speeds(1 / planned_for, copies / planned_for),
+        )
+        return _best(task)
+
+    best = best_for(copies)
+    if copies != 1 and effort >= 1 and _waits(best):
+        with contextlib.suppress(HostBudgetTooSmall):
+            best = min(best, best_for(1.0), key=_cost_s)
+    return best
+
+
+def _best(task: _Task) -> Planned:
+    rules, budget = task.rules, task.budget
     least_bytes = max(rules.min_bytes, int(_SMALL * budget.device_bytes))
     if not any(rules.min_bytes <= move.size_bytes < least_bytes for move in task.candidates):
         best = _plan(task, rules.min_bytes)
@@ -123,9 +136,14 @@ def plan_for(
         except HostBudgetTooSmall:
             best = _plan(task, rules.min_bytes)  # fewer bytes may do where smaller values leave
         else:
-            if effort >= 1 and best.stall_s > _STALLS * best.plan.predicted.compute_s:
+            if task.effort >= 1 and _waits(best):
                 best = min(best, _plan(task, rules.min_bytes), key=_cost_s)
     return best
+
+
+def _waits(planned: Planned) -> bool:
+    """Whether the step waits for copies for so long that more may be tried for it."""
+    return planned.stall_s > _STALLS * planned.plan.predicted.compute_s
 
 
 def _cost_s(planned: Planned) -> float:
@@ -142,7 +160,7 @@ def _task(
     elbow: Elbow,
     fingerprint: str,
     effort: float,
-    copies: float,
+    speeds: Speeds,
 ) -> _Task:
     """Raises BudgetTooSmall where no plan could do."""
     tape = simulator.tape
@@ -161,7 +179,7 @@ def _task(
         waits_out=rules.waits_out,
     )
     smallest_bytes = int(floor.max(initial=0)) + headroom_bytes
-    return _Task(simulator, course, candidates, budget, rules, fingerprint, smallest_bytes, effort, copies)
+    return _Task(simulator, course, candidates, budget, rules, fingerprint, smallest_bytes, effort, speeds)
 
 
 def _plan(task: _Task, least_bytes: int) -> Planned:
@@ -171,13 +189,13 @@ def _plan(task: _Task, least_bytes: int) -> Planned:
         course.baseline, task.candidates, (least_bytes, task.rules.min_bytes), course.limit_bytes
     )
     room = _room(simulator.machine, task.budget)
-    found = search(simulator, course, worthy, room, effort=task.effort, faster=1 / task.copies)
+    found = search(simulator, course, worthy, room, effort=task.effort, speeds=task.speeds)
     plan = Plan(
         fingerprint=task.fingerprint,
         torch=tape.torch,
         device=tape.device,
         budget=task.budget,
-        decisions=tuple(_decision(slot, found.places, task.copies) for slot in found.slots),
+        decisions=tuple(_decision(slot, found.places, task.speeds) for slot in found.slots),
         predicted=prediction(
             found.timeline, arena_bytes=found.places.arena_bytes, spill_bytes=found.places.spill_bytes
         ),
@@ -256,11 +274,11 @@ def _disk_works(machine: Machine) -> bool:
     return machine.disk_write_bytes_per_s > 0 and machine.disk_read_bytes_per_s > 0
 
 
-def _decision(slot: Slot, places: Places, copies: float) -> Decision:
+def _decision(slot: Slot, places: Places, speeds: Speeds) -> Decision:
     """The slot as a record, its reason with the times that the machine says."""
     move = slot.move
     why = f"rule {move.forced}" if move.forced else f"idle {seconds_text(move.idle_s)}"
-    beside = f"copies {seconds_text(copies * move.copies_s)}"
+    beside = f"copies {seconds_text(move.copies_s / speeds.machine)}"
     where = ", host memory full" if slot.on_disk and move.out_s else ""
     return decision_of(slot, offset_bytes=places.offsets_bytes[move], reason=f"{why}, {beside}{where}")
 

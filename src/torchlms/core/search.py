@@ -11,6 +11,7 @@ import numpy as np
 from torchlms.core.cover import cover, left_over
 from torchlms.core.moves import Move, Slot
 from torchlms.core.plan import Choice, Decision
+from torchlms.core.planned import Speeds
 from torchlms.core.schedule import NOTHING_DUE, Course, Lead, schedule
 from torchlms.core.tiers import Places, Room, choose_disk, place_all
 from torchlms.errors import HostBudgetTooSmall
@@ -47,8 +48,8 @@ SPARE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best schedule of a search, where its values go, and the step that comes of it: as the machine has
-    it, and what it waits with the slower copies that were planned for."""
+    """The best schedule of a search, where its values go, the step that comes of it on the machine, and what
+    that waits with slower copies."""
 
     slots: tuple[Slot, ...]
     places: Places
@@ -68,7 +69,6 @@ class _Trial:
     slots: tuple[Slot, ...]
     lead: Lead
     due: Mapping[Move, int]
-    stall_s: float
     score_s: float
     idle: bool  # nothing worth mentioning is left to gain
 
@@ -80,12 +80,11 @@ def search(
     room: Room,
     *,
     effort: float = 1.0,
-    faster: float = 1.0,
+    speeds: Speeds = Speeds(),  # noqa: B008  (frozen)
 ) -> Found:
-    """The best set of moves found within ``effort`` times the usual. The candidates together must cover
-    the excess. Copies are planned for as the candidates have them; the machine's are ``faster`` times as
-    fast."""
-    return _Search(simulator, course, candidates, room, effort, faster).run()
+    """The best set of moves found within ``effort`` times the usual, for copies as the candidates have them.
+    The candidates together must cover the excess."""
+    return _Search(simulator, course, candidates, room, effort, speeds).run()
 
 
 class _Search:
@@ -96,11 +95,11 @@ class _Search:
         candidates: Sequence[Move],
         room: Room,
         effort: float,
-        faster: float,
+        speeds: Speeds,
     ) -> None:
         self._whole = effort >= 1
         self._effort = effort * EFFORT
-        self._faster = faster
+        self._speeds = speeds
         self._simulator = simulator
         self._course = course
         self._candidates = candidates
@@ -260,7 +259,6 @@ class _Search:
             slots,
             lead,
             due,
-            stall_s,
             score_s=compute_s + stall_s + COPY_WEIGHT * copies_s,
             idle=stall_s <= ENOUGH * compute_s,
         )
@@ -272,18 +270,17 @@ class _Search:
             raise self._refusal
         moves = [slot.move for slot in self._best.slots]
         places = place_all(moves, self._room)
-        slots, slower_stall_s = self._best.slots, self._best.stall_s
+        slots = self._best.slots
         if places.on_disk != {slot.move for slot in slots if slot.on_disk}:
             slots = tuple(schedule(self._course, moves, places.on_disk, self._best.lead, self._best.due))
-            slower_stall_s = self._simulator.stall_of(slots)
-        timeline = self._simulator.play(slots, faster=self._faster)
-        found = Found(slots, places, timeline, slower_stall_s)
-        return self._unhurried(found) if self._whole else found
+        timeline = self._simulator.play(slots, faster=self._speeds.machine)
+        if self._whole:
+            slots, timeline = self._unhurried(slots, timeline)
+        return Found(slots, places, timeline, self._simulator.stall_of(slots, faster=self._speeds.slower))
 
-    def _unhurried(self, found: Found) -> Found:
-        """The same with no copy back issued long before its queue gets to it: the step takes as long, and
-        the memory is not held meanwhile."""
-        timeline = found.timeline
+    def _unhurried(self, slots: tuple[Slot, ...], timeline: Timeline) -> tuple[tuple[Slot, ...], Timeline]:
+        """The same with no copy back issued long before the machine's queue gets to it: the step takes as
+        long, and the memory is not held meanwhile."""
         begins_s = {
             (transfer.value, transfer.stretch): transfer.start_s
             for transfer in timeline.transfers
@@ -291,18 +288,15 @@ class _Search:
         }
         starts_s = timeline.start_s.tolist()
         later = []
-        for slot in found.slots:
+        for slot in slots:
             move = slot.move
             op = bisect_right(starts_s, begins_s[move.value, move.stretch] - QUEUED_S) - 1
             reload_op = max(slot.reload_op, min(op, move.stop - self._course.ahead_ops))
             later.append(Slot(move, slot.on_disk, slot.release_op, reload_op))
-        played = self._simulator.play(later, faster=self._faster)
-        slower_stall_s = played.stall_s if self._faster == 1 else self._simulator.stall_of(later)
-        enough_s = ENOUGH * timeline.compute_s
-        as_good = played.stall_s <= timeline.stall_s + enough_s
-        if as_good and slower_stall_s <= found.slower_stall_s + enough_s:
-            return Found(tuple(later), found.places, played, slower_stall_s)
-        return found
+        played = self._simulator.play(later, faster=self._speeds.machine)
+        if played.stall_s <= timeline.stall_s + ENOUGH * timeline.compute_s:
+            return tuple(later), played
+        return slots, timeline
 
 
 def decision_of(slot: Slot, *, offset_bytes: int = 0, reason: str = "") -> Decision:

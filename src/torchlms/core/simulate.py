@@ -166,9 +166,9 @@ class Simulator:
             begin_s=begin_s,
         )
 
-    def stall_of(self, slots: Sequence[Slot], *, around: bool = False) -> float:
+    def stall_of(self, slots: Sequence[Slot], *, around: bool = False, faster: float = 1.0) -> float:
         """``stall_s`` likewise: all a search needs to know, in half the time."""
-        stalls_s, _ = Walk(self.machine, self._moments_s, slots).settle(around=around)
+        stalls_s, _ = Walk(self.machine, self._moments_s, slots, faster=faster).settle(around=around)
         return float(stalls_s.sum())
 
     def _slots_of(self, decisions: Iterable[Decision]) -> tuple[list[Slot], bool]:

@@ -65,11 +65,10 @@ class Lap:
 
     @property
     def seconds(self) -> float | None:
-        """None if backward never ended; waits for the device where that is not past it."""
+        """None if backward never ended; waits until the device is past it, and no longer."""
         if self._end is None:
             return None
-        if not self._end.passed():
-            self._device.synchronize()
+        self._end.wait()
         return self._end.since_s(self._begin)
 
 

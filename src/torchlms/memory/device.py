@@ -37,6 +37,7 @@ class Mark(Protocol):
 
     def since_s(self, earlier: Any) -> float: ...
     def passed(self) -> bool: ...
+    def wait(self) -> None: ...
 
 
 class Device(Protocol):
@@ -116,6 +117,10 @@ class CudaMark:
         """Whether the device is past this point: it waits for the program, or soon will."""
         return bool(self.event.query())
 
+    def wait(self) -> None:
+        """Until the device is past this point, whatever has been queued behind it."""
+        self.event.synchronize()
+
 
 class CpuMark:
     __slots__ = ("at_s",)
@@ -129,6 +134,9 @@ class CpuMark:
     def passed(self) -> bool:
         """Always: the program is the device."""
         return True
+
+    def wait(self) -> None:
+        """Not at all."""
 
 
 class CudaDevice:
