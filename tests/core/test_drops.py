@@ -251,21 +251,21 @@ def test_both_speeds_are_those_of_the_simulator(effort: float, tier: str) -> Non
     host_bytes = 0 if tier == "disk of a CPU" else LOTS if tier == "host" else GIB
     budget = between(tape, 0.5, host_bytes=host_bytes, disk_bytes=0 if tier == "host" else LOTS)
     rules: dict[str, Any] = {"headroom_bytes": 0, "elbow": NO_ELBOW, "effort": effort}
-    made = plan_for(tape, machine, budget, RULES, copies=SLOWER, **rules)
+    made = plan_for(tape, machine, budget, RULES, speed=SLOWER, copies=SLOWER, **rules)
     assert_foretold(made.plan, tape, machine)
     slower_s = foretold(tape, machine, made.plan, Rates(copies=SLOWER)).step_s
     assert made.slower_step_s == pytest.approx(slower_s, rel=1e-9)
     assert made.slower_step_s > made.plan.predicted.step_s > made.plan.predicted.compute_s
     assert made.step_s == pytest.approx((made.slower_step_s + made.plan.predicted.step_s) / 2)
     assert {move.choice for move in made.plan.moves} >= ({Choice.DISK} if tier != "host" else {Choice.HOST})
-    alone = plan_for(tape, machine, budget, RULES, copies=1.0, **rules)
+    alone = plan_for(tape, machine, budget, RULES, speed=1.0, copies=1.0, **rules)
     assert alone.slower_step_s == alone.plan.predicted.step_s
 
 
 def test_copies_back_are_put_off_as_far_as_neither_speed_minds() -> None:
     """So no plan that only looked has its memory held for less time, and none that is taken stalls more."""
     tape, machine = blocks(16), gpu(link=10e9)
-    rules: dict[str, Any] = {"headroom_bytes": 0, "elbow": NO_ELBOW, "copies": SLOWER}
+    rules: dict[str, Any] = {"headroom_bytes": 0, "elbow": NO_ELBOW, "speed": SLOWER, "copies": SLOWER}
     budget = between(tape, 0.3)
     looked = plan_for(tape, machine, budget, RULES, effort=0.999, **rules)
     taken = plan_for(tape, machine, budget, RULES, effort=1.0, **rules)
@@ -303,7 +303,7 @@ def test_what_would_wait_for_slower_copies_is_not_done_with_when_fast_ones_hide(
 def test_a_program_has_its_pace_whatever_the_speed_of_copies() -> None:
     tape, machine = blocks(8), gpu(link=10e9)
     rules: dict[str, Any] = {"headroom_bytes": 0, "elbow": NO_ELBOW, "effort": 1.0}
-    made = plan_for(tape, machine, between(tape, 0.3), RULES, copies=SLOWER, **rules)
+    made = plan_for(tape, machine, between(tape, 0.3), RULES, speed=SLOWER, copies=SLOWER, **rules)
     assert made.plan.predicted.step_s < made.slower_step_s
     load = Load(len(made.plan.moves))
     assert made.paced(tape, None, load) == made

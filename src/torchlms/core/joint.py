@@ -29,7 +29,7 @@ from torchlms.core.headroom import NO_ELBOW, Elbow
 from torchlms.core.pace import NOTICED
 from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planned import SLOWER
-from torchlms.core.planner import plan_for
+from torchlms.core.planner import better, plan_for
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.trials import Trials, load
 from torchlms.core.units import seconds_text
@@ -82,7 +82,7 @@ def plan(
     ranked = _ranked(tape, rules, pace)
     fingerprint = tape.fingerprint
 
-    def make(drops: Drops, effort: float) -> Planned:
+    def make(drops: Drops, effort: float, speed: float = copies) -> Planned:
         made = plan_for(
             with_drops(tape, drops),
             machine,
@@ -91,10 +91,16 @@ def plan(
             headroom_bytes=headroom_bytes,
             elbow=elbow,
             effort=effort,
+            speed=speed,
             copies=copies,
             fingerprint=fingerprint,
         )
         return made.paced(tape, pace, load(made.plan, drops))
+
+    def finished() -> Plan:
+        drops, planned = trials.winner()
+        best = planned if quick else better(planned, lambda: make(drops, 1.0, speed=1.0))
+        return _joined(tape, machine, drops, best.plan)
 
     trials = Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through))
     trials.of((), effort=1.0)
@@ -125,7 +131,7 @@ def plan(
             _flip_groups(trials, ranked, min(MOST_FLIPS, left))
         trials.search_best()
     return replace(
-        _joined(tape, machine, *trials.winner()),
+        finished(),
         smallest_bytes=trials.smallest_bytes,
         plan_s=time.perf_counter() - started_s,
     )

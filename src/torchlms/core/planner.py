@@ -36,13 +36,13 @@ from torchlms.core.units import bytes_text, rounded_up, seconds_text
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torchlms.core.curve import Bytes
     from torchlms.core.machine import Machine
     from torchlms.core.tape import Tape, Value
 
-__all__ = ["lower_bound", "plan", "plan_for"]
+__all__ = ["better", "lower_bound", "plan", "plan_for"]
 
 _SMALL = 1 / 2048  # of the budget: moving such a value takes the program as long as moving a large one
 _STALLS = 1e-3  # of the compute time, for which it may be worth its while
@@ -85,10 +85,32 @@ def plan(
     HostBudgetTooSmall when there is no such plan.
     """
     started_s = time.perf_counter()
-    planned = plan_for(
-        tape, machine, budget, rules, headroom_bytes=headroom_bytes, elbow=elbow, effort=effort, copies=copies
-    )
-    return replace(planned.plan, plan_s=time.perf_counter() - started_s)
+
+    def made_for(speed: float) -> Planned:
+        return plan_for(
+            tape,
+            machine,
+            budget,
+            rules,
+            headroom_bytes=headroom_bytes,
+            elbow=elbow,
+            effort=effort,
+            speed=speed,
+            copies=copies,
+        )
+
+    best = better(made_for(copies), lambda: made_for(1.0))
+    return replace(best.plan, plan_s=time.perf_counter() - started_s)
+
+
+def better(planned: Planned, for_fast_copies: Callable[[], Planned]) -> Planned:
+    """``planned``, or what is made for copies as the machine has them where the step waits for them all the
+    same, and that is better at both speeds together."""
+    if not _waits(planned) or planned.slower_step_s == planned.plan.predicted.step_s:
+        return planned  # nothing to gain, or by no other copies
+    with contextlib.suppress(HostBudgetTooSmall):
+        return min(planned, for_fast_copies(), key=_cost_s)
+    return planned
 
 
 def plan_for(
@@ -100,33 +122,22 @@ def plan_for(
     headroom_bytes: int,
     elbow: Elbow,
     effort: float,
+    speed: float,
     copies: float,
     fingerprint: str = "",
 ) -> Planned:
-    """As ``plan``; ``fingerprint`` is that of the plan, if not the tape's."""
-
-    def best_for(planned_for: float) -> Planned:
-        task = _task(
-            Simulator(tape, machine.with_copies(planned_for)),
-            budget,
-            rules,
-            headroom_bytes=max(headroom_bytes, rules.headroom_bytes or 0),
-            elbow=elbow,
-            fingerprint=fingerprint or tape.fingerprint,
-            effort=effort,
-            speeds=Speeds(1 / planned_for, copies / planned_for),
-        )
-        return _best(task)
-
-    best = best_for(copies)
-    if copies != 1 and effort >= 1 and _waits(best):
-        with contextlib.suppress(HostBudgetTooSmall):
-            best = min(best, best_for(1.0), key=_cost_s)
-    return best
-
-
-def _best(task: _Task) -> Planned:
-    rules, budget = task.rules, task.budget
+    """A plan for copies that go at ``speed`` times that of the machine, and its step with the slower
+    ``copies``; all else as for ``plan``. ``fingerprint`` is that of the plan, if not the tape's."""
+    task = _task(
+        Simulator(tape, machine.with_copies(speed)),
+        budget,
+        rules,
+        headroom_bytes=max(headroom_bytes, rules.headroom_bytes or 0),
+        elbow=elbow,
+        fingerprint=fingerprint or tape.fingerprint,
+        effort=effort,
+        speeds=Speeds(1 / speed, copies / speed),
+    )
     least_bytes = max(rules.min_bytes, int(_SMALL * budget.device_bytes))
     if not any(rules.min_bytes <= move.size_bytes < least_bytes for move in task.candidates):
         best = _plan(task, rules.min_bytes)
@@ -136,7 +147,7 @@ def _best(task: _Task) -> Planned:
         except HostBudgetTooSmall:
             best = _plan(task, rules.min_bytes)  # fewer bytes may do where smaller values leave
         else:
-            if task.effort >= 1 and _waits(best):
+            if effort >= 1 and _waits(best):
                 best = min(best, _plan(task, rules.min_bytes), key=_cost_s)
     return best
 

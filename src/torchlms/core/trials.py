@@ -105,13 +105,13 @@ class Trials:
     def smallest_bytes(self) -> int:
         return min(made.plan.smallest_bytes for made in self._made.values() if made is not None)
 
-    def winner(self) -> tuple[Drops, Plan]:
+    def winner(self) -> tuple[Drops, Planned]:
         """The best set and its plan; what the first set was refused with, if none had one."""
         made = self._made.get(_key(self._best))
         if made is None:
             assert self._refusal is not None
             raise self._refusal
-        return self._best, made.plan
+        return self._best, made
 
 
 def load(moves: Plan, drops: Drops) -> Load:
