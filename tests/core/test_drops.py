@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import time
 from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from tapes import GIB, MIB, cpu, gpu, resnet
+from tapes import GIB, MIB, Network, cpu, gpu, resnet
 
 from torchlms.core import joint, planner
 from torchlms.core.again import feasible, with_drops
@@ -102,6 +103,73 @@ def test_a_source_that_would_be_gone_lives_on() -> None:
     source = replace(tape.values[value.sources[0]], death=value.idle[0].stop - 1, idle=())
     tape = replace(tape, values=tuple(source if other.id == source.id else other for other in tape.values))
     assert with_drops(tape, Drops((value,))).values[source.id].death == value.idle[0].stop
+
+
+def test_a_source_that_is_back_since_long_lives_on_as_well() -> None:
+    """It was dropped itself, and was needed again before, for the last time but for what is made from it."""
+    tape = chained(blocks(4))
+    source, made, *_ = candidates(tape)
+    short = replace(source, death=source.birth + 3, idle=(Stretch(source.birth + 1, source.birth + 2),))
+    tape = replace(tape, values=tuple(short if other.id == short.id else other for other in tape.values))
+    assert short.id in made.sources
+    assert short.death < made.idle[0].stop
+    drops = Drops((short, tape.values[made.id]))
+    changed = with_drops(tape, drops)
+    back = next(value for value in changed.values[len(tape.values) :] if value.birth == source.birth + 2)
+    assert back.death == made.idle[0].stop
+    curve = baseline_curve(tape) - baseline_curve(changed)
+    assert curve[made.idle[0].stop - 1] == made.size_bytes - source.size_bytes
+
+
+def random_network(seed: int) -> Tape:
+    """Layers of all sizes with skips, some not saved; most values can be made again, some by several ops."""
+    draw, network = random.Random(seed), Network()
+    made = [network.layer("data", draw.randint(1, 200) * MIB, 1e-3)]
+    for _ in range(draw.randint(5, 20)):
+        reads = {made[-1], *(draw.sample(made, 1) if draw.random() < 0.3 else ())}
+        size_bytes = draw.choice((1, 8, 32, 64, 128, 256)) * draw.randint(512, 1536) * MIB // 1024
+        scratch_bytes, saves = draw.choice((0, 0, 16, 100)) * MIB, draw.random() < 0.85
+        time_s = 10 ** draw.uniform(-4, -2)
+        made.append(
+            network.layer("op", size_bytes, time_s, *sorted(reads), scratch_bytes=scratch_bytes, saves=saves)
+        )
+    tape = network.tape(resident_bytes=100 * MIB)
+
+    def told(value: Value) -> Value:
+        born = tape.ops[value.birth]
+        if not value.movable or born.phase is not Phase.FORWARD or not born.reads or draw.random() < 0.3:
+            return value
+        recipe, sources = {value.birth}, set(born.reads)
+        births = {one: tape.values[one].birth for one in range(len(tape.values))}
+        while draw.random() < 0.3 and (more := [one for one in sources if tape.ops[births[one]].reads]):
+            source = draw.choice(sorted(more))
+            recipe.add(births[source])
+            sources = (sources - {source}) | set(tape.ops[births[source]].reads)
+        return replace(value, recipe=tuple(sorted(recipe)), sources=tuple(sorted(sources)))
+
+    return replace(tape, values=tuple(told(value) for value in tape.values))
+
+
+@pytest.mark.parametrize("seeds", [range(4), range(4, 160)], ids=["few", "many"])
+def test_plans_for_random_networks(seeds: range) -> None:
+    """They are legal, foretell what the simulator does, and keep to the bound; at both speeds of copies taken
+    together, to drop as well is no worse than to move alone."""
+    for seed in seeds:
+        tape, draw = random_network(seed), random.Random(seed)
+        machine = gpu(link=10 ** draw.uniform(9, 10.8), disk=5e9)
+        most_bytes = int(baseline_curve(tape).max() - floor_curve(tape).max())
+        host_bytes = draw.choice((LOTS, int(0.3 * most_bytes) + GIB))  # what goes to disk passes through it
+        budget = between(tape, draw.uniform(0, 0.95), host_bytes=host_bytes, disk_bytes=LOTS)
+        rules = Rules(recompute=True, min_bytes=draw.choice((1, MIB, 20 * MIB)))
+        moves = planner.plan(tape, machine, budget, rules)
+        both = joint.plan(tape, machine, budget, rules, quick=draw.random() < 0.2)
+        for made in (moves, both):
+            assert validate(tape, made, machine) == [], seed
+            assert made.predicted.peak_device_bytes <= budget.device_bytes
+            assert_foretold(made, tape, machine)
+        bound_s = lower_bound(tape, machine, budget, recompute=True)
+        assert bound_s <= both.predicted.step_s * (1 + 1e-9), seed
+        assert both_s(tape, machine, both) <= 1.01 * both_s(tape, machine, moves), seed
 
 
 def chained(tape: Tape, *, back: int = 1) -> Tape:

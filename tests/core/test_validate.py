@@ -125,6 +125,26 @@ def _ring() -> tuple[Tape, Plan]:
     return tape, Plan(tape.fingerprint, "2.13", "cuda", Budget(2048, 2048, 0), decisions, predicted)
 
 
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_place_is_free_once_something_is_made_from_what_has_come_back(dropped: bool) -> None:
+    """Value 1 is made again from value 0 before op 5, where that has left its place; autograd asks for 0
+    itself before op 6, and there value 2 goes to the same place."""
+    ops = tuple(Op(f"op{index}", "", Phase.FORWARD, 1.0, (), ()) for index in range(10))
+    stretches = ((Stretch(1, 6),), (Stretch(2, 5),), (Stretch(6, 9),))
+    values = tuple(
+        Value(number, Kind.ACTIVATION, 512, number, 9, idle, movable=True)
+        for number, idle in enumerate(stretches)
+    )
+    values = (values[0], replace(values[1], recipe=(1,), sources=(0,)), values[2])
+    tape = Tape(ops, values, 0, "cuda", "2.13")
+    moves = (Decision(0, 0, Choice.HOST, 2, 4, 0), Decision(2, 0, Choice.HOST, 7, 8, 0))
+    drop = (Decision(1, 0, Choice.RECOMPUTE, 2, 5),) if dropped else ()
+    predicted = prediction(simulate(tape, MACHINE, moves))
+    made = Plan(tape.fingerprint, "2.13", "cuda", Budget(4096, 512, 0), (*moves, *drop), predicted)
+    found = [fault.reason for fault in validate(tape, made, MACHINE)]
+    assert found == ([] if dropped else [Reason.OVERLAP])
+
+
 def test_wrapping_stretches() -> None:
     tape, good = _ring()
     assert validate(tape, good, MACHINE) == []

@@ -3,8 +3,9 @@
 A dropped value is two on the new tape: itself until the idle stretch begins that it is dropped in, and
 another, at the end of the list, from where it is made again. There the op takes longer by the recipe,
 needs room for its intermediate results, each until its last use, and the sources must be present: a
-source's own idle stretch ends there at the latest, and it lives until then at least. A source that autograd
-did not save is kept for it alone. All that happens before the op runs, whose results are not there yet.
+source's own idle stretch ends there at the latest, and it lives until then at least, also one that was
+dropped itself and is back since long. A source that autograd did not save is kept for it alone. All that
+happens before the op runs, whose results are not there yet.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
     for value in tape.values:
         births.setdefault(value.birth, []).append(value)
     returns = return_ops(drops.through)
+    back: dict[int, int] = {}  # where on the list what comes back of a value is, by its id
     for dropped in drops.through:
         start, stop = dropped_while(dropped).start, returns[dropped.id]
         before = dropped.idle[: dropped_in(dropped)]
@@ -38,6 +40,7 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
         first = replace(values[dropped.id], death=death, idle=before, movable=bool(before))
         values[dropped.id] = first
         again = replace(dropped, id=len(values), birth=stop, idle=(), movable=False, saved=-1, saved_at=-1)
+        back[dropped.id] = again.id
         values.append(again)
         ops[stop] = replace(
             ops[stop],
@@ -51,6 +54,10 @@ def with_drops(tape: Tape, drops: Drops) -> Tape:
         for source in dropped.sources:
             if source not in returns:
                 values[source] = _present_at(values[source], stop)
+    for dropped in drops.through:
+        for source in dropped.sources:
+            if source in back and values[back[source]].death < returns[dropped.id]:
+                values[back[source]] = replace(values[back[source]], death=returns[dropped.id])
     return replace(tape, ops=tuple(ops), values=tuple(values))
 
 

@@ -7,7 +7,7 @@ loops over the definitions, so that a mistake would have to be made twice.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -74,8 +74,9 @@ def validate(tape: Tape, plan: Plan, machine: Machine | None = None) -> list[Fau
     """Everything that is wrong with ``plan``; empty when it is legal.
 
     Without a machine, a device whose name begins with "cpu" is taken to have no link. Overlap is
-    judged conservatively: a value holds its place from the first to the last moment of its stretch,
-    whenever its copies really run. Whether the plan is any good is not judged.
+    judged conservatively: a value holds its place from the first to the last moment of its stretch, or until
+    something is made from it again after it has come back, whenever its copies really run. Whether the plan
+    is any good is not judged.
     """
     faults = list(_whole(tape, plan))
     sound: list[tuple[int, Decision]] = []
@@ -92,7 +93,7 @@ def validate(tape: Tape, plan: Plan, machine: Machine | None = None) -> list[Fau
             sound.append((index, decision))
     makings = _makings(tape, sound)
     faults += _sources(sound, makings)
-    faults += _places(tape, sound)
+    faults += _places(tape, sound, makings)
     faults += _device(tape, plan, sound, makings)
     faults += _tiers(tape, plan, sound, has_link)
     return faults
@@ -230,11 +231,17 @@ def _sources(sound: list[tuple[int, Decision]], makings: dict[int, Making]) -> I
                     )
 
 
-def _places(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
+def _places(tape: Tape, sound: list[tuple[int, Decision]], makings: dict[int, Making]) -> Iterator[Fault]:
     """Sweep over the moments with what lies in a tier sorted by offset: a newcomer meets only neighbours."""
+    asked: dict[int, list[int]] = {}  # before which ops something is made from a value
+    for index, decision in sound:
+        for source in makings[index][1] if index in makings else ():
+            asked.setdefault(source, []).append(decision.reload_op)
     for choice in ALIGN_BYTES:
         lying: list[tuple[int, int, int]] = []  # offset, end, decision
-        for _, arrives, index, decision in sorted(_comings_and_goings(tape, sound, choice), key=_by_moment):
+        for _, arrives, index, decision in sorted(
+            _comings_and_goings(tape, sound, choice, asked), key=_by_moment
+        ):
             offset = decision.offset_bytes
             entry = (offset, offset + tape.values[decision.value].size_bytes, index)
             place = bisect_left(lying, entry)
@@ -252,10 +259,15 @@ def _places(tape: Tape, sound: list[tuple[int, Decision]]) -> Iterator[Fault]:
 Event = tuple[int, bool, int, Decision]
 
 
-def _comings_and_goings(tape: Tape, sound: list[tuple[int, Decision]], choice: Choice) -> Iterator[Event]:
+def _comings_and_goings(
+    tape: Tape, sound: list[tuple[int, Decision]], choice: Choice, asked: dict[int, list[int]]
+) -> Iterator[Event]:
     for index, decision in sound:
         if decision.choice is choice:
             stretch = tape.values[decision.value].idle[decision.stretch]
+            if stretch.start < stretch.stop:
+                uses = [op for op in asked.get(decision.value, ()) if decision.reload_op <= op < stretch.stop]
+                stretch = replace(stretch, stop=min([*uses, stretch.stop]))
             for first, last in _spans(stretch, len(tape.ops)):
                 yield first, True, index, decision
                 yield last + 1, False, index, decision
