@@ -256,8 +256,7 @@ def test_what_has_no_room_to_be_made_again_is_not_dropped() -> None:
 @pytest.mark.parametrize("link", [5e9, 50e9])
 def test_never_slower_than_moving_alone_and_faster_where_moving_is_dear(share: float, link: float) -> None:
     tape, machine = blocks(10), gpu(link=link)
-    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
-    budget = Budget(least + int(share * (most - least)), LOTS, 0)
+    budget = between(tape, share)
     moves = planner.plan(tape, machine, budget, RULES)
     both = joint.plan(tape, machine, budget, RULES)
     assert both.predicted.step_s <= moves.predicted.step_s
@@ -331,7 +330,8 @@ def test_both_speeds_are_those_of_the_simulator(effort: float, tier: str) -> Non
 
 
 def test_copies_back_are_put_off_as_far_as_neither_speed_minds() -> None:
-    """So no plan that only looked has its memory held for less time, and none that is taken stalls more."""
+    """In a whole search, and not where a set is only looked at: their memory is taken later, and no step is
+    longer for that."""
     tape, machine = blocks(16), gpu(link=10e9)
     rules: dict[str, Any] = {"headroom_bytes": 0, "elbow": NO_ELBOW, "speed": SLOWER, "copies": SLOWER}
     budget = between(tape, 0.3)
@@ -395,8 +395,7 @@ def test_copies_that_are_taken_to_be_slow_are_not_counted_on_to_be_slower_still(
 def test_where_every_byte_has_to_move_no_speed_is_given_up_for_slower_copies() -> None:
     """Nothing can be dropped, and the step waits for copies in any case."""
     tape, machine = resnet(), gpu(link=20e9)
-    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
-    budget = Budget(least + int(0.75 * (most - least)), LOTS, 0)
+    budget = between(tape, 0.75)
     moves = planner.plan(tape, machine, budget, RULES)
     assert moves.predicted.stall_s > 0
     assert joint.plan(tape, machine, budget, RULES).predicted.step_s <= moves.predicted.step_s
@@ -508,8 +507,7 @@ def test_ten_thousand_ops_in_five_seconds() -> None:
 def test_no_plan_beats_the_bound(share: float, link: float, linked: bool) -> None:
     tape = chained(blocks(5)) if linked else blocks(5)
     machine = gpu(link=link)
-    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
-    budget = Budget(least + int(share * (most - least)), LOTS, 0)
+    budget = between(tape, share)
     bound_s = lower_bound(tape, machine, budget, recompute=True)
     assert bound_s <= lower_bound(tape, machine, budget) + 1e-12
     assert bound_s >= sum(op.time_s for op in tape.ops)
@@ -546,8 +544,7 @@ def test_plans_with_chains_and_kept_sources_are_legal(share: float, unsaved: boo
             for value in tape.values
         )
         tape = replace(tape, values=values)
-    least, most = int(floor_curve(tape).max()), int(baseline_curve(tape).max())
-    budget = Budget(least + int(share * (most - least)), LOTS, 0)
+    budget = between(tape, share)
     made = joint.plan(tape, machine, budget, RULES)
     assert validate(tape, made, machine) == []
     for index, decision in enumerate(made.decisions):  # and what is not legal is seen

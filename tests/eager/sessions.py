@@ -224,13 +224,13 @@ def open_lms(session: Session, budget: int | str, disk_dir: Path, **options: Any
         yield lms
 
 
-def slow_disk(monkeypatch: pytest.MonkeyPatch, *, bytes_per_s: float = 1e6) -> None:
-    """A machine on which moving costs so much that, by default, whatever can be made again is."""
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which moving costs so much that whatever can be made again is."""
     measured = api.measured_machine
 
     def slow(*args: Any, **options: Any) -> Machine:
         found = measured(*args, **options)
-        return replace(found, disk_write_bytes_per_s=bytes_per_s, disk_read_bytes_per_s=bytes_per_s)
+        return replace(found, disk_write_bytes_per_s=1e6, disk_read_bytes_per_s=1e6)
 
     monkeypatch.setattr(api, "measured_machine", slow)
 
