@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,8 +14,10 @@ from torchlms.race import CLOSE, Contender, Race
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeGuard
 
     from torchlms.core.calibrate import Rates
+    from torchlms.core.plan import Plan
     from torchlms.core.tape import Tape
     from torchlms.eager.engine import Engine
     from torchlms.eager.routine import Routine
@@ -138,7 +141,7 @@ class Referee:
             # The allocator has to close holes; a plan that leaves more free lets it be.
             race.roomier = True
             made = maker.other(tape, race.rates, first=first, like=best.plan, more_headroom=_ROOMIER)
-            if made is not None and lap_s(tape, made.predicted.step_s) < best.median_s:
+            if _worth_a_try(made, race, tape, within_s=best.median_s):
                 return Contender(made, f"with {_ROOMIER:.0%} of the budget more to spare", race.rates)
         if race.calibrations < _MOST_CALIBRATIONS and abs(best.median_s / predicted_s - 1) > _AS_PREDICTED:
             race.calibrations += 1
@@ -146,14 +149,14 @@ class Referee:
             # A program that is too slow for its device needs other drops, and not some more of the same.
             like = best.plan if race.rates.pace is None else None
             made = maker.other(tape, race.rates, first=first, like=like)
-            if made is not None and not race.knows(made):
+            if _worth_a_try(made, race, tape):
                 return Contender(made, str(race.rates), race.rates)
         if any(contender.name == _MOVES_ONLY for contender in race.contenders):
             return None
         made = maker.other(tape, race.rates, first=first, drops=False)
-        if made is None or race.knows(made) or lap_s(tape, made.predicted.step_s) > CLOSE * best.median_s:
-            return None
-        return Contender(made, _MOVES_ONLY, race.rates)
+        if _worth_a_try(made, race, tape, within_s=CLOSE * best.median_s):
+            return Contender(made, _MOVES_ONLY, race.rates)
+        return None
 
     def _explanation(self, tape: Tape, contender: Contender) -> Rates:
         """What explains the times of its laps."""
@@ -186,6 +189,11 @@ class Referee:
 def race_of(routine: Routine) -> Race | None:
     """Of the routine's plans, if they have been timed; gone with its recording."""
     return routine.notes if isinstance(routine.notes, Race) else None
+
+
+def _worth_a_try(made: Plan | None, race: Race, tape: Tape, *, within_s: float = math.inf) -> TypeGuard[Plan]:
+    """Whether no plan like it has run yet, and it is predicted to take no longer than that."""
+    return made is not None and not race.knows(made) and lap_s(tape, made.predicted.step_s) <= within_s
 
 
 def _off(tape: Tape, contender: Contender, more_than: float = _AS_PREDICTED) -> bool:

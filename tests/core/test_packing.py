@@ -11,6 +11,8 @@ from tapes import resnet, transformer, unet
 from torchlms.core.packing import Lifetime, aligned, live_bytes, pack
 
 if TYPE_CHECKING:
+    from random import Random
+
     from torchlms.core.tape import Tape
 
 
@@ -47,6 +49,21 @@ def test_nested_lifetimes_lose_nothing(sizes: list[int], data: st.DataObject) ->
     lives = [Lifetime(size, depth, 1000 - depth) for depth, size in enumerate(sizes)]
     shuffled = [lives[index] for index in order]
     assert pack(shuffled).total_bytes == sum(aligned(size, 512) for size in sizes)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 3)), max_size=30), st.randoms())
+def test_nor_do_several_side_by_side(forest: list[tuple[int, int]], random: Random) -> None:
+    lives: list[Lifetime] = []
+    inside: list[tuple[int, int]] = []  # size and start of those that have not ended
+    for moment, (size_bytes, ending) in enumerate(forest):
+        for _ in range(min(ending, len(inside))):
+            size, start = inside.pop()
+            lives.append(Lifetime(size, start, moment - 1))
+        inside.append((size_bytes, moment))
+    lives += [Lifetime(size, start, len(forest)) for size, start in inside]
+    random.shuffle(lives)
+    assert pack(lives).total_bytes == live_bytes(lives)
 
 
 @settings(max_examples=200, deadline=None)

@@ -31,6 +31,7 @@ from torchlms.core.plan import Choice, Decision, Plan
 from torchlms.core.planned import SLOWER
 from torchlms.core.planner import better, plan_for
 from torchlms.core.rules import Rules, leavers
+from torchlms.core.search import WHOLE
 from torchlms.core.trials import Trials, load
 from torchlms.core.units import seconds_text
 
@@ -99,11 +100,11 @@ def plan(
 
     def finished() -> Plan:
         drops, planned = trials.winner()
-        best = planned if quick else better(planned, lambda: make(drops, 1.0, speed=1.0))
+        best = planned if quick else better(planned, lambda: make(drops, WHOLE, speed=1.0))
         return _joined(tape, machine, drops, best.plan)
 
     trials = Trials(make, lambda drops: compute_s + sum(replay_s(tape, value) for value in drops.through))
-    trials.of((), effort=1.0)
+    trials.of((), effort=WHOLE)
     if ranked and not trials.free_of_stalls:
         most = int(SETS / (1 + len(tape.ops) * len(ranked) / HALF_WORK))
         if like is not None:

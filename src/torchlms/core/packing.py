@@ -39,8 +39,10 @@ def pack(lifetimes: Sequence[Lifetime], *, align_bytes: int = HOST_ALIGN_BYTES) 
     """
     if not lifetimes:
         return Packing((), 0)
+    best = _stacked(lifetimes, align_bytes)
+    if best is not None:
+        return best
     least_bytes = live_bytes(lifetimes, align_bytes=align_bytes)
-    best: Packing | None = None
     for order in _ORDERS:
         found = _first_fit(lifetimes, sorted(range(len(lifetimes)), key=_by(lifetimes, order)), align_bytes)
         if best is None or found.total_bytes < best.total_bytes:
@@ -74,7 +76,7 @@ def aligned(size_bytes: int, align_bytes: int) -> int:
 
 Order = Callable[[Lifetime], tuple[int, ...]]
 
-# Longest first puts what surrounds under what is surrounded: exact when lifetimes nest.
+# Longest first puts what surrounds under what is surrounded.
 _ORDERS: tuple[Order, ...] = (
     lambda lifetime: (lifetime.start - lifetime.stop, -lifetime.size_bytes),
     lambda lifetime: (-lifetime.size_bytes, lifetime.start - lifetime.stop),
@@ -85,6 +87,29 @@ _ORDERS: tuple[Order, ...] = (
 
 def _by(lifetimes: Sequence[Lifetime], order: Order) -> Callable[[int], tuple[int, ...]]:
     return lambda index: order(lifetimes[index])
+
+
+def _stacked(lifetimes: Sequence[Lifetime], align_bytes: int) -> Packing | None:
+    """Each on top of what surrounds it; None if some do not nest. What first fit finds, longest first, in a
+    single pass."""
+    offsets = [0] * len(lifetimes)
+    around: list[tuple[int, int]] = []  # where each ends: moment, byte
+    total_bytes = 0
+    for index in sorted(range(len(lifetimes)), key=_by(lifetimes, _inwards)):
+        lifetime = lifetimes[index]
+        while around and around[-1][0] < lifetime.start:
+            around.pop()
+        if around and around[-1][0] < lifetime.stop:
+            return None
+        offsets[index] = around[-1][1] if around else 0
+        end = offsets[index] + aligned(lifetime.size_bytes, align_bytes)
+        around.append((lifetime.stop, end))
+        total_bytes = max(total_bytes, end)
+    return Packing(tuple(offsets), total_bytes)
+
+
+def _inwards(lifetime: Lifetime) -> tuple[int, ...]:
+    return lifetime.start, -lifetime.stop, -lifetime.size_bytes
 
 
 def _first_fit(lifetimes: Sequence[Lifetime], order: Sequence[int], align_bytes: int) -> Packing:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Tape
 
 SLOWER = 0.8  # as fast as copies are counted on to be, as a share of what was measured
+_NO_STALL = 1e-3  # of the compute time: nothing is left to gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,11 @@ class Planned:
     def stall_s(self) -> float:
         """What the device waits for copies in ``step_s``."""
         return self.step_s - self.plan.predicted.compute_s
+
+    @property
+    def waits(self) -> bool:
+        """Whether the device waits for copies for so long that more may be tried for it."""
+        return self.stall_s > _NO_STALL * self.plan.predicted.compute_s
 
     def paced(self, tape: Tape, pace: Pace | None, load: Load) -> Planned:
         """The same, if the device also has to wait for a program of that pace."""

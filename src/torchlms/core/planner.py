@@ -29,7 +29,7 @@ from torchlms.core.plan import Budget, Decision, Plan
 from torchlms.core.planned import SLOWER, Planned, Speeds
 from torchlms.core.rules import Rules, leavers
 from torchlms.core.schedule import Course
-from torchlms.core.search import decision_of, search
+from torchlms.core.search import WHOLE, decision_of, search
 from torchlms.core.simulate import Simulator, prediction
 from torchlms.core.tiers import Places, Room
 from torchlms.core.units import bytes_text, rounded_up, seconds_text
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["better", "lower_bound", "plan", "plan_for"]
 
 _SMALL = 1 / 2048  # of the budget: moving such a value takes the program as long as moving a large one
-_STALLS = 1e-3  # of the compute time, for which it may be worth its while
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ def plan(
     *,
     headroom_bytes: int = 0,
     elbow: Elbow = NO_ELBOW,
-    effort: float = 1.0,
+    effort: float = WHOLE,
     copies: float = SLOWER,
 ) -> Plan:
     """A plan whose peak, by the simulator, is at most ``budget.device_bytes - headroom_bytes``, or less if
@@ -106,7 +105,7 @@ def plan(
 def better(planned: Planned, for_fast_copies: Callable[[], Planned]) -> Planned:
     """``planned``, or what is made for copies as the machine has them where the step waits for them all the
     same, and that is better at both speeds together."""
-    if not _waits(planned) or planned.slower_step_s == planned.plan.predicted.step_s:
+    if not planned.waits or planned.slower_step_s == planned.plan.predicted.step_s:
         return planned  # nothing to gain, or by no other copies
     with contextlib.suppress(HostBudgetTooSmall):
         return min(planned, for_fast_copies(), key=_cost_s)
@@ -147,14 +146,9 @@ def plan_for(
         except HostBudgetTooSmall:
             best = _plan(task, rules.min_bytes)  # fewer bytes may do where smaller values leave
         else:
-            if effort >= 1 and _waits(best):
+            if effort >= WHOLE and best.waits:
                 best = min(best, _plan(task, rules.min_bytes), key=_cost_s)
     return best
-
-
-def _waits(planned: Planned) -> bool:
-    """Whether the step waits for copies for so long that more may be tried for it."""
-    return planned.stall_s > _STALLS * planned.plan.predicted.compute_s
 
 
 def _cost_s(planned: Planned) -> float:

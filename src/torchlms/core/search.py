@@ -11,7 +11,6 @@ import numpy as np
 from torchlms.core.cover import cover, left_over
 from torchlms.core.moves import Move, Slot
 from torchlms.core.plan import Choice, Decision
-from torchlms.core.planned import Speeds
 from torchlms.core.schedule import NOTHING_DUE, Course, Lead, schedule
 from torchlms.core.tiers import Places, Room, choose_disk, place_all
 from torchlms.errors import HostBudgetTooSmall
@@ -20,11 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torchlms.core.curve import Bytes
+    from torchlms.core.planned import Speeds
     from torchlms.core.simulate import Simulator, Timeline
 
 # Work one search may do, in units of about a microsecond: what one op or one move costs to schedule
 # and simulate, and what one candidate costs to be looked at for a cover.
 EFFORT = 400_000
+WHOLE = 1.0  # times that; with less a set of moves is only looked for
 OP_WORK, MOVE_WORK, LOOK_WORK = 1, 30, 6
 IMPROVE_SHARE = 0.7  # of the effort; the rest is for when, not which
 
@@ -69,6 +70,7 @@ class _Trial:
     slots: tuple[Slot, ...]
     lead: Lead
     due: Mapping[Move, int]
+    stall_s: float
     score_s: float
     idle: bool  # nothing worth mentioning is left to gain
 
@@ -79,8 +81,8 @@ def search(
     candidates: Sequence[Move],
     room: Room,
     *,
-    effort: float = 1.0,
-    speeds: Speeds = Speeds(),  # noqa: B008  (frozen)
+    effort: float,
+    speeds: Speeds,
 ) -> Found:
     """The best set of moves found within ``effort`` times the usual, for copies as the candidates have them.
     The candidates together must cover the excess."""
@@ -97,7 +99,7 @@ class _Search:
         effort: float,
         speeds: Speeds,
     ) -> None:
-        self._whole = effort >= 1
+        self._whole = effort >= WHOLE
         self._effort = effort * EFFORT
         self._speeds = speeds
         self._simulator = simulator
@@ -259,6 +261,7 @@ class _Search:
             slots,
             lead,
             due,
+            stall_s,
             score_s=compute_s + stall_s + COPY_WEIGHT * copies_s,
             idle=stall_s <= ENOUGH * compute_s,
         )
@@ -276,7 +279,11 @@ class _Search:
         timeline = self._simulator.play(slots, faster=self._speeds.machine)
         if self._whole:
             slots, timeline = self._unhurried(slots, timeline)
-        return Found(slots, places, timeline, self._simulator.stall_of(slots, faster=self._speeds.slower))
+        known = slots is self._best.slots and self._speeds.slower == 1.0
+        slower_stall_s = (
+            self._best.stall_s if known else self._simulator.stall_of(slots, faster=self._speeds.slower)
+        )
+        return Found(slots, places, timeline, slower_stall_s)
 
     def _unhurried(self, slots: tuple[Slot, ...], timeline: Timeline) -> tuple[tuple[Slot, ...], Timeline]:
         """The same with no copy back issued long before the machine's queue gets to it: the step takes as

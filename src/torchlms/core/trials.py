@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torchlms.core.drops import Drops
 from torchlms.core.pace import NOTICED, Load
+from torchlms.core.search import WHOLE
 from torchlms.errors import BudgetTooSmall, HostBudgetTooSmall
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from torchlms.core.tape import Value
 
 LOOK = 0.25  # of the usual effort, for a set that is only looked at
-WITHOUT_STALL = 1.001  # times the compute time: nothing is left to gain by dropping
 
 Key = tuple[frozenset[int], frozenset[int]]
 
@@ -41,12 +41,12 @@ class Trials:
         once more with the whole effort. What is made in passing stays so, if nothing is said of it."""
         drops = Drops.passing_where_away(values, self._best.passing if passing is None else passing)
         key = _key(drops)
-        if key in (self._made if effort < 1 else self._searched):
+        if key in (self._made if effort < WHOLE else self._searched):
             return False
-        if effort >= 1:
+        if effort >= WHOLE:
             self._searched.add(key)
         before = self.cost_s
-        if effort < 1 and self._least_s(drops) >= before:
+        if effort < WHOLE and self._least_s(drops) >= before:
             self._made[key] = None
             return False
         try:
@@ -63,7 +63,7 @@ class Trials:
 
     def search_best(self) -> None:
         """The best set with the whole effort."""
-        self.of(self.best, effort=1.0)
+        self.of(self.best, effort=WHOLE)
 
     @property
     def best(self) -> tuple[Value, ...]:
@@ -93,7 +93,7 @@ class Trials:
     @property
     def free_of_stalls(self) -> bool:
         made = self._made.get(_key(self._best))
-        return made is not None and made.step_s <= WITHOUT_STALL * made.plan.predicted.compute_s
+        return made is not None and not made.waits
 
     @property
     def moved(self) -> list[int]:

@@ -92,9 +92,10 @@ def validate(tape: Tape, plan: Plan, machine: Machine | None = None) -> list[Fau
         elif decision.choice is not Choice.KEEP:
             sound.append((index, decision))
     makings = _makings(tape, sound)
+    asked = _asked(sound, makings)
     faults += _sources(sound, makings)
-    faults += _places(tape, sound, makings)
-    faults += _device(tape, plan, sound, makings)
+    faults += _places(tape, sound, asked)
+    faults += _device(tape, plan, sound, makings, asked)
     faults += _tiers(tape, plan, sound, has_link)
     return faults
 
@@ -205,6 +206,15 @@ def _makings(tape: Tape, sound: list[tuple[int, Decision]]) -> dict[int, Making]
     return makings
 
 
+def _asked(sound: list[tuple[int, Decision]], makings: dict[int, Making]) -> dict[int, list[int]]:
+    """Before which ops something is made from a value, by its id."""
+    asked: dict[int, list[int]] = {}
+    for index, decision in sound:
+        for source in makings[index][1] if index in makings else ():
+            asked.setdefault(source, []).append(decision.reload_op)
+    return asked
+
+
 def _by_value(sound: list[tuple[int, Decision]]) -> dict[int, list[Decision]]:
     found: dict[int, list[Decision]] = {}
     for _, decision in sound:
@@ -231,12 +241,8 @@ def _sources(sound: list[tuple[int, Decision]], makings: dict[int, Making]) -> I
                     )
 
 
-def _places(tape: Tape, sound: list[tuple[int, Decision]], makings: dict[int, Making]) -> Iterator[Fault]:
+def _places(tape: Tape, sound: list[tuple[int, Decision]], asked: dict[int, list[int]]) -> Iterator[Fault]:
     """Sweep over the moments with what lies in a tier sorted by offset: a newcomer meets only neighbours."""
-    asked: dict[int, list[int]] = {}  # before which ops something is made from a value
-    for index, decision in sound:
-        for source in makings[index][1] if index in makings else ():
-            asked.setdefault(source, []).append(decision.reload_op)
     for choice in ALIGN_BYTES:
         lying: list[tuple[int, int, int]] = []  # offset, end, decision
         for _, arrives, index, decision in sorted(
@@ -320,7 +326,11 @@ def _between(tape: Tape, value: Value, *, counted: bool) -> int:
 
 
 def _device(
-    tape: Tape, plan: Plan, sound: list[tuple[int, Decision]], makings: dict[int, Making]
+    tape: Tape,
+    plan: Plan,
+    sound: list[tuple[int, Decision]],
+    makings: dict[int, Making],
+    asked: dict[int, list[int]],
 ) -> Iterator[Fault]:
     count = len(tape.ops)
     changes = [0] * (count + 1)
@@ -339,19 +349,16 @@ def _device(
             add(decision.release_op, count, -size_bytes)
             add(0, decision.reload_op, -size_bytes)
     scratch = [op.scratch_bytes for op in tape.ops]
-    kept_until: dict[int, int] = {}
     for index, decision in sound:
         back = decision.reload_op
         if decision.choice is Choice.RECOMPUTE and back < count:
-            before, sources = makings[index]
+            before, _ = makings[index]
             # Before the op that asks has any results.
             results = sum(other.size_bytes for other in tape.values if other.birth == back)
             replaying = _replaying(tape, tape.values[decision.value], before)
             scratch[back] = max(scratch[back], replaying - results)
-            for source in sources:
-                kept_until[source] = max(kept_until.get(source, -1), back)
-    for source, last in kept_until.items():
-        value = tape.values[source]
+    for source, uses in asked.items():
+        value, last = tape.values[source], max(uses)
         if last > value.death:
             add(value.death + 1, last + 1, value.size_bytes)
     used = tape.resident_bytes
