@@ -63,7 +63,7 @@ def between_marks(text: str, mark: str, content: str) -> str:
 # What README shows of all: a little too much, twice and four times too much, one sample, language models,
 # and no GPU at all.
 FRONT = (
-    "resnet50-b200",
+    "joint-resnet50-b200",
     "joint-resnet50-b400",
     "joint-resnet50-b800",
     "joint-googlenet-8192",
@@ -94,7 +94,7 @@ def short_table(results: Results) -> str:
         return _NOTHING
     parts += [
         "Images, samples or tokens per second, medians; losses of plain and LMS equal to the last bit unless "
-        "said. Moving alone: nothing is made again. "
+        "said. "
         "¹ The best step that the simulator finds for this budget, if every byte of it could be used. "
         "Peak: reserved by the caching allocator; on the CPU, bytes of live tensors. "
         "All that was measured, with what was predicted: [benchmarks](benchmarks/README.md).",
