@@ -20,6 +20,8 @@ from torchlms.bench.networks import source
 SCHEMA = "torchlms.result/1"
 FOLDER = Path(__file__).resolve().parent / "results"
 
+CUT_SHORT = "no result in"  # so begins the error of an entry that ran out of the time it was given
+
 _HERE = Path(__file__).resolve().parent
 _FACTS = ("device", "device_name", "torch")  # entries of one file agree in these
 # Targets that are met where there is nothing to compare with, and the figure that says so.
@@ -169,7 +171,7 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
         if "fixed_share" in plain:
             found["fixed_below_half"] = plain["fixed_share"] < 0.5
     if lms is None:
-        return found
+        return {**found, "lms_failed": True} if any(map(_lms_failed, entries)) else found
     if plain is not None:
         found["of_plain"] = found.pop("lms_of_plain")
         if "waited_s" in plain and "waited_s" in lms:
@@ -192,7 +194,7 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
 def _rival_figures(row: Row, entries: list[dict[str, Any]], lms: dict[str, Any]) -> dict[str, Any]:
     """LMS beside the fastest rival that stays within its budget; one that fails or needs more is none."""
     # Without the cap a rival keeps memory that it could give back: that says nothing of how it does with it.
-    measured = {entry["way"]: entry for entry in entries if "error" in entry or entry.get("cap_bytes")}
+    measured = {entry["way"]: entry for entry in entries if _failed(entry) or _capped(entry)}
     ways = [rival.way.value for rival in row.rivals]
     found: dict[str, Any] = {}
     seconds = []
@@ -212,6 +214,15 @@ def _rival_figures(row: Row, entries: list[dict[str, Any]], lms: dict[str, Any])
     elif ways and not left:
         found["no_rival_fits"] = True
     return found
+
+
+def _capped(entry: dict[str, Any]) -> bool:
+    return "error" not in entry and bool(entry.get("cap_bytes"))
+
+
+def _failed(entry: dict[str, Any]) -> bool:
+    """Whether it ended in an error of its own, and was not only cut short."""
+    return "error" in entry and not entry["error"].startswith(CUT_SHORT)
 
 
 def _memory_figures(row: Row, lms: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +272,10 @@ def _convolution_figures(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _lms_failed(entry: dict[str, Any]) -> bool:
+    return entry["way"] == "lms" and _failed(entry)
+
+
 def _identity(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     steps = min(len(ours["losses"]), len(plain["losses"]))
     identity = compare_losses(ours["losses"][:steps], plain["losses"][:steps])
@@ -286,7 +301,7 @@ def checks(row: Row, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _met(target: Target, found: dict[str, Any]) -> bool | None:
     value = found.get(target.figure)
-    if target.figure == "host_over_out" and found.get("pinned_in_vain"):
+    if found.get("lms_failed") or (target.figure == "host_over_out" and found.get("pinned_in_vain")):
         return False
     if value is None:
         return True if found.get(_NOTHING_THERE.get(target.figure, "")) else None

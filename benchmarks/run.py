@@ -24,7 +24,7 @@ from typing import Any
 
 from borrowed import result as suites
 from facts import without_paths
-from result_file import Code, load, load_all, load_current, merged, save, why_stale
+from result_file import CUT_SHORT, Code, load, load_all, load_current, merged, save, why_stale
 from rows import ROWS, Row, find, tiny
 from tables import targets_lines, text_table, write_tables
 from worker import Job, all_jobs, grow_host, main_jobs, rival_jobs, work
@@ -226,7 +226,7 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, look: Any) -> str:
             if time.monotonic() > ends_s:
                 process.kill()
                 process.wait()
-                return f"no result in {timeout_s:.0f} s"
+                return f"{CUT_SHORT} {timeout_s:.0f} s"
             time.sleep(_POLL_S)
             look()
     except BaseException:

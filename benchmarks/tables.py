@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ladder
 from borrowed import result as suites
-from result_file import FOLDER, load_all
+from result_file import CUT_SHORT, FOLDER, load_all
 
 from torchlms.bench.compare import compare_losses
 from torchlms.bench.table import plain_table
@@ -303,10 +303,12 @@ def _found(result: dict[str, Any], check: dict[str, Any]) -> str:
 
 def _nothing_there(result: dict[str, Any], figure: str) -> str:
     """Why a target is met, or missed, although there is no figure."""
+    if result["figures"].get("lms_failed"):
+        return "LMS ended in an error"
     if figure == "host_over_out":
         pinned_bytes = (_entry(result, "lms") or {}).get("host_pinned_bytes", 0)
         return "nothing moves" + (f", {pinned_bytes / _GIB:.1f} GiB pinned" if pinned_bytes else "")
-    return "no rival runs within the budget" if figure == "over_rivals" else "it does not fit"
+    return "no rival that was tried runs within the budget" if figure == "over_rivals" else "it does not fit"
 
 
 def hardware(results: Results) -> str:
@@ -441,6 +443,8 @@ def _rate(entry: dict[str, Any] | None) -> str:
 def _rival(result: dict[str, Any], way: str) -> str:
     entry = next((entry for entry in result["entries"] if entry["way"] == way), None)
     if entry is not None and "error" in entry:
+        if entry["error"].startswith(CUT_SHORT):
+            return "cut short"
         return "out of memory" if "out of memory" in entry["error"].lower() else "fails"
     unfit = result["figures"].get(f"{way}_fits") is False
     return f"{_rate(entry)}, too large ({_peak(result, entry)})" if unfit else _rate(entry)

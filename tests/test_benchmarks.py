@@ -246,7 +246,17 @@ def test_lms_stands_beside_the_fastest_rival_that_fits() -> None:
     figures, check, line = against(fast, failed, {**failed, "way": "checkpoint_offload"})
     assert "over_rivals" not in figures
     assert check["met"] is True
-    assert "| no rival runs within the budget | met |" in line
+    assert "| no rival that was tried runs within the budget | met |" in line
+
+
+def test_targets_of_a_row_in_which_lms_failed_are_missed() -> None:
+    failed = {"way": "lms", "lms": True, "error": "BudgetTooSmall: no"}
+    result = made("resnet50-b200", entry("none", 0.098), failed)
+    assert {check["met"] for check in result["targets"]} == {False}
+    assert "| LMS ended in an error | **missed** |" in tables.long_tables({"resnet50-b200": result})
+    cut_short = {**failed, "error": "no result in 60 s"}
+    result = made("resnet50-b200", entry("none", 0.098), cut_short)
+    assert {check["met"] for check in result["targets"]} == {None}
 
 
 def test_a_rival_that_was_not_measured_may_be_faster() -> None:
@@ -256,6 +266,11 @@ def test_a_rival_that_was_not_measured_may_be_faster() -> None:
     assert "| 1.200, checkpoint_offload not measured |  |" in line
     assert against(entry("checkpoint", 0.09))[1]["met"] is False
     assert against(entry("checkpoint", 0.12, cap_bytes=None))[1]["value"] is None, "without the cap"
+    cut_short = {"way": "save_on_cpu", "lms": False, "error": "no result in 22 s"}
+    offload = entry("checkpoint_offload", 0.2)
+    figures, check, line = against(entry("checkpoint", 0.12), offload, cut_short)
+    assert check["met"] is None, "it was only given too little time"
+    assert "| 1.200, save_on_cpu not measured |  |" in line
     figures, check, line = against()
     assert (check["value"], check["met"]) == (None, None)
     assert "| not measured |  |" in line

@@ -34,7 +34,10 @@ _NOT_MEASURED = {
 _PRESENTATION = ("cli", "report", "report_page", "sweep", "fit", "runner", "doctor", "integrations", "steps")
 
 # Results that are of one code from beginning to end.
-_WHOLE = tuple(f"torchlms.{name}/" for name in ("bench", "faults", "soak", "sanitizer", "planning", "safety"))
+_WHOLE = tuple(
+    f"torchlms.{name}/"
+    for name in ("bench", "faults", "soak", "sanitizer", "planning", "safety", "slower-copies")
+)
 
 # What the plain run and the rivals consist of: nothing that LMS does changes their figures.
 RIVAL_PARTS = ("bench",)
