@@ -102,7 +102,7 @@ def _parted(index: int, first: Op | None, second: Op | None, why: str = "") -> P
     names = [_described(op) for op in (first, second)]
     return PlanMismatch(
         f"the tapes part at op {index}: {names[0]} in one, {names[1]} in the other"
-        f"{f', which {why}' if why else ''}; record the same model at two batch sizes of 2 or more"
+        f"{f', which {why}' if why else ''}; record the same model at two larger batch sizes"
     )
 
 
