@@ -171,7 +171,9 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
         if "fixed_share" in plain:
             found["fixed_below_half"] = plain["fixed_share"] < 0.5
     if lms is None:
-        return {**found, "lms_failed": True} if any(map(_lms_failed, entries)) else found
+        if any(entry["way"] == "lms" and _failed(entry) for entry in entries):
+            found["lms_failed"] = True
+        return found
     if plain is not None:
         found["of_plain"] = found.pop("lms_of_plain")
         if "waited_s" in plain and "waited_s" in lms:
@@ -194,7 +196,11 @@ def figures(row: Row, entries: list[dict[str, Any]]) -> dict[str, Any]:
 def _rival_figures(row: Row, entries: list[dict[str, Any]], lms: dict[str, Any]) -> dict[str, Any]:
     """LMS beside the fastest rival that stays within its budget; one that fails or needs more is none."""
     # Without the cap a rival keeps memory that it could give back: that says nothing of how it does with it.
-    measured = {entry["way"]: entry for entry in entries if _failed(entry) or _capped(entry)}
+    measured = {
+        entry["way"]: entry
+        for entry in entries
+        if not was_cut_short(entry) and ("error" in entry or entry.get("cap_bytes"))
+    }
     ways = [rival.way.value for rival in row.rivals]
     found: dict[str, Any] = {}
     seconds = []
@@ -216,13 +222,14 @@ def _rival_figures(row: Row, entries: list[dict[str, Any]], lms: dict[str, Any])
     return found
 
 
-def _capped(entry: dict[str, Any]) -> bool:
-    return "error" not in entry and bool(entry.get("cap_bytes"))
-
-
 def _failed(entry: dict[str, Any]) -> bool:
-    """Whether it ended in an error of its own, and was not only cut short."""
-    return "error" in entry and not entry["error"].startswith(CUT_SHORT)
+    """Whether it ended in an error of its own."""
+    return "error" in entry and not was_cut_short(entry)
+
+
+def was_cut_short(entry: dict[str, Any]) -> bool:
+    """Whether it was given too little time, which says nothing of how it would have ended."""
+    return str(entry.get("error", "")).startswith(CUT_SHORT)
 
 
 def _memory_figures(row: Row, lms: dict[str, Any]) -> dict[str, Any]:
@@ -270,10 +277,6 @@ def _convolution_figures(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "bits_differ": [name for name, bits in was["bits"].items() if starved["bits"][name] != bits],
         }
     return found
-
-
-def _lms_failed(entry: dict[str, Any]) -> bool:
-    return entry["way"] == "lms" and _failed(entry)
 
 
 def _identity(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ladder
 from borrowed import result as suites
-from result_file import CUT_SHORT, FOLDER, load_all
+from result_file import FOLDER, load_all, was_cut_short
 
 from torchlms.bench.compare import compare_losses
 from torchlms.bench.table import plain_table
@@ -443,7 +443,7 @@ def _rate(entry: dict[str, Any] | None) -> str:
 def _rival(result: dict[str, Any], way: str) -> str:
     entry = next((entry for entry in result["entries"] if entry["way"] == way), None)
     if entry is not None and "error" in entry:
-        if entry["error"].startswith(CUT_SHORT):
+        if was_cut_short(entry):
             return "cut short"
         return "out of memory" if "out of memory" in entry["error"].lower() else "fails"
     unfit = result["figures"].get(f"{way}_fits") is False

@@ -336,6 +336,15 @@ def test_text_stays_between_its_marks() -> None:
         tables.between_marks(text, "hardware", "x")
 
 
+def test_results_of_every_kind_are_told_to_be_stale(tmp_path: Path) -> None:
+    kept = sorted(result_file.FOLDER.glob("*.json"))
+    assert kept
+    for path in kept:
+        made = re.sub(r'"code": "[0-9a-f]+"', f'"code": "{"0" * 64}"', path.read_text())
+        (tmp_path / path.name).write_text(made)
+    assert [path.name for path in provenance.stale_results(tmp_path)] == [path.name for path in kept]
+
+
 def test_stale_results_say_what_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
